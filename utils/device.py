@@ -1,0 +1,75 @@
+"""Devices and memory: where things run, moving one layer there and back, and what it cost."""
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from utils.errors import InputError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, by default the first accelerator, else the CPU. Raises InputError if it is missing."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+@contextmanager
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """`module` is on `device` inside the block and back on the host after it."""
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to("cpu")
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Use `count` threads for operations on the CPU inside the block; None leaves the number alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def to_device(value: object, device: torch.device) -> object:
+    """`value` with every tensor in its tuples, lists and dicts on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes since the start: of this process on the host, and of the accelerator where one is used.
+
+    `peak_memory_bytes` is that of the device the layers ran on.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host
+    return {"peak_memory_bytes": used, "peak_host_memory_bytes": host}
+
+
+def describe(device: torch.device) -> str:
+    """Name of the device for results: `cpu (2 threads)` or `cuda (NVIDIA H200)`."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"

@@ -1,0 +1,96 @@
+"""Fixtures shared by the tests: a tiny random Llama on disk, its tokens, and running the real scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = 97
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    """Two layers, GQA (6 heads, 2 kv heads), head_dim ≠ hidden/heads, widths that are no powers of two."""
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(**{**settings, **changes})
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> LlamaForCausalLM:
+    """A random model of `tiny_config` with norms that are not all ones and an outlier channel."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny_config(**changes)).to(dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.uniform_(0.5, 1.5)
+            parameter[3] *= 20
+        else:
+            parameter.mul_(4)
+    return model
+
+
+def random_tokens(samples: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Token ids [samples, length]."""
+    return torch.randint(VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A tiny random model with a tokenizer, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("tiny-random-llama")
+    tiny_model().save_pretrained(folder)
+    words = {f"w{index}": index for index in range(VOCABULARY - 1)} | {"<unk>": VOCABULARY - 1}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def token_file(tmp_path_factory) -> Path:
+    """Calibration [8, 32] and test [6, 32] token ids in one safetensors file."""
+    path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
+    save_file({"calibration": random_tokens(8, 32, seed=1), "test": random_tokens(6, 32, seed=2)}, path)
+    return path
+
+
+def run_script(script: str, *arguments: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the suite's scripts, as a user would, with `folder` as working directory."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder of golden vectors: `GOLDEN_DIR`, else `shared/golden` beside the checkout; skips when absent."""
+    folder = Path(os.environ.get("GOLDEN_DIR", ROOT.parent / "shared/golden"))
+    if not folder.is_dir():
+        pytest.skip(f"no golden vectors at {folder}; set GOLDEN_DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real models and text: `SHARED_DATA_DIR`, else `shared/data` beside the checkout; skips."""
+    folder = Path(os.environ.get("SHARED_DATA_DIR", ROOT.parent / "shared/data"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}; set SHARED_DATA_DIR")
+    return folder

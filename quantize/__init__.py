@@ -1,0 +1,1 @@
+"""The method: smoothing, rotation, permutation, quantizers, and the walk over decoder layers."""

@@ -1,0 +1,133 @@
+"""The greedy search for a rotation, on the few rows of an activation that can hold its extremes."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantize.config import SearchRule
+from quantize.rotation import exchange_index
+from utils.device import cpu_threads
+
+SMALL_PRODUCT = 2**22  # multiply-adds of one step below which it runs on one thread of the CPU
+STEPS_PER_CHECK = 16  # steps between two looks at whether more rows are needed: each look waits for the device
+
+
+@dataclass(frozen=True)
+class GreedySearch:
+    """What a greedy search found.
+
+    `rotation` [B, B] float32; `exchanges` [kept steps] the index each kept step exchanged (row numbers, to be taken
+    modulo B, under the row rule); `peaks` [steps + 1] max − min of the activation at the start and after every step.
+    """
+
+    rotation: Tensor
+    exchanges: Tensor
+    peaks: Tensor
+
+
+def greedy_rotation(x: Tensor, step: Tensor, steps: int, rule: SearchRule, lazy: bool = True) -> GreedySearch:
+    """Rotate `x` step by step, each time where its outlier is, and keep the prefix of steps with the smallest peak.
+
+    `x` [..., C] is read as rows [N, B] with B = len(step) dividing C. Each step finds the entry of largest magnitude,
+    takes d = its channel (or its row number modulo B), and multiplies x by S = `step` with rows 0 ↔ d and columns 0 ↔ d
+    exchanged. Computed in float32, or float64 if `x` is; the rotation is multiplied up in float64 and rounded once.
+
+    `lazy` leaves out rows that cannot matter: a rotation keeps a row's norm, so while the norm is below both the
+    largest entry and minus the smallest, the row holds neither. Rows are sorted by norm and join when the extremes
+    have come down to them; the trajectory is that of the plain search. Sources: DuQuant, algorithm 1; the lazy rows
+    are ours.
+    """
+    rows = x.detach().reshape(-1, len(step))
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    norms, row_numbers = rows.norm(dim=1).sort(descending=True, stable=True)
+    margin = 1 - 64 * torch.finfo(rows.dtype).eps  # norms and extremes are rounded: let a row join a little early
+
+    def needed(floor: Tensor) -> int:
+        return int((norms >= margin * floor).sum()) if lazy else len(rows)
+
+    search = _Search(rows, row_numbers, step.to(rows.device), rule)
+    state = search.start(needed(torch.minimum(rows.max(), -rows.min())))
+    for done in range(0, steps, STEPS_PER_CHECK):
+        count = min(STEPS_PER_CHECK, steps - done)
+        ahead = search.advance(state, count)
+        while needed(ahead.floor) > len(state.rows):
+            state = search.join(state, needed(ahead.floor))
+            ahead = search.advance(state, count)
+        state = ahead
+    peaks = torch.stack(state.peaks)
+    kept = state.exchanges[: int(peaks.argmin())]
+    exchanges = torch.stack(kept).cpu() if kept else torch.empty(0, dtype=torch.int64)
+    return GreedySearch(state.best.float(), exchanges, peaks.cpu())
+
+
+@dataclass(frozen=True)
+class _State:
+    """The search after some steps. All tensors stay on the device; nothing but `rows` is larger than [B, B].
+
+    `rows` [active, B] as rotated so far; `exchange`, the index that the next step exchanges; `product` of all steps and
+    `best`, the product at the smallest peak (float64); `floor`, the least min(largest entry, −smallest entry) of the
+    last steps: a row whose norm is below it held no extreme.
+    """
+
+    rows: Tensor
+    exchange: Tensor
+    product: Tensor
+    best: Tensor
+    floor: Tensor
+    exchanges: tuple[Tensor, ...]
+    peaks: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The fixed data of one search: all rows [N, B], their numbers by falling norm [N], the step matrix, the rule."""
+
+    all_rows: Tensor
+    row_numbers: Tensor
+    step: Tensor
+    rule: SearchRule
+
+    def start(self, active: int) -> _State:
+        rows = self.all_rows[self.row_numbers[:active]]
+        exchange, low, high = self._outlier(rows)
+        identity = torch.eye(len(self.step), dtype=torch.float64, device=rows.device)
+        return _State(rows, exchange, identity, identity, torch.minimum(high, -low), (), (high - low,))
+
+    def join(self, state: _State, active: int) -> _State:
+        """Bring in rows up to `active`, rotated as far as the others. None of them holds an extreme yet."""
+        joining = self.all_rows[self.row_numbers[len(state.rows) : active]]
+        joining = joining @ state.product.to(joining.dtype)
+        return replace(state, rows=torch.cat([state.rows, joining]))
+
+    def advance(self, state: _State, steps: int) -> _State:
+        """Take `steps` greedy steps on the active rows without waiting for the device."""
+        # few rows are a matter of latency: waking threads for products of microseconds costs more than it gives
+        with cpu_threads(1 if state.rows.numel() * len(self.step) < SMALL_PRODUCT else None):
+            return self._advance(state, steps)
+
+    def _advance(self, state: _State, steps: int) -> _State:
+        rows, exchange, product, best = state.rows, state.exchange, state.product, state.best
+        exchanges, peaks, floor = list(state.exchanges), list(state.peaks), state.floor.new_tensor(torch.inf)
+        smallest = torch.stack(peaks).min()
+        for _ in range(steps):
+            index = exchange_index(len(self.step), exchange % len(self.step))
+            rotation = self.step[index][:, index]
+            rows, product = rows @ rotation.to(rows.dtype), product @ rotation
+            exchanges.append(exchange)
+            exchange, low, high = self._outlier(rows)
+            peaks.append(high - low)
+            best = torch.where(peaks[-1] < smallest, product, best)
+            smallest = torch.minimum(smallest, peaks[-1])
+            floor = torch.minimum(floor, torch.minimum(high, -low))
+        return _State(rows, exchange, product, best, floor, tuple(exchanges), tuple(peaks))
+
+    def _outlier(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What to exchange for the entry of largest magnitude, the smallest entry, the largest entry; all 0-dim."""
+        row_low, row_high = torch.aminmax(rows, dim=1)
+        low, lowest = row_low.min(dim=0)
+        high, highest = row_high.max(dim=0)
+        row = torch.where(high >= -low, highest, lowest).view(1)
+        if self.rule is SearchRule.ROW:
+            return self.row_numbers.index_select(0, row)[0], low, high
+        return rows.index_select(0, row)[0].abs().argmax(), low, high

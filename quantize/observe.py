@@ -1,0 +1,123 @@
+"""Looking into a model: what enters its layers, what enters a linear, and running one layer at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quantize.spec import DecoderSpec
+from utils.device import to_device
+from utils.errors import InputError
+
+TOKENS_PER_FORWARD = 4096  # samples are batched up to this many tokens
+
+
+@dataclass(frozen=True)
+class LayerCalls:
+    """What a model passes to its decoder layers.
+
+    `hidden` [N, T, C]: the input of the first layer for every sample, on the host. `kwargs`: per layer, everything else
+    (mask, position embeddings, …) for one sample; it broadcasts over a batch of unpadded samples.
+    """
+
+    hidden: Tensor
+    kwargs: tuple[dict, ...]
+
+
+@contextmanager
+def layers_replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside the block every layer calls `forward(index, hidden_states, **kwargs)` instead of its own."""
+    for index, layer in enumerate(layers):
+        layer.forward = lambda hidden, *args, _index=index, **kwargs: forward(_index, hidden, **kwargs)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextmanager
+def shell_on_device(model: nn.Module, spec: DecoderSpec, device: torch.device) -> Iterator[None]:
+    """Everything of `model` but its decoder layers is on `device` inside the block, and on the host after it."""
+    path, _, name = spec.layers.rpartition(".")
+    parent, layers = model.get_submodule(path), spec.decoder_layers(model)
+    setattr(parent, name, nn.ModuleList())
+    try:
+        model.to(device)
+        setattr(parent, name, layers)
+        yield
+        setattr(parent, name, nn.ModuleList())
+        model.to("cpu")
+    finally:
+        setattr(parent, name, layers)
+
+
+@torch.no_grad()
+def layer_calls(model: nn.Module, spec: DecoderSpec, tokens: Tensor, device: torch.device) -> LayerCalls:
+    """Run the model on `tokens` [N, T] with its layers left out, and record what they would have been given."""
+    layers = spec.decoder_layers(model)
+    recorded: dict[int, dict] = {}
+    hidden: list[Tensor] = []
+
+    def record(index: int, states: Tensor, **kwargs) -> Tensor:
+        recorded.setdefault(index, to_device(kwargs, torch.device("cpu")))
+        if index == 0:
+            hidden.append(states.cpu())
+        return states
+
+    with shell_on_device(model, spec, device), layers_replaced(layers, record):
+        batches = [tokens[:1], *_batches(tokens[1:])]  # the first alone: its keyword arguments have batch size 1
+        for batch in batches:
+            model.get_decoder()(input_ids=batch.to(device), use_cache=False)
+    return LayerCalls(torch.cat(hidden), tuple(recorded[index] for index in range(len(layers))))
+
+
+@torch.no_grad()
+def advance_(layer: nn.Module, hidden: Tensor, kwargs: dict, device: torch.device) -> None:
+    """Replace `hidden` [N, T, C] on the host by the outputs of `layer`, which is on `device`, batch by batch."""
+    kwargs = to_device(kwargs, device)
+    for batch in _batches(hidden):
+        batch.copy_(run(layer, batch.to(device), kwargs))
+
+
+def run(layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
+    """The hidden states [N, T, C] that `layer` makes of `hidden`; all on one device."""
+    output = layer(hidden, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _InputReached(Exception):
+    """Carries the captured input out of a forward pass."""
+
+
+@torch.no_grad()
+def capture_input(layer: nn.Module, path: str, hidden: Tensor, kwargs: dict) -> Tensor:
+    """The activation that enters the linear at `path` when `layer` runs on `hidden`; nothing beyond it is run."""
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _InputReached(args[0])
+
+    handle = layer.get_submodule(path).register_forward_pre_hook(stop)
+    try:
+        run(layer, hidden, kwargs)
+    except _InputReached as reached:
+        return reached.args[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{path} is not called by {type(layer).__name__}")
+
+
+def require_finite(x: Tensor, name: str) -> None:
+    """Raise InputError if the activation `x` that enters the linear `name` has NaN or inf."""
+    if not torch.isfinite(x).all():
+        raise InputError(
+            f"{name}: its calibration activation contains NaN or inf; "
+            "if the model itself is sound, half precision overflows here: try --dtype bfloat16 or float32"
+        )
+
+
+def _batches(samples: Tensor) -> Iterator[Tensor]:
+    """Views of `samples` [N, T, …] with at most `TOKENS_PER_FORWARD` tokens each (but at least one sample)."""
+    return iter(samples.split(max(1, TOKENS_PER_FORWARD // samples.shape[1]))) if len(samples) else iter(())

@@ -1,0 +1,122 @@
+"""Per-channel activation statistics of the full-precision model: computing them, and the files they are kept in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quantize.observe import advance_, layer_calls, require_finite
+from quantize.spec import DecoderSpec
+from utils.device import on_device
+from utils.errors import InputError
+from utils.io import read_tensors, write_tensors
+from utils.log import progress
+
+MIDPOINT_DECAY = 0.99
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Per linear, by its full name: `scales` [C], the largest |x|, and `shifts` [C], the running midpoint."""
+
+    scales: dict[str, Tensor]
+    shifts: dict[str, Tensor]
+
+
+@torch.no_grad()
+def channel_statistics(model: nn.Module, spec: DecoderSpec, tokens: Tensor, device: torch.device) -> ChannelStatistics:
+    """Statistics of every linear's input over calibration `tokens` [N, T], one decoder layer on `device` at a time.
+
+    The midpoint (max + min)/2 of each sample enters with weight 0.01, the first sample with weight 1.
+    Raises InputError if an activation is not finite.
+    """
+    calls = layer_calls(model, spec, tokens, device)
+    statistics = ChannelStatistics({}, {})
+    layers = spec.decoder_layers(model)
+    for index, layer in enumerate(progress(layers, "activation statistics", unit="layer")):
+        handles = []
+        for group in spec.groups:
+            names = [spec.linear_key(index, path) for path in group.linears]
+            hook = _statistics_hook(names, statistics)
+            handles.append(layer.get_submodule(group.linears[0]).register_forward_pre_hook(hook))
+        with on_device(layer, device):
+            advance_(layer, calls.hidden, calls.kwargs[index], device)
+        for handle in handles:
+            handle.remove()
+    return ChannelStatistics(
+        {name: value.cpu() for name, value in statistics.scales.items()},
+        {name: value.cpu() for name, value in statistics.shifts.items()},
+    )
+
+
+def _statistics_hook(
+    names: list[str], statistics: ChannelStatistics
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A forward pre-hook that updates `statistics` of the linears `names`, which all read what this one reads."""
+
+    def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        low, high = torch.aminmax(args[0].flatten(1, -2).transpose(1, 2), dim=-1)  # [batch, C] each
+        require_finite(low + high, names[0])
+        low, high = low.float(), high.float()
+        peak = torch.maximum(high, -low).amax(dim=0)
+        scale, shift = statistics.scales.get(names[0]), statistics.shifts.get(names[0])
+        for midpoint in (high + low) / 2:
+            shift = midpoint if shift is None else MIDPOINT_DECAY * shift + (1 - MIDPOINT_DECAY) * midpoint
+        for name in names:
+            statistics.scales[name] = peak if scale is None else torch.maximum(scale, peak)
+            statistics.shifts[name] = shift
+
+    return observe
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What statistics were made from, stored with them: two fingerprints, and the model's name for people."""
+
+    model_name: str
+    model: str
+    data: str
+
+    def metadata(self) -> dict[str, str]:
+        """As the metadata of a safetensors file."""
+        return {"model_name": self.model_name, "model": self.model, "data": self.data}
+
+
+def save_statistics(statistics: ChannelStatistics, scales_path: Path, shifts_path: Path, origin: Origin) -> None:
+    """Write the two files, atomically: float32 tensors under the linears' full names."""
+    write_tensors(scales_path, statistics.scales, origin.metadata())
+    write_tensors(shifts_path, statistics.shifts, origin.metadata())
+
+
+def same_calibration(path: Path, origin: Origin) -> bool:
+    """Whether the statistics at `path` were made from this model and this calibration data."""
+    _, metadata = read_tensors(path)
+    return all(metadata.get(key) == origin.metadata()[key] for key in ("model", "data"))
+
+
+def load_scales(path: Path, origin: Origin, skeleton: nn.Module, spec: DecoderSpec) -> dict[str, Tensor]:
+    """The scales [C] by linear name from a file, which must be of this model; calibration data may differ.
+
+    Raises InputError if the file is not safetensors, says it is of another model, or lacks a linear or has another
+    width for it, as `skeleton` (the model, with or without weights) tells.
+    """
+    scales, metadata = read_tensors(path)
+    if metadata.get("model", origin.model) != origin.model:
+        made_of = metadata.get("model_name", "another model")
+        raise InputError(
+            f"--act-scales {path}: made of {made_of}, not of the weights of {origin.model_name}; "
+            "leave the flag out to have them computed, or run generate_act_scale_shift.py for this model"
+        )
+    for index, layer in enumerate(spec.decoder_layers(skeleton)):
+        for group in spec.groups:
+            for linear in group.linears:
+                name, width = spec.linear_key(index, linear), layer.get_submodule(linear).in_features
+                found = scales.get(name)
+                if found is None or found.shape != (width,):
+                    problem = "is missing" if found is None else f"has shape {list(found.shape)}, not [{width}]"
+                    raise InputError(f"--act-scales {path}: not of this model ({name} {problem})")
+                if not torch.isfinite(found).all():
+                    raise InputError(f"--act-scales {path}: {name} contains NaN or inf; make the file again")
+    return {name: scale.float() for name, scale in scales.items()}

@@ -1,0 +1,83 @@
+"""The walk over the decoder layers: one at a time on the device, everything else on the host."""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from quantize.attention import install
+from quantize.config import Probe, QuantConfig, check_widths
+from quantize.layer import GroupReport, LayerInputs, LayerReport, quantize_layer
+from quantize.observe import layer_calls
+from quantize.spec import DecoderSpec
+from utils.device import on_device, to_device
+from utils.log import progress
+
+PROBE_SAMPLES = 4  # with `--probe sample`
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    spec: DecoderSpec,
+    tokens: Tensor,
+    activation_peaks: dict[str, Tensor] | None,
+    config: QuantConfig,
+    device: torch.device,
+) -> list[LayerReport]:
+    """Quantize every decoder layer of `model` in place, calibrated on `tokens` [N, T]; return the figures per layer.
+
+    `activation_peaks` (linear name → [C]) are needed when `config.smooth` is set.
+    """
+    check_shapes(model, spec, config)
+    install(model)
+    calls = layer_calls(model, spec, tokens, device)
+    probe = make_probe(calls.hidden, config.probe).to(device)
+    reports = []
+    for index, layer in enumerate(progress(spec.decoder_layers(model), "quantizing", unit="layer")):
+        inputs = LayerInputs(probe, to_device(calls.kwargs[index], device))
+        with on_device(layer, device):
+            probe, report = quantize_layer(layer, index, spec, inputs, activation_peaks, config)
+        reports.append(report)
+        log_layer(report)
+    return reports
+
+
+def make_probe(hidden: Tensor, kind: Probe) -> Tensor:
+    """The activation to search on, from samples [N, T, C]: their mean [1, T, C] or the first few of them [P, T, C]."""
+    if kind is Probe.SAMPLE:
+        return hidden[:PROBE_SAMPLES].clone()
+    return hidden.mean(dim=0, keepdim=True, dtype=torch.promote_types(hidden.dtype, torch.float32)).to(hidden.dtype)
+
+
+def check_shapes(model: nn.Module, spec: DecoderSpec, config: QuantConfig) -> None:
+    """Raise InputError, naming the linear, if block or group sizes do not divide a width. Needs shapes, no weights."""
+    widths = {
+        spec.linear_key(index, path): layer.get_submodule(path).in_features
+        for index, layer in enumerate(spec.decoder_layers(model))
+        for group in spec.groups
+        for path in group.linears
+    }
+    check_widths(config, widths)
+
+
+def log_layer(report: LayerReport) -> None:
+    """One line per group with the probe's peak through the stages, and one for the layer."""
+    for group in report.groups:
+        logger.info("layer %d %s: %s", report.layer, group.name, describe_group(group))
+    logger.info("layer %d: relative output error %.4f", report.layer, report.output_error)
+
+
+def describe_group(group: GroupReport) -> str:
+    """For example `peak 41.2 → smoothed 9.8 → rotation 1 2.3 (37 steps) → permutation 1 2.3 (spread 1.9 → 1.0) …`."""
+    parts, spread, steps = [], group.stages[0].spread, iter(group.steps)
+    for stage in group.stages:
+        note = ""
+        if stage.name.startswith("rotation"):
+            note = f" ({next(steps)} steps)"
+        elif stage.name.startswith("permutation"):
+            note = f" (block spread {spread:.2f} → {stage.spread:.2f})"
+        parts.append(f"{stage.name} {stage.peak:.4g}{note}")
+        spread = stage.spread
+    return f"peak {' → '.join(parts)}; scale {group.scale}"

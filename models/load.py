@@ -1,0 +1,148 @@
+"""Models and tokenizers from a local folder or the hub, with errors a user can act on."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from models import require_supported
+from utils.errors import InputError
+
+SAMPLED_BYTES = 1 << 20  # of each weights file that enter a fingerprint
+DEFAULT_SEQLEN = 2048
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: a local folder or a hub id, and whether code that comes with it may run."""
+
+    name: str
+    trust_remote_code: bool = False
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """The model's config. Raises InputError if there is no such model or its family is not supported."""
+    _quieten()
+    looks_local = source.name.startswith((".", "/", "~")) or source.name.count("/") > 1
+    if looks_local and not Path(source.name).is_dir():
+        raise InputError(f"--model {source.name}: no such folder")
+    try:
+        described, _ = PretrainedConfig.get_config_dict(source.name)
+        require_supported(described.get("model_type"))
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=source.trust_remote_code)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(_explain(source, error)) from None
+    return config
+
+
+def load_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> nn.Module:
+    """The model without weights (on the meta device): shapes to check settings against before anything is loaded."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The model's tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(source.name, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {source.name}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+
+
+def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:
+    """The model on the host, in `dtype`, ready for inference; safetensors weights only, every one of them finite.
+
+    Raises InputError if there are no safetensors weights, if tensors are missing, or if one has NaN or inf.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.name,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(_explain(source, error)) from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"--model {source.name}: its checkpoint lacks {missing[0]} (and {len(missing) - 1} more)")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"--model {source.name}: {name} contains NaN or inf; the checkpoint is damaged")
+    return model.eval().requires_grad_(False)
+
+
+def pick_dtype(name: str, config: PretrainedConfig, device: torch.device, named: dict[str, torch.dtype]) -> torch.dtype:
+    """The dtype of the model's weights and activations for `--dtype name`.
+
+    `auto` is float32 on the CPU, and elsewhere the checkpoint's own dtype (float16 if it is float32).
+    """
+    if name != "auto":
+        return named[name]
+    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    if device.type == "cpu":
+        return torch.float32
+    return torch.float16 if own is torch.float32 else own
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """The default of `--seqlen`: 2048, or the model's maximum where that is less."""
+    return min(DEFAULT_SEQLEN, getattr(config, "max_position_embeddings", None) or DEFAULT_SEQLEN)
+
+
+def model_fingerprint(source: ModelSource, config: PretrainedConfig) -> str:
+    """Hex digest that tells this model from another: its config and samples of its weights.
+
+    The weights are represented by the embedding-sized ends of each safetensors file (its header and last bytes), which
+    fine-tunes of one architecture do not share. For a hub id it covers the id, the commit and the config.
+    """
+    digest = hashlib.sha256()
+    described = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
+    described.pop("transformers_version", None)
+    digest.update(json.dumps(described, sort_keys=True, default=str).encode())
+    folder = Path(source.name)
+    if not folder.is_dir():
+        digest.update(f"{source.name}@{getattr(config, '_commit_hash', None)}".encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(SAMPLED_BYTES))
+            file.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+def _explain(source: ModelSource, error: Exception) -> str:
+    folder = Path(source.name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            return f"--model {source.name}: the folder has no config.json, so it is not a Hugging Face model"
+        if not any(folder.glob("*.safetensors")):
+            return (
+                f"--model {source.name}: the folder has no safetensors weights; convert it first with "
+                "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)` (pickled weights are never loaded)"
+            )
+    elif "safetensors" in str(error):
+        return f"--model {source.name}: the repository has no safetensors weights (pickled weights are never loaded)"
+    return f"--model {source.name}: cannot be loaded ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+def _quieten() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,235 @@
+"""The command line: flags in groups, what they make, and how a script ends when its input is wrong."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from quantize.config import (
+    BitConfig,
+    ClipConfig,
+    Probe,
+    QuantConfig,
+    RotationConfig,
+    RotationOrder,
+    SearchRule,
+    SmoothConfig,
+    Transform,
+    WeightPeak,
+)
+from utils.errors import InputError
+from utils.log import setup_console
+
+BASELINES = {"full": "full precision", "rtn": "round-to-nearest", "smooth": "smoothing only"}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the layout of descriptions, and shows a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in (action.help or "")
+        return super()._get_help_string(action) if shown else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and exit with code 2. Flags must be written out in full."""
+
+    def __init__(self, description: str, epilog: str | None = None):
+        super().__init__(description=description, epilog=epilog, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        """Print one line on stderr and exit with code 2."""
+        raise SystemExit(_fail(f"{message}; see {self.prog} --help"))
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; wrong input ends it with one line on stderr and exit code 2, Ctrl-C with 130."""
+    setup_console()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        logging.getLogger().error("interrupted")
+        sys.exit(130)
+
+
+def _fail(message: str) -> int:
+    logging.getLogger().error("error: %s", " ".join(message.split()))
+    return 2
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where and how it runs."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, help="local folder or hub id of a Hugging Face model")
+    group.add_argument("--net", help="short name of the model, for files and folders (default: last part of --model)")
+    group.add_argument(
+        "--cache_dir", type=Path, default=Path("cache"), help="folder for token caches; hub files keep to HF_HOME"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        default="auto",
+        help="of weights and activations; auto is float32 on a CPU and the checkpoint's own elsewhere",
+    )
+    group.add_argument("--device", help="such as cuda, cuda:1 or cpu (default: the first GPU, else the CPU)")
+    group.add_argument(
+        "--attn_implementation", choices=["sdpa", "eager"], default="sdpa", help="attention of transformers to build on"
+    )
+    group.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that comes with the model (off: never)"
+    )
+
+
+def add_calibration_options(parser: argparse.ArgumentParser) -> None:
+    """Which text the method looks at."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calib_dataset",
+        default="wikitext2",
+        help="wikitext2, ptb, c4, pile, mix; NAME=PATH for a local copy of one; or any .txt, .jsonl, .parquet, "
+        "folder saved by datasets, or .safetensors with token ids in the tensor `calibration`",
+    )
+    group.add_argument("--nsamples", type=int, help="calibration samples (default: 128, or all rows of a token file)")
+    group.add_argument(
+        "--seqlen",
+        type=int,
+        help="tokens per sample and per test window (default: 2048 or the model's maximum if less; the width of a "
+        "token file)",
+    )
+    group.add_argument("--seed", type=int, default=2, help="of the samples drawn and of the random rotations")
+
+
+def add_quantization_options(parser: argparse.ArgumentParser) -> None:
+    """Bits, granularity and clipping."""
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--wbits", type=int, default=4, help="bits of weights, 2 to 16; 16 leaves them alone")
+    group.add_argument("--abits", type=int, default=16, help="bits of activations, q, k and v, 2 to 16")
+    group.add_argument("--group_size", type=int, help="weights per scale (default: a whole output channel)")
+    group.add_argument("--symmetric", action="store_true", help="symmetric weight quantization")
+    group.add_argument("--lac", type=float, help="clip ratio of activations in (0, 1] (default: no clipping)")
+    group.add_argument("--swc", type=float, help="clip ratio of weights in (0, 1] (default: no clipping)")
+
+
+def add_smoothing_options(parser: argparse.ArgumentParser) -> None:
+    """Smoothing and its statistics."""
+    group = parser.add_argument_group("smoothing")
+    group.add_argument("--smooth", action="store_true", help="move activation peaks into the weights first")
+    group.add_argument("--alpha", type=float, default=0.5, help="how much of a peak moves, 0 to 1")
+    group.add_argument(
+        "--smooth_weight_peak",
+        type=WeightPeak,
+        choices=list(WeightPeak),
+        default=WeightPeak.REPRESENTATIVE,
+        help="weights whose peaks enter the scale: of q_proj and up_proj, or of all linears of a group",
+    )
+    group.add_argument("--act-scales", type=Path, help="statistics file to use (default: act_scales/<net>.safetensors)")
+    group.add_argument("--act-shifts", type=Path, help="file for the shifts when statistics are computed")
+
+
+def add_transform_options(parser: argparse.ArgumentParser) -> None:
+    """The transform, and how it is searched."""
+    group = parser.add_argument_group("rotation and permutation")
+    group.add_argument(
+        "--transform",
+        type=Transform,
+        choices=list(Transform),
+        default=Transform.DUAL,
+        help="dual is DuQuant, none no rotation at all",
+    )
+    group.add_argument(
+        "--block_size", type=_block_size, default=128, help="channels per block; -1: the whole width; auto: at most 128"
+    )
+    group.add_argument("--max_rotation_step", type=int, default=256, help="greedy steps per rotation")
+    group.add_argument("--permutation_times", type=int, default=1, help="(rotation, permutation) pairs before the last")
+    group.add_argument(
+        "--rotation_search",
+        type=SearchRule,
+        choices=list(SearchRule),
+        default=SearchRule.CHANNEL,
+        help="what a step exchanges: the outlier's channel (paper) or its row number (the original code)",
+    )
+    group.add_argument(
+        "--rotation_order",
+        type=RotationOrder,
+        choices=list(RotationOrder),
+        default=RotationOrder.RQ,
+        help="base rotation times random rotation (paper), or the reverse",
+    )
+    group.add_argument(
+        "--probe",
+        type=Probe,
+        choices=list(Probe),
+        default=Probe.MEAN,
+        help="activation to search on: the mean of the samples, or a few samples",
+    )
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    """What is measured, on what."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval_ppl", action="store_true", help="measure perplexity")
+    group.add_argument(
+        "--test_dataset",
+        type=_names,
+        nargs="+",
+        action=_Flatten,
+        default=["wikitext2"],
+        help="one or more, separated by spaces or commas: wikitext2, ptb, c4, c4-new, or as for --calib_dataset "
+        "(a token file's tensor is `test`) (default: wikitext2)",
+    )
+    group.add_argument("--limit", type=int, help="evaluate this many windows of each (default: all)")
+    group.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=list(BASELINES),
+        default=[],
+        help="measure these too, with the same data and quantizers, for the table at the end: the full-precision "
+        "model, round-to-nearest, smoothing without rotations",
+    )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Where results go."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", type=Path, default=Path("output"), help="results go to <net>_w4a4/ in here")
+
+
+def make_quant_config(args: argparse.Namespace) -> QuantConfig:
+    """The method's settings from the flags. Raises InputError, naming the flag, for values that cannot be."""
+    if args.act_scales is not None and not args.smooth:
+        raise InputError("--act-scales is for smoothing: add --smooth, or leave it out")
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit}: must be at least one window")
+    smooth = SmoothConfig(args.alpha, args.smooth_weight_peak)
+    return QuantConfig(
+        bits=BitConfig(args.wbits, args.abits, args.group_size, args.symmetric),
+        clip=ClipConfig(args.lac, args.swc),
+        smooth=smooth if args.smooth else None,
+        transform=args.transform,
+        rotation=RotationConfig(
+            args.block_size, args.max_rotation_step, args.permutation_times, args.rotation_search, args.rotation_order
+        ),
+        probe=args.probe,
+        seed=args.seed,
+    )
+
+
+class _Flatten(argparse.Action):
+    """Stores a list of lists as one list."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, [name for names in values for name in names])
+
+
+def _names(text: str) -> list[str]:
+    """The parts of a comma-separated list; a path that exists is not split."""
+    return [text] if Path(text).exists() else [name for name in text.split(",") if name]
+
+
+def _block_size(text: str) -> int | None:
+    if text != "auto" and not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
+    return None if text == "auto" else int(text)

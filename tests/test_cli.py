@@ -1,0 +1,262 @@
+"""The real scripts as subprocesses, as a user runs them."""
+
+import json
+
+import pytest
+import torch
+from conftest import run_script, tiny_model
+from safetensors.torch import load_file, save_file
+
+from quantize.rotation import base_rotation
+
+TINY = ("--block_size", "16", "--max_rotation_step", "20")
+
+
+def common(model_folder, token_file) -> tuple:
+    return ("--model", model_folder, "--calib_dataset", token_file, "--test_dataset", token_file)
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, token_file, tmp_path_factory):
+    """A finished W4A4 run with all baselines: its folder and process."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = ("--wbits", 4, "--abits", 4, "--smooth", "--lac", 0.95, "--swc", 0.9, "--eval_ppl", "--net", "tiny")
+    baselines = ("--baselines", "full", "rtn", "smooth")
+    done = run_script("main.py", *common(model_folder, token_file), *TINY, *flags, *baselines, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def results_of(folder, name="tiny_w4a4"):
+    return json.loads((folder / "output" / name / "results.json").read_text())
+
+
+def test_results_json_holds_what_a_run_is_and_what_it_found(finished):
+    results = results_of(finished[0])
+    assert results["settings"]["wbits"] == 4
+    assert results["settings"]["rotation_search"] == "channel"
+    assert (results["settings"]["nsamples"], results["settings"]["seqlen"]) == (8, 32)
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["device"].startswith("cpu")
+    assert results["perplexity"]["tokens"] > 1
+    assert results["perplexity_details"]["tokens"]["windows"] == 6
+    assert results["peak_memory_bytes"] > 1e7
+    assert results["seconds"]["total"] > results["seconds"]["quantize"] > 0
+    assert "statistics" in results["seconds"]
+    assert set(results["baselines"]) == {"full", "rtn", "smooth"}
+
+
+def test_results_json_holds_figures_of_every_layer_and_group(finished):
+    layers = results_of(finished[0])["layers"]
+    assert [layer["layer"] for layer in layers] == [0, 1]
+    for layer in layers:
+        assert 0 < layer["output_error"] < 1
+        assert [group["name"] for group in layer["groups"]] == ["qkv", "o", "gate_up", "down"]
+        for group in layer["groups"]:
+            names = [stage["name"] for stage in group["stages"]]
+            assert names == ["input", "smoothed", "rotation 1", "permutation 1", "rotation 2"]
+            assert len(group["steps"]) == 2
+
+
+def test_console_and_log_file_tell_the_same_and_end_with_the_table(finished):
+    folder, done = finished
+    log = (folder / "output/tiny_w4a4/log.txt").read_text()
+    for line in done.stdout.splitlines():
+        assert line in log
+    assert "| DuQuant " in done.stdout
+    assert "| round-to-nearest " in done.stdout
+    assert done.stderr.strip() == ""
+
+
+def test_a_second_run_gives_the_same_figures_from_the_kept_statistics(finished, model_folder, token_file):
+    folder, _ = finished
+    flags = ("--wbits", 4, "--abits", 4, "--smooth", "--lac", 0.95, "--swc", 0.9, "--eval_ppl", "--net", "tiny")
+    done = run_script(
+        "main.py", *common(model_folder, token_file), *TINY, *flags, "--output_dir", "again", folder=folder
+    )
+    assert done.returncode == 0, done.stderr
+    again = json.loads((folder / "again/tiny_w4a4/results.json").read_text())
+    assert "statistics" not in again["seconds"]
+    assert again["perplexity"] == results_of(folder)["perplexity"]
+    assert [layer["output_error"] for layer in again["layers"]] == [
+        layer["output_error"] for layer in results_of(folder)["layers"]
+    ]
+
+
+def test_statistics_script_writes_what_main_computes(finished, model_folder, token_file, tmp_path):
+    flags = ("--model", model_folder, "--calib_dataset", token_file, "--net", "tiny")
+    done = run_script("generate_act_scale_shift.py", *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scales = load_file(tmp_path / "act_scales/tiny.safetensors")
+    expected = load_file(finished[0] / "act_scales/tiny.safetensors")
+    assert scales.keys() == expected.keys()
+    assert all(torch.equal(scales[name], expected[name]) for name in scales)
+    assert load_file(tmp_path / "act_shifts/tiny.safetensors").keys() == scales.keys()
+
+
+def test_full_precision_evaluation_quantizes_nothing(finished, model_folder, token_file, tmp_path):
+    flags = ("--wbits", 16, "--abits", 16, "--eval_ppl", "--net", "tiny")
+    done = run_script("main.py", *common(model_folder, token_file), *TINY, *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = results_of(tmp_path, "tiny_w16a16")
+    assert "quantize" not in results["seconds"]
+    assert results["perplexity"] == results_of(finished[0])["baselines"]["full"]["perplexity"]
+
+
+def test_limit_evaluates_exactly_that_many_windows(model_folder, token_file, tmp_path):
+    flags = ("--wbits", 16, "--abits", 16, "--eval_ppl", "--net", "tiny", "--limit", 2)
+    assert run_script("main.py", *common(model_folder, token_file), *TINY, *flags, folder=tmp_path).returncode == 0
+    limited = results_of(tmp_path, "tiny_w16a16")
+    assert limited["perplexity_details"]["tokens"]["windows"] == 2
+    two = tmp_path / "tokens.safetensors"
+    save_file({"test": load_file(token_file)["test"][:2].clone()}, two)
+    flags = ("--wbits", 16, "--abits", 16, "--eval_ppl", "--net", "two", "--test_dataset", two)
+    assert run_script("main.py", *common(model_folder, token_file), *TINY, *flags, folder=tmp_path).returncode == 0
+    assert results_of(tmp_path, "two_w16a16")["perplexity"] == limited["perplexity"]
+
+
+def test_several_test_sets_by_comma_and_by_space_in_text_files(model_folder, token_file, tmp_path):
+    for name in ("first", "second", "third"):
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"w{(7 * index) % 96}" for index in range(200)))
+    flags = ("--wbits", 16, "--abits", 16, "--eval_ppl", "--net", "tiny", "--seqlen", 16)
+    tests = ("--test_dataset", "first.txt,second.txt", "wikitext2=third.txt")
+    done = run_script(
+        "main.py", "--model", model_folder, "--calib_dataset", token_file, *TINY, *flags, *tests, folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(results_of(tmp_path, "tiny_w16a16")["perplexity"]) == ["first", "second", "wikitext2"]
+
+
+def test_half_precision_names_work_on_a_cpu(model_folder, token_file, tmp_path):
+    flags = ("--wbits", 8, "--abits", 8, "--smooth", "--eval_ppl", "--net", "tiny")
+    found = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        where = ("--output_dir", dtype, "--dtype", dtype)
+        done = run_script("main.py", *common(model_folder, token_file), *TINY, *flags, *where, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found[dtype] = json.loads((tmp_path / dtype / "tiny_w8a8/results.json").read_text())["perplexity"]["tokens"]
+    assert found["float16"] == pytest.approx(found["float32"], rel=0.01)
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.05)
+
+
+def test_get_rot_writes_the_sizes_asked_for(tmp_path):
+    done = run_script("get_rot.py", "--sizes", 8, 12, "--output", "rot.safetensors", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rotations = load_file(tmp_path / "rot.safetensors")
+    assert set(rotations) == {"base_8", "base_12"}
+    assert torch.equal(rotations["base_12"], base_rotation(12))
+
+
+@pytest.mark.parametrize("script", ["main.py", "get_rot.py", "generate_act_scale_shift.py"])
+def test_help_explains_every_flag(script, tmp_path):
+    done = run_script(script, "--help", folder=tmp_path)
+    assert done.returncode == 0
+    assert "usage:" in done.stdout
+    assert "default:" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def broken(model_folder, tmp_path_factory):
+    """Model folders that cannot be used, by what is wrong with them."""
+    root = tmp_path_factory.mktemp("broken")
+    for name in ("nan", "pickled", "foreign"):
+        (root / name).mkdir()
+        for path in model_folder.glob("*.json"):
+            (root / name / path.name).write_bytes(path.read_bytes())
+    weights = load_file(model_folder / "model.safetensors")
+    torch.save(weights, root / "pickled/pytorch_model.bin")
+    weights["model.layers.1.mlp.down_proj.weight"][2, 3] = torch.nan
+    save_file(weights, root / "nan/model.safetensors", metadata={"format": "pt"})
+    (root / "foreign/config.json").write_text('{"model_type": "gpt2"}')
+    other = tiny_model(seed=5)
+    other.save_pretrained(root / "other")
+    for path in model_folder.glob("tokenizer*"):
+        (root / "other" / path.name).write_bytes(path.read_bytes())
+    return root
+
+
+BAD_FLAGS = [
+    (("--model", "nowhere/at/all"), "no such folder"),
+    (("--wbits", 1), "--wbits 1"),
+    (("--abits", 17), "--abits 17"),
+    (("--wbits", "four"), "--wbits"),
+    (("--lac", 0), "--lac 0"),
+    (("--swc", 1.2), "--swc 1.2"),
+    (("--alpha", 1.5), "--alpha 1.5"),
+    (("--block_size", 32), "self_attn.q_proj: 48 input channels do not divide by --block_size 32; try 4, 8, 16 or auto"),
+    (("--block_size", "x"), "--block_size"),
+    (("--group_size", 32), "--group_size 32"),
+    (("--max_rotation_step", -1), "--max_rotation_step -1"),
+    (("--permutation_times", -1), "--permutation_times -1"),
+    (("--nsamples", 9), "--nsamples 9, but tensor 'calibration' has only 8 rows"),
+    (("--seqlen", 33), "--seqlen 33, but tensor 'calibration' has only 32 columns"),
+    (("--seqlen", 65), "--seqlen 65: the model's maximum is 64"),
+    (("--limit", 0), "--limit 0"),
+    (("--calib_dataset", "nowhere.txt"), "nowhere.txt: no such file"),
+    (("--calib_dataset", "wikitext2"), "--calib_dataset wikitext2=PATH"),
+    (("--test_dataset", "c4"), "--test_dataset c4=PATH"),
+    (("--device", "cuda:99"), "--device cuda:99"),
+    (("--act-scales", "nowhere.safetensors", "--smooth"), "nowhere.safetensors: no such file"),
+    (("--act-scales", "nowhere.safetensors"), "--smooth"),
+    (("--no_such_flag",), "--no_such_flag"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=lambda value: " ".join(map(str, value))[:40])
+def test_bad_flags_get_one_line_and_leave_everything_as_it_was(flags, message, finished, model_folder, token_file):
+    folder, _ = finished
+    before = snapshot(folder)
+    usual = (*common(model_folder, token_file), *TINY, "--eval_ppl", "--net", "tiny", "--abits", 4)
+    assert_refused(run_script("main.py", *usual, *flags, folder=folder), message)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nan", "model.layers.1.mlp.down_proj.weight contains NaN or inf"),
+        ("pickled", "no safetensors weights"),
+        ("foreign", "model type 'gpt2' is not supported; supported are llama, mistral"),
+    ],
+)
+def test_unusable_models_are_refused(name, message, broken, token_file, tmp_path):
+    done = run_script("main.py", "--model", broken / name, "--calib_dataset", token_file, *TINY, folder=tmp_path)
+    assert_refused(done, message)
+
+
+def test_statistics_of_another_model_are_refused(finished, broken, token_file, tmp_path):
+    statistics = finished[0] / "act_scales/tiny.safetensors"
+    flags = ("--smooth", "--act-scales", statistics)
+    usual = ("--model", broken / "other", "--calib_dataset", token_file, *TINY)
+    assert_refused(run_script("main.py", *usual, *flags, folder=tmp_path), "not of the weights of")
+
+
+def test_an_unwritable_output_folder_is_refused(model_folder, token_file, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    done = run_script("main.py", *common(model_folder, token_file), *TINY, "--output_dir", "taken", folder=tmp_path)
+    assert_refused(done, "--output_dir")
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_overflowing_activations_are_named_by_layer_and_linear(model_folder, token_file, tmp_path):
+    weights = load_file(model_folder / "model.safetensors")
+    weights["model.layers.1.post_attention_layernorm.weight"] *= 1e37
+    folder = tmp_path / "overflowing"
+    folder.mkdir()
+    for path in model_folder.glob("*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    done = run_script("main.py", *common(folder, token_file), *TINY, "--smooth", "--abits", 4, folder=tmp_path)
+    assert_refused(done, "model.layers.1.mlp.")
+
+
+def assert_refused(done, message: str) -> None:
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def snapshot(folder):
+    """Path, size and modification time of every file below `folder`."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}

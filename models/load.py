@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -28,6 +31,8 @@ class ModelSource:
 def load_config(source: ModelSource) -> PretrainedConfig:
     """The model's config. Raises InputError if there is no such model or its family is not supported."""
     _quieten()
+    if Path(source.name).is_dir() and not (Path(source.name) / "config.json").is_file():
+        raise InputError(f"--model {source.name}: the folder has no config.json, so it is not a Hugging Face model")
     looks_local = source.name.startswith((".", "/", "~")) or source.name.count("/") > 1
     if looks_local and not Path(source.name).is_dir():
         raise InputError(f"--model {source.name}: no such folder")
@@ -37,7 +42,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(source.name, trust_remote_code=source.trust_remote_code)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(_explain(source, error)) from None
     return config
 
@@ -71,8 +76,14 @@ def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype
             output_loading_info=True,
             trust_remote_code=source.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(_explain(source, error)) from None
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise InputError(
+            f"--model {source.name}: a tensor of its weights has not the shape config.json asks for"
+        ) from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(f"--model {source.name}: its checkpoint lacks {missing[0]} (and {len(missing) - 1} more)")
@@ -126,8 +137,6 @@ def model_fingerprint(source: ModelSource, config: PretrainedConfig) -> str:
 def _explain(source: ModelSource, error: Exception) -> str:
     folder = Path(source.name)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            return f"--model {source.name}: the folder has no config.json, so it is not a Hugging Face model"
         if not any(folder.glob("*.safetensors")):
             return (
                 f"--model {source.name}: the folder has no safetensors weights; convert it first with "
@@ -139,8 +148,8 @@ def _explain(source: ModelSource, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    """The error as part of one line."""
+    return textwrap.shorten(str(error), 200, placeholder=" …").rstrip(".:") or type(error).__name__
 
 
 def _quieten() -> None:

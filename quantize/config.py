@@ -158,12 +158,9 @@ def check_widths(config: QuantConfig, widths: dict[str, int]) -> None:
         for flag, size in sizes.items():
             if size is not None and channels % size:
                 fitting = _common_divisors(list(widths.values()), nearest_to=size)
-                if flag == "--block_size":
-                    fitting.append("auto")
-                raise InputError(
-                    f"{name}: {channels} input channels do not divide by {flag} {size}; "
-                    f"try {', '.join(fitting[:-1])} or {fitting[-1]}"
-                )
+                options = fitting + ["auto"] * (flag == "--block_size")
+                advice = f"try {' or '.join(options)}" if options else "no size divides all widths of this model"
+                raise InputError(f"{name}: {channels} input channels do not divide by {flag} {size}; {advice}")
 
 
 def _common_divisors(numbers: list[int], nearest_to: int) -> list[str]:

@@ -47,14 +47,17 @@ def greedy_rotation(x: Tensor, step: Tensor, steps: int, rule: SearchRule, lazy:
         return int((norms >= margin * floor).sum()) if lazy else len(rows)
 
     search = _Search(rows, row_numbers, step.to(rows.device), rule)
-    state = search.start(needed(torch.minimum(rows.max(), -rows.min())))
+    state = search.start()
+    # an entry of size m is at least m/√B somewhere after any rotation: an early guess, checked like every other
+    expected = torch.maximum(state.floor, rows.abs().max() / len(step) ** 0.5)
     for done in range(0, steps, STEPS_PER_CHECK):
         count = min(STEPS_PER_CHECK, steps - done)
+        state = search.resize(state, needed(expected))
         ahead = search.advance(state, count)
-        while needed(ahead.floor) > len(state.rows):
-            state = search.join(state, needed(ahead.floor))
+        while needed(ahead.least_floor) > len(state.rows):
+            state = search.resize(state, needed(ahead.least_floor))
             ahead = search.advance(state, count)
-        state = ahead
+        state, expected = ahead, ahead.floor
     peaks = torch.stack(state.peaks)
     kept = state.exchanges[: int(peaks.argmin())]
     exchanges = torch.stack(kept).cpu() if kept else torch.empty(0, dtype=torch.int64)
@@ -66,8 +69,8 @@ class _State:
     """The search after some steps. All tensors stay on the device; nothing but `rows` is larger than [B, B].
 
     `rows` [active, B] as rotated so far; `exchange`, the index that the next step exchanges; `product` of all steps and
-    `best`, the product at the smallest peak (float64); `floor`, the least min(largest entry, −smallest entry) of the
-    last steps: a row whose norm is below it held no extreme.
+    `best`, the product at the smallest peak (float64); `floor`, min(largest entry, −smallest entry) now, and
+    `least_floor`, the least it was since the last check: a row whose norm is below it held no extreme.
     """
 
     rows: Tensor
@@ -75,6 +78,7 @@ class _State:
     product: Tensor
     best: Tensor
     floor: Tensor
+    least_floor: Tensor
     exchanges: tuple[Tensor, ...]
     peaks: tuple[Tensor, ...]
 
@@ -88,17 +92,22 @@ class _Search:
     step: Tensor
     rule: SearchRule
 
-    def start(self, active: int) -> _State:
-        rows = self.all_rows[self.row_numbers[:active]]
-        exchange, low, high = self._outlier(rows)
-        identity = torch.eye(len(self.step), dtype=torch.float64, device=rows.device)
-        return _State(rows, exchange, identity, identity, torch.minimum(high, -low), (), (high - low,))
+    def start(self) -> _State:
+        """The state before the first step: what all rows hold, and none of them active yet."""
+        exchange, low, high = self._outlier(
+            self.all_rows, torch.arange(len(self.all_rows), device=self.all_rows.device)
+        )
+        identity = torch.eye(len(self.step), dtype=torch.float64, device=self.step.device)
+        floor = torch.minimum(high, -low)
+        return _State(self.all_rows[:0], exchange, identity, identity, floor, floor, (), (high - low,))
 
-    def join(self, state: _State, active: int) -> _State:
-        """Bring in rows up to `active`, rotated as far as the others. None of them holds an extreme yet."""
-        joining = self.all_rows[self.row_numbers[len(state.rows) : active]]
-        joining = joining @ state.product.to(joining.dtype)
-        return replace(state, rows=torch.cat([state.rows, joining]))
+    def resize(self, state: _State, active: int) -> _State:
+        """Bring in rows up to `active`, rotated as far as the others; drop rows if fewer than half are needed."""
+        if active > len(state.rows):
+            joining = self.all_rows[self.row_numbers[len(state.rows) : active]]
+            joining = joining @ state.product.to(joining.dtype)
+            return replace(state, rows=torch.cat([state.rows, joining]))
+        return replace(state, rows=state.rows[:active]) if 2 * active < len(state.rows) else state
 
     def advance(self, state: _State, steps: int) -> _State:
         """Take `steps` greedy steps on the active rows without waiting for the device."""
@@ -108,26 +117,30 @@ class _Search:
 
     def _advance(self, state: _State, steps: int) -> _State:
         rows, exchange, product, best = state.rows, state.exchange, state.product, state.best
-        exchanges, peaks, floor = list(state.exchanges), list(state.peaks), state.floor.new_tensor(torch.inf)
+        exchanges, peaks, least = list(state.exchanges), list(state.peaks), state.floor.new_tensor(torch.inf)
         smallest = torch.stack(peaks).min()
         for _ in range(steps):
             index = exchange_index(len(self.step), exchange % len(self.step))
             rotation = self.step[index][:, index]
             rows, product = rows @ rotation.to(rows.dtype), product @ rotation
             exchanges.append(exchange)
-            exchange, low, high = self._outlier(rows)
+            exchange, low, high = self._outlier(rows, self.row_numbers)
             peaks.append(high - low)
             best = torch.where(peaks[-1] < smallest, product, best)
             smallest = torch.minimum(smallest, peaks[-1])
-            floor = torch.minimum(floor, torch.minimum(high, -low))
-        return _State(rows, exchange, product, best, floor, tuple(exchanges), tuple(peaks))
+            floor = torch.minimum(high, -low)
+            least = torch.minimum(least, floor)
+        return _State(rows, exchange, product, best, floor, least, tuple(exchanges), tuple(peaks))
 
-    def _outlier(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What to exchange for the entry of largest magnitude, the smallest entry, the largest entry; all 0-dim."""
+    def _outlier(self, rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What to exchange for the entry of largest magnitude, the smallest entry, the largest entry; all 0-dim.
+
+        `numbers` are those of the rows, or of more rows that begin with them.
+        """
         row_low, row_high = torch.aminmax(rows, dim=1)
         low, lowest = row_low.min(dim=0)
         high, highest = row_high.max(dim=0)
         row = torch.where(high >= -low, highest, lowest).view(1)
         if self.rule is SearchRule.ROW:
-            return self.row_numbers.index_select(0, row)[0], low, high
+            return numbers.index_select(0, row)[0], low, high
         return rows.index_select(0, row)[0].abs().argmax(), low, high

@@ -36,15 +36,18 @@ def channel_statistics(model: nn.Module, spec: DecoderSpec, tokens: Tensor, devi
     statistics = ChannelStatistics({}, {})
     layers = spec.decoder_layers(model)
     for index, layer in enumerate(progress(layers, "activation statistics", unit="layer")):
-        handles = []
-        for group in spec.groups:
-            names = [spec.linear_key(index, path) for path in group.linears]
-            hook = _statistics_hook(names, statistics)
-            handles.append(layer.get_submodule(group.linears[0]).register_forward_pre_hook(hook))
-        with on_device(layer, device):
-            advance_(layer, calls.hidden, calls.kwargs[index], device)
-        for handle in handles:
-            handle.remove()
+        handles = [
+            layer.get_submodule(group.linears[0]).register_forward_pre_hook(
+                _statistics_hook([spec.linear_key(index, path) for path in group.linears], statistics)
+            )
+            for group in spec.groups
+        ]
+        try:
+            with on_device(layer, device):
+                advance_(layer, calls.hidden, calls.kwargs[index], device)
+        finally:
+            for handle in handles:
+                handle.remove()
     return ChannelStatistics(
         {name: value.cpu() for name, value in statistics.scales.items()},
         {name: value.cpu() for name, value in statistics.shifts.items()},
@@ -58,7 +61,7 @@ def _statistics_hook(
 
     def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         low, high = torch.aminmax(args[0].flatten(1, -2).transpose(1, 2), dim=-1)  # [batch, C] each
-        require_finite(low + high, names[0])
+        require_finite(torch.cat([low, high]), names[0])
         low, high = low.float(), high.float()
         peak = torch.maximum(high, -low).amax(dim=0)
         scale, shift = statistics.scales.get(names[0]), statistics.shifts.get(names[0])

@@ -19,8 +19,8 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
     return device
 

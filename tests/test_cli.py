@@ -183,7 +183,10 @@ BAD_FLAGS = [
     (("--lac", 0), "--lac 0"),
     (("--swc", 1.2), "--swc 1.2"),
     (("--alpha", 1.5), "--alpha 1.5"),
-    (("--block_size", 32), "self_attn.q_proj: 48 input channels do not divide by --block_size 32; try 4, 8, 16 or auto"),
+    (
+        ("--block_size", 32),
+        "self_attn.q_proj: 48 input channels do not divide by --block_size 32; try 4 or 8 or 16 or auto",
+    ),
     (("--block_size", "x"), "--block_size"),
     (("--group_size", 32), "--group_size 32"),
     (("--max_rotation_step", -1), "--max_rotation_step -1"),

@@ -1,0 +1,98 @@
+"""Perplexity against the model's own loss."""
+
+import math
+
+import pytest
+import torch
+from conftest import VOCABULARY, random_tokens, tiny_model
+from torch import Tensor, nn
+
+from evaluation.perplexity import perplexity
+from models import decoder_spec
+from quantize import observe
+from quantize.attention import install
+
+CPU = torch.device("cpu")
+WINDOWS = random_tokens(5, 12)
+
+
+def measure(model: nn.Module, windows: Tensor = WINDOWS):
+    return perplexity(model, decoder_spec(model.config), windows, CPU)
+
+
+@torch.no_grad()
+def own_losses(model: nn.Module, windows: Tensor = WINDOWS) -> list[float]:
+    return [model(input_ids=window[None], labels=window[None]).loss.item() for window in windows]
+
+
+def soft_model(**changes) -> nn.Module:
+    """A model whose head is small, so that its losses are moderate."""
+    model = tiny_model(**changes)
+    model.lm_head.weight.mul_(0.02)
+    return model
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_perplexity_is_exp_of_the_mean_of_the_model_s_own_window_losses(implementation):
+    model = soft_model()
+    model.set_attn_implementation(implementation)
+    losses, found = own_losses(model), measure(model)
+    assert found.nats == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert 1.5 < found.perplexity < 10 * VOCABULARY
+
+
+def test_the_attention_wrapper_does_not_change_it():
+    model = soft_model()
+    before = measure(model)
+    install(model)
+    assert measure(model) == before
+
+
+@pytest.mark.parametrize("tokens_per_forward", [1, 24, 36, 1000])
+def test_perplexity_does_not_depend_on_batching(tokens_per_forward, monkeypatch):
+    expected = measure(soft_model())
+    monkeypatch.setattr(observe, "TOKENS_PER_FORWARD", tokens_per_forward)
+    assert measure(soft_model()).nats == pytest.approx(expected.nats, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_exactly_the_windows_given_are_counted(count):
+    model = soft_model()
+    found = measure(model, WINDOWS[:count])
+    assert (found.windows, found.tokens_per_window) == (count, 12)
+    assert found.nats == pytest.approx(sum(own_losses(model)[:count]) / count, rel=1e-5)
+
+
+def test_windows_do_not_see_each_other():
+    model = soft_model()
+    alone = [measure(model, window[None]).nats for window in WINDOWS]
+    assert measure(model).nats == pytest.approx(sum(alone) / len(alone), rel=1e-6)
+
+
+def test_a_head_that_knows_nothing_has_the_vocabulary_for_perplexity():
+    model = tiny_model()
+    model.lm_head.weight.zero_()
+    assert measure(model).perplexity == pytest.approx(VOCABULARY, rel=1e-6)
+
+
+def test_a_loss_beyond_the_range_of_exp_is_infinite_perplexity():
+    model = tiny_model()
+    model.lm_head.weight.mul_(1e4)
+    found = measure(model)
+    assert found.perplexity == math.inf
+    assert 700 < found.nats < math.inf
+
+
+def test_tied_embeddings_and_half_precision_are_measured_like_the_model_s_own_loss():
+    model = tiny_model(torch.bfloat16, tie_word_embeddings=True)
+    model.get_input_embeddings().weight.mul_(0.05)
+    losses = own_losses(model)
+    assert measure(model).nats == pytest.approx(sum(losses) / len(losses), rel=2e-2)
+
+
+def test_the_model_is_left_as_it_was():
+    model = soft_model()
+    before = model(WINDOWS).logits
+    measure(model)
+    assert torch.equal(model(WINDOWS).logits, before)

@@ -34,9 +34,9 @@ def greedy_rotation(x: Tensor, step: Tensor, steps: int, rule: SearchRule, lazy:
     exchanged. Computed in float32, or float64 if `x` is; the rotation is multiplied up in float64 and rounded once.
 
     `lazy` leaves out rows that cannot matter: a rotation keeps a row's norm, so while the norm is below both the
-    largest entry and minus the smallest, the row holds neither. Rows are sorted by norm and join when the extremes
-    have come down to them; the trajectory is that of the plain search. Sources: DuQuant, algorithm 1; the lazy rows
-    are ours.
+    largest entry and minus the smallest, the row holds neither. Rows are sorted by norm; they join when the extremes
+    have come down to them, and leave when these have moved far above; the trajectory is that of the plain search.
+    Sources: DuQuant, algorithm 1; the lazy rows are ours.
     """
     rows = x.detach().reshape(-1, len(step))
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))

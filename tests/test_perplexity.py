@@ -25,25 +25,18 @@ def own_losses(model: nn.Module, windows: Tensor = WINDOWS) -> list[float]:
     return [model(input_ids=window[None], labels=window[None]).loss.item() for window in windows]
 
 
-def soft_model(**changes) -> nn.Module:
-    """A model whose head is small, so that its losses are moderate."""
-    model = tiny_model(**changes)
-    model.lm_head.weight.mul_(0.02)
-    return model
-
-
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_perplexity_is_exp_of_the_mean_of_the_model_s_own_window_losses(implementation):
-    model = soft_model()
+    model = tiny_model()
     model.set_attn_implementation(implementation)
     losses, found = own_losses(model), measure(model)
     assert found.nats == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
-    assert 1.5 < found.perplexity < 10 * VOCABULARY
+    assert 1.5 * VOCABULARY < found.perplexity < math.inf  # it is sure of itself, and wrong
 
 
 def test_the_attention_wrapper_does_not_change_it():
-    model = soft_model()
+    model = tiny_model()
     before = measure(model)
     install(model)
     assert measure(model) == before
@@ -51,21 +44,21 @@ def test_the_attention_wrapper_does_not_change_it():
 
 @pytest.mark.parametrize("tokens_per_forward", [1, 24, 36, 1000])
 def test_perplexity_does_not_depend_on_batching(tokens_per_forward, monkeypatch):
-    expected = measure(soft_model())
+    expected = measure(tiny_model())
     monkeypatch.setattr(observe, "TOKENS_PER_FORWARD", tokens_per_forward)
-    assert measure(soft_model()).nats == pytest.approx(expected.nats, rel=1e-6)
+    assert measure(tiny_model()).nats == pytest.approx(expected.nats, rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_exactly_the_windows_given_are_counted(count):
-    model = soft_model()
+    model = tiny_model()
     found = measure(model, WINDOWS[:count])
     assert (found.windows, found.tokens_per_window) == (count, 12)
     assert found.nats == pytest.approx(sum(own_losses(model)[:count]) / count, rel=1e-5)
 
 
 def test_windows_do_not_see_each_other():
-    model = soft_model()
+    model = tiny_model()
     alone = [measure(model, window[None]).nats for window in WINDOWS]
     assert measure(model).nats == pytest.approx(sum(alone) / len(alone), rel=1e-6)
 
@@ -92,7 +85,7 @@ def test_tied_embeddings_and_half_precision_are_measured_like_the_model_s_own_lo
 
 
 def test_the_model_is_left_as_it_was():
-    model = soft_model()
+    model = tiny_model()
     before = model(WINDOWS).logits
     measure(model)
     assert torch.equal(model(WINDOWS).logits, before)

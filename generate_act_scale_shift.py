@@ -26,6 +26,8 @@ def main() -> None:
     from session import make_setup, open_model
 
     setup = make_setup(args)
+    if setup.saved is not None:
+        raise InputError(f"--model {args.model}: is quantized already; give the full-precision model")
     model = open_model(setup, args.attn_implementation)
     started = time.perf_counter()
     statistics = channel_statistics(model, setup.spec, setup.tokens, setup.device)

@@ -15,6 +15,7 @@ from quantize.config import (
     RotationOrder,
     SearchRule,
     SmoothConfig,
+    TrainingConfig,
     Transform,
     WeightPeak,
 )
@@ -53,6 +54,9 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         logging.getLogger().error("interrupted")
         sys.exit(130)
+    except Exception:
+        logging.getLogger().exception("failed")
+        sys.exit(1)
 
 
 def _fail(message: str) -> int:
@@ -111,6 +115,19 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--symmetric", action="store_true", help="symmetric weight quantization")
     group.add_argument("--lac", type=float, help="clip ratio of activations in (0, 1] (default: no clipping)")
     group.add_argument("--swc", type=float, help="clip ratio of weights in (0, 1] (default: no clipping)")
+
+    group = parser.add_argument_group("learned weight clipping")
+    group.add_argument("--lwc", action="store_true", help="train the clipping of weights, layer by layer")
+    group.add_argument("--epochs", type=int, default=20, help="passes over the calibration samples per layer")
+    group.add_argument("--lwc_lr", type=float, default=1e-2, help="learning rate")
+    group.add_argument("--wd", type=float, default=0.0, help="weight decay")
+    group.add_argument("--batch_size", type=int, default=1, help="samples per step")
+    group.add_argument(
+        "--aug_loss", action="store_true", help="also compare with the full-precision layer on the quantized input"
+    )
+    group.add_argument(
+        "--offload_calibration", action="store_true", help="keep the samples on the host, even if the GPU has room"
+    )
 
 
 def add_smoothing_options(parser: argparse.ArgumentParser) -> None:
@@ -195,24 +212,36 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Where results go."""
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", type=Path, default=Path("output"), help="results go to <net>_w4a4/ in here")
+    group.add_argument("--save_model", type=Path, help="folder for the quantized model; main.py --model loads it again")
+    group.add_argument("--save_dir", type=Path, help="folder for a checkpoint, written layer by layer")
+    group.add_argument(
+        "--resume",
+        type=Path,
+        help="go on with such a checkpoint (with the flags it was made with), or reapply a duquant_parameters.pth",
+    )
 
 
 def make_quant_config(args: argparse.Namespace) -> QuantConfig:
     """The method's settings from the flags. Raises InputError, naming the flag, for values that cannot be."""
     if args.act_scales is not None and not args.smooth:
         raise InputError("--act-scales is for smoothing: add --smooth, or leave it out")
+    if args.save_dir is not None and args.resume is not None:
+        raise InputError("--save_dir begins a checkpoint and --resume goes on with one: give one of them")
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit}: must be at least one window")
     smooth = SmoothConfig(args.alpha, args.smooth_weight_peak)
     return QuantConfig(
         bits=BitConfig(args.wbits, args.abits, args.group_size, args.symmetric),
-        clip=ClipConfig(args.lac, args.swc),
+        clip=ClipConfig(args.lac, args.swc, args.lwc),
         smooth=smooth if args.smooth else None,
         transform=args.transform,
         rotation=RotationConfig(
             args.block_size, args.max_rotation_step, args.permutation_times, args.rotation_search, args.rotation_order
         ),
         probe=args.probe,
+        training=TrainingConfig(
+            args.epochs, args.lwc_lr, args.wd, args.batch_size, args.aug_loss, args.offload_calibration
+        ),
         seed=args.seed,
     )
 

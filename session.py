@@ -19,6 +19,9 @@ from models.load import (
     model_fingerprint,
     pick_dtype,
 )
+from quantize.checkpoint import Checkpoint
+from quantize.config import QuantConfig
+from quantize.export import attach_transforms_, saved_config
 from quantize.spec import DecoderSpec
 from quantize.statistics import Origin
 from utils.data import calibration_tokens, data_fingerprint, is_token_file
@@ -39,18 +42,32 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
-    tokens: Tensor
+    tokens: Tensor | None  # None for a model that is quantized already
     net: str
+    saved: QuantConfig | None  # the settings of such a model
+    seqlen: int  # tokens per sample, and per test window
 
     @property
-    def seqlen(self) -> int:
-        """Tokens per sample."""
-        return self.tokens.shape[1]
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.spec.decoder_layers(self.skeleton))
 
     def origin(self) -> Origin:
         """What statistics of this model and these tokens are made from."""
         model = model_fingerprint(self.source, self.config)
         return Origin(self.source.name, model, data_fingerprint(self.tokens))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, checked: flags, model and calibration data, the method's settings, test windows, folder, checkpoint."""
+
+    args: argparse.Namespace
+    setup: Setup
+    quant: QuantConfig
+    tests: dict[str, Tensor]
+    folder: Path
+    checkpoint: Checkpoint | None
 
 
 def make_setup(args: argparse.Namespace) -> Setup:
@@ -66,16 +83,8 @@ def make_setup(args: argparse.Namespace) -> Setup:
     longest = getattr(config, "max_position_embeddings", None)
     if args.seqlen is not None and longest is not None and args.seqlen > longest:
         raise InputError(f"--seqlen {args.seqlen}: the model's maximum is {longest}")
-    from_file = is_token_file(args.calib_dataset)
-    tokens = calibration_tokens(
-        args.calib_dataset,
-        tokenizer,
-        nsamples=args.nsamples if from_file else args.nsamples or DEFAULT_NSAMPLES,
-        seqlen=args.seqlen if from_file else args.seqlen or context_length(config),
-        seed=args.seed,
-        cache_dir=args.cache_dir,
-        vocab_size=config.vocab_size,
-    )
+    saved = take_saved_config(config)
+    tokens = None if saved else fetch_tokens(args, config, tokenizer)
     return Setup(
         source=source,
         config=config,
@@ -86,6 +95,35 @@ def make_setup(args: argparse.Namespace) -> Setup:
         dtype=pick_dtype(args.dtype, config, device, DTYPES),
         tokens=tokens,
         net=args.net or Path(args.model).resolve().name,
+        saved=saved,
+        seqlen=args.seqlen or context_length(config) if tokens is None else tokens.shape[1],
+    )
+
+
+def take_saved_config(config: PretrainedConfig) -> QuantConfig | None:
+    """The settings of a model written by `--save_model`, taken out of its config; None for any other model.
+
+    Raises InputError for a model that is quantized in another way.
+    """
+    saved = saved_config(config)
+    if saved is not None:
+        del config.quantization_config
+    elif getattr(config, "quantization_config", None):
+        raise InputError("--model: is quantized already, by another method; give the full-precision model")
+    return saved
+
+
+def fetch_tokens(args: argparse.Namespace, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The calibration tokens [N, T]."""
+    from_file = is_token_file(args.calib_dataset)
+    return calibration_tokens(
+        args.calib_dataset,
+        tokenizer,
+        nsamples=args.nsamples if from_file else args.nsamples or DEFAULT_NSAMPLES,
+        seqlen=args.seqlen if from_file else args.seqlen or context_length(config),
+        seed=args.seed,
+        cache_dir=args.cache_dir,
+        vocab_size=config.vocab_size,
     )
 
 
@@ -96,4 +134,8 @@ def open_model(setup: Setup, attention: str) -> torch.nn.Module:
     half-precision products are slow there and lose accuracy for nothing.
     """
     model = load_model(setup.source, setup.config, setup.dtype, attention)
-    return model.float() if setup.device.type == "cpu" else model
+    if setup.device.type == "cpu":
+        model.float()
+    if setup.saved is not None:
+        attach_transforms_(model, Path(setup.source.name), setup.spec, setup.saved)
+    return model

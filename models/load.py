@@ -111,16 +111,19 @@ def context_length(config: PretrainedConfig) -> int:
     return min(DEFAULT_SEQLEN, getattr(config, "max_position_embeddings", None) or DEFAULT_SEQLEN)
 
 
-def model_fingerprint(source: ModelSource, config: PretrainedConfig) -> str:
-    """Hex digest that tells this model from another: its config and samples of its weights.
-
-    The weights are represented by the embedding-sized ends of each safetensors file (its header and last bytes), which
-    fine-tunes of one architecture do not share. For a hub id it covers the id, the commit and the config.
-    """
-    digest = hashlib.sha256()
+def config_digest(config: PretrainedConfig) -> str:
+    """Hex digest of a config, without what does not describe the model (its path, the library's version)."""
     described = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
     described.pop("transformers_version", None)
-    digest.update(json.dumps(described, sort_keys=True, default=str).encode())
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_digest(source: ModelSource, config: PretrainedConfig) -> str:
+    """Hex digest of a model's weights: of the first and last MiB of each safetensors file, header included.
+
+    Fine-tunes of one architecture differ there. For a hub id it is that of the id and the commit.
+    """
+    digest = hashlib.sha256()
     folder = Path(source.name)
     if not folder.is_dir():
         digest.update(f"{source.name}@{getattr(config, '_commit_hash', None)}".encode())
@@ -132,6 +135,11 @@ def model_fingerprint(source: ModelSource, config: PretrainedConfig) -> str:
             file.seek(max(0, size - SAMPLED_BYTES))
             digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
+
+
+def model_fingerprint(source: ModelSource, config: PretrainedConfig) -> str:
+    """Hex digest that tells this model from another, from its config and its weights."""
+    return hashlib.sha256((config_digest(config) + weights_digest(source, config)).encode()).hexdigest()
 
 
 def _explain(source: ModelSource, error: Exception) -> str:

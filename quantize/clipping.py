@@ -49,6 +49,16 @@ class LearnedClip(nn.Module):
         """Return (sigmoid(β)·low, sigmoid(γ)·high)."""
         return self.low_logit.sigmoid() * low, self.high_logit.sigmoid() * high
 
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Detached copies of the logits (low, high)."""
+        return self.low_logit.detach().clone(), self.high_logit.detach().clone()
+
+    @torch.no_grad()
+    def set_(self, low: Tensor, high: Tensor) -> None:
+        """Set both logits."""
+        self.low_logit.copy_(low)
+        self.high_logit.copy_(high)
+
 
 def fixed_clip(ratio: float | None) -> nn.Module:
     """The clip that a command-line ratio asks for: `NoClip` when it is None."""

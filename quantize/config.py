@@ -78,14 +78,46 @@ class BitConfig:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Fixed clip ratios: `--lac` for activations (linear inputs, q, k), `--swc` for weights. None: no clipping."""
+    """Clip ratios: `--lac` for activations (linear inputs, q, k), `--swc` for weights; None: no clipping.
+
+    `learned` (`--lwc`) trains the clipping of weights instead.
+    """
 
     activation_ratio: float | None = None
     weight_ratio: float | None = None
+    learned: bool = False
 
     def __post_init__(self) -> None:
         _check_ratio("--lac", self.activation_ratio)
         _check_ratio("--swc", self.weight_ratio)
+        if self.learned and self.weight_ratio is not None:
+            raise InputError("--lwc learns the clipping that --swc fixes: give one of them")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How `--lwc` trains the clip logits of one layer.
+
+    `augmented` adds the loss against the full-precision layer run on the quantized network's input; `offload` keeps the
+    samples on the host and moves them batch by batch.
+    """
+
+    epochs: int = 20
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+    batch_size: int = 1
+    augmented: bool = False
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise InputError(f"--epochs {self.epochs}: must not be negative")
+        if self.learning_rate <= 0:
+            raise InputError(f"--lwc_lr {self.learning_rate:g}: must be positive")
+        if self.weight_decay < 0:
+            raise InputError(f"--wd {self.weight_decay:g}: must not be negative")
+        if self.batch_size < 1:
+            raise InputError(f"--batch_size {self.batch_size}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -137,6 +169,7 @@ class QuantConfig:
     transform: Transform = Transform.DUAL
     rotation: RotationConfig = RotationConfig()
     probe: Probe = Probe.MEAN
+    training: TrainingConfig = TrainingConfig()  # used when clip.learned
     seed: int = 2
 
     @property

@@ -6,22 +6,31 @@ import torch
 from torch import Tensor, nn
 
 from quantize.attention import AttentionQuantizer, attach_, head_hadamard
-from quantize.clipping import NoClip, fixed_clip
+from quantize.clipping import LearnedClip, NoClip, fixed_clip
 from quantize.config import QuantConfig, SmoothConfig, Transform, WeightPeak
 from quantize.linear import QuantLinear
-from quantize.observe import capture_input, require_finite, run
-from quantize.quantizer import make_quantizer
+from quantize.lwc import Samples, TrainingReport, train_clipping_
+from quantize.observe import advance_, capture_input, require_finite, run
+from quantize.quantizer import Quantizer, make_quantizer
 from quantize.smoothing import absorb_inverse_, column_peak, scale_columns_, smoothing_scale
 from quantize.spec import DecoderSpec, InputGroup
+from quantize.state import GroupState, LayerState
 from quantize.transform import TRANSFORMS, DualTransform, Stage, measure_stage
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerInputs:
-    """What flows from layer to layer, on the layer's device: the probe [P, T, C] and the layer's other arguments."""
+    """What flows from layer to layer.
+
+    `probe` [P, T, C] and `kwargs`, the layer's other arguments, are on the layer's device. `teacher` and `student`
+    [N, T, C], the calibration samples in the full-precision and in the quantized network, are on the host, advanced in
+    place, and None where nothing is trained.
+    """
 
     probe: Tensor
     kwargs: dict
+    teacher: Tensor | None = None
+    student: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class LayerReport:
     layer: int
     output_error: float
     groups: tuple[GroupReport, ...]
+    training: TrainingReport | None = None
 
 
 def quantize_layer(
@@ -51,31 +61,101 @@ def quantize_layer(
     inputs: LayerInputs,
     activation_peaks: dict[str, Tensor] | None,
     config: QuantConfig,
-) -> tuple[Tensor, LayerReport]:
-    """Quantize `layer` in place; return the probe [P, T, C] behind it, and the figures.
+) -> tuple[LayerState, LayerReport]:
+    """Quantize `layer` in place and advance `inputs` through it; return what was decided, and the figures.
 
     `activation_peaks` (by full linear name, [C]) are needed for smoothing. The result depends on the arguments alone:
     the random rotations come from a generator of this layer.
     """
     probe, dtype = inputs.probe, inputs.probe.dtype
     reference = run(layer, probe, inputs.kwargs)
+    targets = teacher_targets_(layer, inputs, config)
     widen_linears_(layer, spec)
-    scales: dict[str, Tensor] = {}
-    if config.smooth is not None:
-        scales = smooth_layer_(layer, index, spec, activation_peaks, config.smooth)
+    scales = smoothing_scales(layer, index, spec, activation_peaks, config.smooth) if config.smooth else {}
+    applied = fold_scales_(layer, spec, scales)
     attach_attention_quantizer_(layer.get_submodule(spec.attention), config, probe.device)
     generator = layer_generator(config.seed, index)
-    reports = []
+    state, reports = LayerState(), []
     for group in spec.groups:
         x = capture_input(layer, group.linears[0], probe, inputs.kwargs)
         require_finite(x, spec.linear_key(index, group.linears[0]))
-        transform, report = find_transform(x, group, scales.get(group.name), config, generator)
+        transform, report = find_transform(x, group, applied.get(group.name), config, generator)
         reports.append(report)
+        state.groups[group.name] = GroupState(scales.get(group.name), transform.rotations, transform.permutations)
         for path in group.linears:
-            replace_linear_(layer, path, transform, config).bake_(dtype)
-    output = run(layer, probe, inputs.kwargs)
-    error = (output - reference).float().norm() / reference.float().norm()
-    return output, LayerReport(index, error.item(), tuple(reports))
+            linear = replace_linear_(layer, path, transform, config)
+            if not config.clip.learned:
+                linear.bake_(dtype)
+    training = None
+    if config.clip.learned:
+        training = train_clipping_(layer, Samples(inputs.student, targets), inputs.kwargs, config.training)
+        state.clips = bake_learned_(layer, spec, dtype)
+    inputs.probe = run(layer, probe, inputs.kwargs)
+    if inputs.student is not None:
+        advance_(layer, inputs.student, inputs.kwargs, probe.device)
+    error = (inputs.probe - reference).float().norm() / reference.float().norm()
+    return state, LayerReport(index, error.item(), tuple(reports), training)
+
+
+def restore_layer(
+    layer: nn.Module,
+    spec: DecoderSpec,
+    inputs: LayerInputs | None,
+    state: LayerState,
+    config: QuantConfig,
+    dtype: torch.dtype,
+) -> None:
+    """Quantize `layer` in place as `state` says, and advance `inputs` through it unless they are None.
+
+    The operations are those of `quantize_layer`, without its search and training, so the result is the same bit for
+    bit.
+    """
+    if inputs is not None and inputs.teacher is not None:
+        advance_(layer, inputs.teacher, inputs.kwargs, inputs.probe.device)
+    widen_linears_(layer, spec)
+    applied = fold_scales_(layer, spec, state.scales)
+    device = next(layer.parameters()).device
+    attach_attention_quantizer_(layer.get_submodule(spec.attention), config, device)
+    for group in spec.groups:
+        found = state.groups[group.name]
+        online = applied.get(group.name) if group.absorber is None else None
+        transform = DualTransform(found.rotations, found.permutations, online)
+        for path in group.linears:
+            linear = replace_linear_(layer, path, transform, config)
+            if path in state.clips:
+                linear.weight_quantizer.clip.set_(*state.clips[path])
+            linear.bake_(dtype)
+    if inputs is not None:
+        inputs.probe = run(layer, inputs.probe, inputs.kwargs)
+        if inputs.student is not None:
+            advance_(layer, inputs.student, inputs.kwargs, inputs.probe.device)
+
+
+def teacher_targets_(layer: nn.Module, inputs: LayerInputs, config: QuantConfig) -> tuple[Tensor, ...]:
+    """Advance the teacher through the full-precision `layer`; return the targets of training (none without it).
+
+    The first target is the teacher's output. With `--aug_loss` the second is the full-precision layer's output on the
+    student's input.
+    """
+    if inputs.teacher is None:
+        return ()
+    advance_(layer, inputs.teacher, inputs.kwargs, inputs.probe.device)
+    if not config.training.augmented:
+        return (inputs.teacher,)
+    own = inputs.student.clone()
+    advance_(layer, own, inputs.kwargs, inputs.probe.device)
+    return inputs.teacher, own
+
+
+def bake_learned_(layer: nn.Module, spec: DecoderSpec, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    """Bake every linear with its trained clip; return the logits (low, high) by path."""
+    logits = {}
+    for path in (path for group in spec.groups for path in group.linears):
+        linear = layer.get_submodule(path)
+        if isinstance(linear.weight_quantizer, Quantizer):
+            logits[path] = linear.weight_quantizer.clip.logits()
+        linear.bake_(dtype)
+    return logits
 
 
 def widen_linears_(layer: nn.Module, spec: DecoderSpec) -> None:
@@ -86,25 +166,30 @@ def widen_linears_(layer: nn.Module, spec: DecoderSpec) -> None:
                 parameter.data = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
-def smooth_layer_(
+def smoothing_scales(
     layer: nn.Module, index: int, spec: DecoderSpec, activation_peaks: dict[str, Tensor], config: SmoothConfig
 ) -> dict[str, Tensor]:
-    """Smooth every group in place; return the scale [C] of each, by group name.
-
-    Scales come from the weights as they were, so the order of groups does not matter. A group without absorber is left
-    alone: its scale is for the transform to apply online.
-    """
+    """The smoothing scale [C] of every group, by name, from the layer's weights as they are now."""
     scales = {}
     for group in spec.groups:
         key = spec.linear_key(index, group.representative)
         paths = group.linears if config.weight_peak is WeightPeak.GROUP else (group.representative,)
         peak = column_peak([layer.get_submodule(path).weight for path in paths])
         scales[group.name] = smoothing_scale(activation_peaks[key].to(peak.device), peak, config.alpha)
-    for group in spec.groups:
-        if group.absorber is not None:
-            scales[group.name] = absorb_inverse_(layer.get_submodule(group.absorber), scales[group.name])
-            scale_columns_([layer.get_submodule(path) for path in group.linears], scales[group.name])
     return scales
+
+
+def fold_scales_(layer: nn.Module, spec: DecoderSpec, scales: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fold the scales of all groups into the layer, in place; return those that were really applied.
+
+    A group without absorber is left alone: its scale is for the transform to apply online.
+    """
+    applied = dict(scales)
+    for group in spec.groups:
+        if group.name in scales and group.absorber is not None:
+            applied[group.name] = absorb_inverse_(layer.get_submodule(group.absorber), scales[group.name])
+            scale_columns_([layer.get_submodule(path) for path in group.linears], applied[group.name])
+    return applied
 
 
 def attach_attention_quantizer_(attention: nn.Module, config: QuantConfig, device: torch.device) -> None:
@@ -133,12 +218,19 @@ def find_transform(
     return transform, GroupReport(group.name, block_size, where, (*stages, *found.stages), found.steps)
 
 
-def replace_linear_(layer: nn.Module, path: str, transform: DualTransform, config: QuantConfig) -> QuantLinear:
+def replace_linear_(
+    layer: nn.Module, path: str, transform: DualTransform, config: QuantConfig, baked: bool = False
+) -> QuantLinear:
     """Put a `QuantLinear` with the group's `transform` in the place of the linear at `path`, and return it."""
-    bits, clip = config.bits, config.clip
-    weight_quantizer = make_quantizer(bits.weight, bits.symmetric, fixed_clip(clip.weight_ratio), bits.group_size)
+    bits, clip, replaced = config.bits, config.clip, layer.get_submodule(path)
+    weight_clip = fixed_clip(clip.weight_ratio)
+    if clip.learned:
+        groups = 1 if bits.group_size is None else replaced.in_features // bits.group_size
+        ranges = (replaced.out_features, 1) if groups == 1 else (replaced.out_features, groups, 1)
+        weight_clip = LearnedClip(ranges).to(replaced.weight.device)
+    weight_quantizer = make_quantizer(bits.weight, bits.symmetric, weight_clip, bits.group_size)
     input_quantizer = make_quantizer(bits.activation, False, fixed_clip(clip.activation_ratio))
-    linear = QuantLinear(layer.get_submodule(path), transform, weight_quantizer, input_quantizer)
+    linear = QuantLinear(replaced, transform, weight_quantizer, input_quantizer, baked)
     parent, _, name = path.rpartition(".")
     setattr(layer.get_submodule(parent), name, linear)
     return linear

@@ -9,18 +9,25 @@ class QuantLinear(nn.Module):
     """y = Q_x(T(x Λ⁻¹)) · Q_w(T(W Λ))ᵀ + b with a transform shared by the group and one quantizer for each side.
 
     Made from a linear whose group's transform is known: the weight [O, C] is transformed once, here, and kept in at
-    least float32 so that it can be quantized again and again (learned clipping) until `bake_` rounds it for good.
+    least float32 so that it can be quantized again and again (learned clipping) until `bake_` rounds it for good. With
+    `baked` the linear's weight is taken as transformed and rounded already.
     """
 
     def __init__(
-        self, linear: nn.Linear, transform: nn.Module, weight_quantizer: nn.Module, input_quantizer: nn.Module
+        self,
+        linear: nn.Linear,
+        transform: nn.Module,
+        weight_quantizer: nn.Module | None,
+        input_quantizer: nn.Module,
+        baked: bool = False,
     ):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = nn.Parameter(transform.transform_weight(linear.weight.detach()), requires_grad=False)
+        weight = linear.weight.detach() if baked else transform.transform_weight(linear.weight.detach())
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         self.transform = transform
-        self.weight_quantizer = weight_quantizer
+        self.weight_quantizer = None if baked else weight_quantizer
         self.input_quantizer = input_quantizer
 
     def forward(self, x: Tensor) -> Tensor:

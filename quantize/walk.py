@@ -1,15 +1,18 @@
 """The walk over the decoder layers: one at a time on the device, everything else on the host."""
 
 import logging
+from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from quantize.attention import install
 from quantize.config import Probe, QuantConfig, check_widths
-from quantize.layer import GroupReport, LayerInputs, LayerReport, quantize_layer
+from quantize.layer import GroupReport, LayerInputs, LayerReport, quantize_layer, restore_layer
 from quantize.observe import layer_calls
 from quantize.spec import DecoderSpec
+from quantize.state import FinishedLayer
 from utils.device import on_device, to_device
 from utils.log import progress
 
@@ -25,23 +28,52 @@ def quantize_model(
     activation_peaks: dict[str, Tensor] | None,
     config: QuantConfig,
     device: torch.device,
-) -> list[LayerReport]:
+    finished: dict[int, FinishedLayer] | None = None,
+    keep: Callable[[int, FinishedLayer], None] | None = None,
+) -> list[dict]:
     """Quantize every decoder layer of `model` in place, calibrated on `tokens` [N, T]; return the figures per layer.
 
-    `activation_peaks` (linear name → [C]) are needed when `config.smooth` is set.
+    `activation_peaks` (linear name → [C]) are needed when `config.smooth` is set. Layers in `finished` (by index) are
+    reapplied; the others are computed, and `keep` is called with each.
     """
     check_shapes(model, spec, config)
     install(model)
-    calls = layer_calls(model, spec, tokens, device)
-    probe = make_probe(calls.hidden, config.probe).to(device)
-    reports = []
-    for index, layer in enumerate(progress(spec.decoder_layers(model), "quantizing", unit="layer")):
-        inputs = LayerInputs(probe, to_device(calls.kwargs[index], device))
+    layers, finished = spec.decoder_layers(model), finished or {}
+    missing = [index for index in range(len(layers)) if index not in finished]
+    flow = Flow(model, spec, tokens, config, device) if missing else None
+    figures = []
+    for index, layer in enumerate(progress(layers, "quantizing", unit="layer")):
         with on_device(layer, device):
-            probe, report = quantize_layer(layer, index, spec, inputs, activation_peaks, config)
-        reports.append(report)
-        log_layer(report)
-    return reports
+            # behind the last layer that is to be computed nothing needs to flow any more
+            inputs = flow.inputs(index) if missing and index <= missing[-1] else None
+            if index in finished:
+                done = finished[index]
+                restore_layer(layer, spec, inputs, done.state.to(device), config, model.dtype)
+                logger.info("layer %d: from the checkpoint", index)
+            else:
+                state, report = quantize_layer(layer, index, spec, inputs, activation_peaks, config)
+                done = FinishedLayer(state, asdict(report))
+                log_layer(report)
+                if keep is not None:
+                    keep(index, done)
+        figures.append(done.figures)
+    return figures
+
+
+class Flow:
+    """The activations that travel through the layers: the probe, and with learned clipping the training samples."""
+
+    def __init__(self, model: nn.Module, spec: DecoderSpec, tokens: Tensor, config: QuantConfig, device: torch.device):
+        self.calls = layer_calls(model, spec, tokens, device)
+        self.device = device
+        teacher = self.calls.hidden if config.clip.learned else None
+        student = teacher.clone() if config.clip.learned else None
+        self.current = LayerInputs(make_probe(self.calls.hidden, config.probe).to(device), {}, teacher, student)
+
+    def inputs(self, index: int) -> LayerInputs:
+        """The inputs of layer `index`, after all layers before it have advanced them."""
+        self.current.kwargs = to_device(self.calls.kwargs[index], self.device)
+        return self.current
 
 
 def make_probe(hidden: Tensor, kind: Probe) -> Tensor:
@@ -66,7 +98,13 @@ def log_layer(report: LayerReport) -> None:
     """One line per group with the probe's peak through the stages, and one for the layer."""
     for group in report.groups:
         logger.info("layer %d %s: %s", report.layer, group.name, describe_group(group))
-    logger.info("layer %d: relative output error %.4f", report.layer, report.output_error)
+    trained = ""
+    if report.training is not None:
+        training = report.training
+        trained = f", clipping loss {training.loss_before:.3e} → {training.loss_after:.3e} in {training.seconds:.1f} s"
+        if training.restored:
+            trained += f" ({training.restored} steps were not finite)"
+    logger.info("layer %d: relative output error %.4f%s", report.layer, report.output_error, trained)
 
 
 def describe_group(group: GroupReport) -> str:

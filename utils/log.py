@@ -45,6 +45,13 @@ def add_log_file(path: Path) -> None:
     logging.getLogger().addHandler(handler)
 
 
+def inner_progress(items: Sequence[Item], label: str, unit: str = "it") -> tqdm:
+    """A bar below that of `progress`; nothing at all without a terminal."""
+    return tqdm(
+        items, desc=label, unit=unit, dynamic_ncols=True, leave=False, position=1, disable=not sys.stderr.isatty()
+    )
+
+
 def progress(items: Sequence[Item], label: str, unit: str = "it") -> Iterator[Item]:
     """Iterate over `items` under a bar on stderr with rate and ETA; without a terminal, a line now and then instead."""
     if sys.stderr.isatty():

@@ -1,9 +1,11 @@
 """What a run leaves for machines, and the table it leaves for people."""
 
+import enum
 import math
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets")
 
@@ -19,9 +21,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def finite_or_none(value: float) -> float | None:
-    """`value`, or None where JSON has no number for it."""
-    return value if math.isfinite(value) else None
+def plain(value: object) -> object:
+    """`value` as JSON has it: enums and paths as text, and None where a number is not finite."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,165 @@
+"""Learnable weight clipping: train the clip logits of one layer so that its quantized output follows full precision."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantize.clipping import LearnedClip
+from quantize.config import TrainingConfig
+from quantize.observe import run
+from utils.log import inner_progress
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """Figures of one layer's training.
+
+    `loss_before` and `loss_after` are over all samples whose loss is finite at the start, with the logits at rest (NaN
+    if there is none); `losses` and `gradient_norms` are the means over each epoch's finite steps; `restored` counts the
+    others.
+    """
+
+    loss_before: float
+    loss_after: float
+    losses: tuple[float | None, ...]
+    gradient_norms: tuple[float | None, ...]
+    restored: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a layer is trained on, all [N, T, C]: the student's inputs, and the targets its output is compared with."""
+
+    inputs: Tensor
+    targets: tuple[Tensor, ...]
+
+    def batches(self, size: int, device: torch.device) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """(inputs, targets) of `size` samples each, on `device`."""
+        for start in range(0, len(self.inputs), size):
+            part = slice(start, start + size)
+            moved = [each[part].to(device, non_blocking=True) for each in (self.inputs, *self.targets)]
+            yield moved[0], moved[1:]
+
+
+def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: TrainingConfig) -> TrainingReport:
+    """Train every `LearnedClip` of `layer`, which is on its device, in place.
+
+    Minimises the mean squared error of the layer's quantized output on the student's inputs against the targets, with
+    straight-through rounding. A loss or gradient that is not finite restores the last logits whose loss was finite.
+    If the loss over all samples ends above where it began, the logits go back to their start. A sample whose loss is
+    not finite at the start says nothing about the clipping and does not count there.
+    Sources: OmniQuant, sec. 3.2 (the clipping); DuQuant, sec. 4.1 (its use).
+    """
+    started = time.perf_counter()
+    logits = [parameter for clip in clips(layer) for parameter in clip.parameters()]
+    device, dtype = next(layer.parameters()).device, samples.inputs.dtype
+    samples = placed(samples, device, config.offload)
+    losses_before = sample_losses(layer, samples, kwargs, config.batch_size, device)
+    counted = losses_before.isfinite()
+    before = losses_before[counted].mean().item()
+    if not logits:  # 16-bit weights
+        return TrainingReport(before, before, (), (), 0, time.perf_counter() - started)
+    optimizer = torch.optim.AdamW(logits, lr=config.learning_rate, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16 and device.type == "cuda")
+    initial = copies(logits)
+    losses, norms, restored, sound = [], [], 0, initial
+    for parameter in logits:
+        parameter.requires_grad_(True)
+    epochs = inner_progress(range(config.epochs), "clipping", unit="epoch")
+    for _ in epochs:
+        steps = []
+        for inputs, targets in samples.batches(config.batch_size, device):
+            current = copies(logits)
+            step = train_step(layer, inputs, targets, kwargs, logits, optimizer, scaler)
+            if step is None:
+                restore_(logits, sound)
+                restored += 1
+            else:
+                sound = current
+                steps.append(step)
+        losses.append(mean_or_none([loss for loss, _ in steps]))
+        norms.append(mean_or_none([norm for _, norm in steps]))
+        epochs.set_postfix_str(f"loss {losses[-1]:.3e}" if steps else "no finite loss")
+    for parameter in logits:
+        parameter.requires_grad_(False)
+    after = sample_losses(layer, samples, kwargs, config.batch_size, device)[counted].mean().item()
+    if not after <= before:
+        restore_(logits, initial)
+        after = before
+    return TrainingReport(before, after, tuple(losses), tuple(norms), restored, time.perf_counter() - started)
+
+
+def placed(samples: Samples, device: torch.device, offload: bool) -> Samples:
+    """`samples` on `device` if they take at most half of its free memory, else pinned on the host."""
+    if device.type != "cuda":
+        return samples
+    tensors = (samples.inputs, *samples.targets)
+    fits = 2 * sum(tensor.nbytes for tensor in tensors) <= torch.cuda.mem_get_info(device)[0]
+    moved = [tensor.to(device) if fits and not offload else tensor.pin_memory() for tensor in tensors]
+    return Samples(moved[0], tuple(moved[1:]))
+
+
+def train_step(
+    layer: nn.Module,
+    inputs: Tensor,
+    targets: Sequence[Tensor],
+    kwargs: dict,
+    logits: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> tuple[float, float] | None:
+    """One optimizer step: (loss, gradient norm) of the logits it started from, or None, and no step, if not finite."""
+    optimizer.zero_grad()
+    with torch.enable_grad():
+        loss = distance(run(layer, inputs, kwargs), targets)
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in logits])
+    figures = torch.stack([loss.detach(), norm]).tolist()
+    finite = all(math.isfinite(figure) for figure in figures)
+    if finite:
+        scaler.step(optimizer)
+    scaler.update()
+    return tuple(figures) if finite else None
+
+
+def distance(output: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    """Sum over the targets of the mean squared error, in float32."""
+    return torch.stack([F.mse_loss(output.float(), target.float()) for target in targets]).sum()
+
+
+@torch.no_grad()
+def sample_losses(layer: nn.Module, samples: Samples, kwargs: dict, batch_size: int, device: torch.device) -> Tensor:
+    """The training loss of every sample (the mean of its batch) with the logits as they are: [N], float64."""
+    losses: list[float] = []
+    for inputs, targets in samples.batches(batch_size, device):
+        losses += [distance(run(layer, inputs, kwargs), targets).item()] * len(inputs)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def mean_or_none(values: Sequence[float]) -> float | None:
+    """The mean, or None of nothing."""
+    return sum(values) / len(values) if values else None
+
+
+def clips(layer: nn.Module) -> list[LearnedClip]:
+    """The learnable clips inside `layer`."""
+    return [module for module in layer.modules() if isinstance(module, LearnedClip)]
+
+
+def copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Detached copies."""
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@torch.no_grad()
+def restore_(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Set every parameter to its value."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

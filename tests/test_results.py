@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils import results
-from utils.results import finite_or_none, format_table, versions
+from utils.results import format_table, plain, versions
 
 HEADER = ["", "bits", "wikitext2 ppl"]
 ROWS = [["full precision", "–", "5.470"], ["DuQuant", "W4A4", "12345.678"]]
@@ -44,12 +44,12 @@ def test_a_table_without_rows_is_its_header():
 
 @pytest.mark.parametrize("value", [0, 1.5, -3e300])
 def test_finite_figures_stay(value):
-    assert finite_or_none(value) == value
+    assert plain(value) == value
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_figures_that_json_cannot_hold_become_none(value):
-    assert json.dumps(finite_or_none(value), allow_nan=False) == "null"
+    assert json.dumps(plain(value), allow_nan=False) == "null"
 
 
 def test_versions_are_those_of_the_libraries_that_are_there(monkeypatch):

@@ -4,7 +4,8 @@ import copy
 import itertools
 import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from quantize.config import (
     Transform,
     WeightPeak,
 )
-from quantize.layer import LayerInputs, quantize_layer, smooth_layer_
+from quantize.layer import LayerInputs, quantize_layer, smoothing_scales
 from quantize.linear import QuantLinear
 from quantize.observe import layer_calls
 from quantize.statistics import channel_statistics
@@ -92,7 +93,12 @@ def quantize(model: nn.Module, config: QuantConfig, tokens: Tensor = TOKENS):
     model = copy.deepcopy(model)
     spec = decoder_spec(model.config)
     peaks = None if config.smooth is None else channel_statistics(model, spec, tokens, CPU).scales
-    return model, quantize_model(model, spec, tokens, peaks, config, CPU)
+    return model, [readable(figures) for figures in quantize_model(model, spec, tokens, peaks, config, CPU)]
+
+
+def readable(figures: dict) -> SimpleNamespace:
+    """Figures as they come back from JSON, with attributes for keys."""
+    return json.loads(json.dumps(figures, allow_nan=False), object_hook=lambda fields: SimpleNamespace(**fields))
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -281,18 +287,21 @@ def test_a_layer_s_result_depends_on_its_arguments_alone():
     peaks = channel_statistics(model, spec, TOKENS, CPU).scales
     install(model)
     calls = layer_calls(model, spec, TOKENS, CPU)
-    inputs = LayerInputs(make_probe(calls.hidden, Probe.MEAN), calls.kwargs[1])
-    alone = copy.deepcopy(model.model.layers[1])
-    alone_output, alone_report = quantize_layer(alone, 1, spec, inputs, peaks, settings())
+
+    def inputs() -> LayerInputs:
+        return LayerInputs(make_probe(calls.hidden, Probe.MEAN), calls.kwargs[1])
+
+    alone, alone_inputs = copy.deepcopy(model.model.layers[1]), inputs()
+    _, alone_report = quantize_layer(alone, 1, spec, alone_inputs, peaks, settings())
 
     torch.manual_seed(999)
     quantize(make_model(CONFIGS["llama, biases"]), settings(3, 3))
     zeroth = copy.deepcopy(model.model.layers[0])
-    quantize_layer(zeroth, 0, spec, inputs, peaks, settings())
-    later = copy.deepcopy(model.model.layers[1])
-    later_output, later_report = quantize_layer(later, 1, spec, inputs, peaks, settings())
+    quantize_layer(zeroth, 0, spec, inputs(), peaks, settings())
+    later, later_inputs = copy.deepcopy(model.model.layers[1]), inputs()
+    _, later_report = quantize_layer(later, 1, spec, later_inputs, peaks, settings())
     assert same_parameters(alone, later)
-    assert torch.equal(alone_output, later_output)
+    assert torch.equal(alone_inputs.probe, later_inputs.probe)
     assert alone_report == later_report
 
 
@@ -302,10 +311,10 @@ def test_statistics_and_calibration_arguments_are_left_alone():
     peaks = channel_statistics(model, spec, TOKENS, CPU).scales
     before = {name: peak.clone() for name, peak in peaks.items()}
     calls = layer_calls(model, spec, TOKENS, CPU)
-    inputs = LayerInputs(calls.hidden.clone(), calls.kwargs[0])
-    quantize_layer(model.model.layers[0], 0, spec, inputs, peaks, settings())
+    probe = calls.hidden.clone()
+    quantize_layer(model.model.layers[0], 0, spec, LayerInputs(probe, calls.kwargs[0]), peaks, settings())
     assert all(torch.equal(peak, before[name]) for name, peak in peaks.items())
-    assert torch.equal(inputs.probe, calls.hidden)
+    assert torch.equal(probe, calls.hidden)
 
 
 @every_config
@@ -333,7 +342,7 @@ def test_smoothing_scale_looks_at_the_representative_or_at_the_whole_group():
     layer.self_attn.k_proj.weight[:, 5] *= 100
     found = {}
     for kind in WeightPeak:
-        found[kind] = smooth_layer_(copy.deepcopy(layer), 0, spec, peaks, SmoothConfig(0.5, kind))
+        found[kind] = smoothing_scales(layer, 0, spec, peaks, SmoothConfig(0.5, kind))
         weights = [layer.self_attn.q_proj.weight]
         if kind is WeightPeak.GROUP:
             weights += [layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]
@@ -435,7 +444,7 @@ def test_reports_without_smoothing_and_transform_hold_the_input_alone():
     _, reports = quantize(make_model(), settings(alpha=None, transform=Transform.NONE))
     for group in reports[0].groups:
         assert [stage.name for stage in group.stages] == ["input"]
-        assert (group.steps, group.scale) == ((), "none")
+        assert (group.steps, group.scale) == ([], "none")
 
 
 def test_reported_input_peak_does_not_depend_on_smoothing():
@@ -455,10 +464,11 @@ def test_output_error_is_that_of_the_layer_on_the_probe():
 
 
 def test_reports_go_into_json_and_back():
-    _, reports = quantize(make_model(), settings())
-    layers = json.loads(json.dumps([asdict(report) for report in reports], allow_nan=False))
-    assert layers[1]["groups"][3]["stages"][0] == asdict(reports[1].groups[3].stages[0])
-    assert layers[0]["groups"][0]["steps"] == list(reports[0].groups[0].steps)
+    model = make_model()
+    figures = quantize_model(model, decoder_spec(model.config), TOKENS, None, settings(alpha=None), CPU)
+    back = json.loads(json.dumps(figures, allow_nan=False))
+    assert back[1]["groups"][3]["stages"][0] == figures[1]["groups"][3]["stages"][0]
+    assert back[0]["groups"][0]["steps"] == list(figures[0]["groups"][0]["steps"])
 
 
 def test_a_log_line_tells_the_story_of_a_group(caplog):

@@ -1,0 +1,271 @@
+"""Learned weight clipping: what training a layer does, and what it never does."""
+
+import copy
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_tokens, tiny_model
+from torch import Tensor, nn
+
+from models import decoder_spec
+from quantize.attention import install
+from quantize.clipping import INITIAL_LOGIT, LearnedClip
+from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig
+from quantize.layer import quantize_layer
+from quantize.linear import QuantLinear
+from quantize.lwc import Samples, TrainingReport, train_clipping_
+from quantize.observe import run
+from quantize.statistics import channel_statistics
+from quantize.transform import DualTransform
+from quantize.walk import Flow, quantize_model
+
+CPU = torch.device("cpu")
+SAMPLES, EPOCHS = 4, 3
+LINEARS = 7  # of a Llama layer
+
+
+def settings(bits: BitConfig | None = None, learned: bool = True, **training) -> QuantConfig:
+    return QuantConfig(
+        bits or BitConfig(4, 4),
+        ClipConfig(0.95, None, learned),
+        SmoothConfig(),
+        rotation=RotationConfig(16, 8),
+        training=TrainingConfig(**{"epochs": EPOCHS, **training}),
+    )
+
+
+@dataclass
+class Case:
+    """A layer as it is handed to training: transforms attached, clips at their initial logits."""
+
+    layer: nn.Module
+    samples: Samples
+    kwargs: dict
+    config: TrainingConfig
+
+    def train(self, **changes) -> TrainingReport:
+        """Train the layer as it is now, with some settings changed."""
+        with torch.no_grad():
+            return train_clipping_(self.layer, self.samples, self.kwargs, replace(self.config, **changes))
+
+    @property
+    def logits(self) -> list[Tensor]:
+        clips = [module for module in self.layer.modules() if isinstance(module, LearnedClip)]
+        return [logit.clone() for clip in clips for logit in clip.logits()]
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The mean squared error over all samples, computed here."""
+        output = run(self.layer, self.samples.inputs, self.kwargs)
+        return sum(F.mse_loss(output, target).item() for target in self.samples.targets)
+
+
+class Reached(Exception):
+    """Carries the arguments of the training that was about to begin."""
+
+
+@torch.no_grad()
+def make_case(patch: pytest.MonkeyPatch, config: QuantConfig, layer_index: int = 0, seed: int = 0) -> Case:
+    """Quantize a tiny model up to the training of the layer `layer_index`."""
+    model = tiny_model(seed=seed)
+    spec, tokens = decoder_spec(model.config), random_tokens(SAMPLES, 16)
+    peaks = channel_statistics(model, spec, tokens, CPU).scales
+    install(model)
+    flow = Flow(model, spec, tokens, config, CPU)
+    layers = spec.decoder_layers(model)
+    for index in range(layer_index):
+        quantize_layer(layers[index], index, spec, flow.inputs(index), peaks, config)
+
+    def stop(*arguments):
+        raise Reached(*arguments)
+
+    with patch.context() as inner:
+        inner.setattr("quantize.layer.train_clipping_", stop)
+        with pytest.raises(Reached) as reached:
+            quantize_layer(layers[layer_index], layer_index, spec, flow.inputs(layer_index), peaks, config)
+    return Case(*reached.value.args)
+
+
+@pytest.mark.parametrize(
+    "bits",
+    [
+        BitConfig(4, 4),
+        BitConfig(4, 4, group_size=16),
+        BitConfig(3, 4, symmetric=True),
+        BitConfig(3, 4, group_size=8, symmetric=True),
+        BitConfig(2, 4),
+        BitConfig(3, 16),
+    ],
+    ids=str,
+)
+def test_training_lowers_the_loss_over_all_samples(bits, monkeypatch):
+    case = make_case(monkeypatch, settings(bits, epochs=10))
+    before = case.loss()
+    report = case.train()
+    assert report.loss_before == pytest.approx(before, rel=1e-4)
+    assert report.loss_after == pytest.approx(case.loss(), rel=1e-4)
+    assert report.loss_after < report.loss_before
+    assert len(report.losses) == len(report.gradient_norms) == 10
+    assert all(norm > 0 for norm in report.gradient_norms)
+    assert report.restored == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_loss_never_ends_above_where_it_began(seed, monkeypatch):
+    case = make_case(monkeypatch, settings(BitConfig(4, 4, symmetric=True), epochs=2, learning_rate=0.1), seed=seed)
+    before = case.loss()
+    report = case.train()
+    assert report.loss_after <= report.loss_before
+    assert case.loss() <= before
+
+
+def test_every_range_has_a_pair_of_logits_and_starts_at_the_initial_value(monkeypatch):
+    case = make_case(monkeypatch, settings(BitConfig(4, 4, group_size=16)))
+    assert len(case.logits) == 2 * LINEARS
+    linear = case.layer.get_submodule("mlp.down_proj")
+    assert linear.weight_quantizer.clip.low_logit.shape == (48, 5, 1)
+    assert all((logit == INITIAL_LOGIT).all() for logit in case.logits)
+
+
+@pytest.mark.parametrize("batch_size", [3, 4])
+def test_samples_are_weighted_alike_whatever_the_batch_size(batch_size, monkeypatch):
+    case = make_case(monkeypatch, settings())
+    before = case.loss()
+    report = case.train(batch_size=batch_size)
+    assert report.loss_before == pytest.approx(before, rel=1e-4)
+    assert report.loss_after == pytest.approx(case.loss(), rel=1e-4)
+
+
+def test_a_final_loss_above_the_initial_one_brings_the_initial_logits_back(monkeypatch):
+    case = make_case(monkeypatch, settings())
+    report = case.train(learning_rate=1e3, epochs=1)
+    assert report.losses[-1] > 2 * report.loss_before, "the case must really diverge"
+    assert report.loss_after == report.loss_before
+    assert all((logit == INITIAL_LOGIT).all() for logit in case.logits)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_sample_that_is_not_finite_is_counted_and_the_others_are_trained_on(value, monkeypatch):
+    case = make_case(monkeypatch, settings())
+    case.samples.targets[0][2, 5, 7] = value
+    report = case.train()
+    assert report.restored == EPOCHS
+    assert all(math.isfinite(loss) for loss in report.losses)
+    assert all(logit.isfinite().all() for logit in case.logits)
+    assert any((logit != INITIAL_LOGIT).any() for logit in case.logits)
+    kept = [0, 1, 3]
+    case.samples = Samples(case.samples.inputs[kept], (case.samples.targets[0][kept],))
+    assert report.loss_after == pytest.approx(case.loss(), rel=1e-4)
+    assert report.loss_after < report.loss_before
+
+
+def test_an_input_that_is_not_finite_leaves_finite_logits(monkeypatch):
+    case = make_case(monkeypatch, settings())
+    case.samples.inputs[1, 3] = math.nan
+    report = case.train()
+    assert report.restored == EPOCHS
+    assert all(logit.isfinite().all() for logit in case.logits)
+
+
+def test_with_no_finite_sample_at_all_the_initial_logits_stay(monkeypatch):
+    case = make_case(monkeypatch, settings())
+    case.samples.targets[0].fill_(math.nan)
+    report = case.train()
+    assert report.restored == EPOCHS * SAMPLES
+    assert report.losses == report.gradient_norms == (None,) * EPOCHS
+    assert all((logit == INITIAL_LOGIT).all() for logit in case.logits)
+
+
+def test_no_epochs_train_nothing(monkeypatch):
+    case = make_case(monkeypatch, settings())
+    report = case.train(epochs=0)
+    assert report.losses == report.gradient_norms == ()
+    assert report.loss_before == report.loss_after == pytest.approx(case.loss(), rel=1e-4)
+    assert all((logit == INITIAL_LOGIT).all() for logit in case.logits)
+
+
+def test_augmented_loss_adds_the_full_precision_layer_on_the_students_input(monkeypatch):
+    config = settings(BitConfig(2, 4), epochs=0)  # of the layer before: the streams are the same
+    usual = make_case(monkeypatch, config, layer_index=1)
+    augmented = make_case(monkeypatch, replace(config, training=replace(config.training, augmented=True)), 1)
+    assert torch.equal(augmented.samples.targets[0], usual.samples.targets[0])
+    assert torch.equal(augmented.samples.inputs, usual.samples.inputs)
+    model = tiny_model()
+    own = run(model.model.layers[1], augmented.samples.inputs, augmented.kwargs)
+    torch.testing.assert_close(augmented.samples.targets[1], own)
+    assert not torch.allclose(augmented.samples.targets[1], augmented.samples.targets[0])
+    reports = [case.train(epochs=1) for case in (augmented, usual)]
+    assert reports[0].loss_before > reports[1].loss_before
+    assert reports[0].gradient_norms != reports[1].gradient_norms
+
+
+def test_training_changes_clip_logits_and_nothing_else(monkeypatch):
+    case = make_case(monkeypatch, settings())
+    before = copy.deepcopy(case.layer.state_dict())
+    inputs, target = case.samples.inputs.clone(), case.samples.targets[0].clone()
+    case.train()
+    after = case.layer.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith(("low_logit", "high_logit"))}
+    for name, parameter in case.layer.named_parameters():
+        assert not parameter.requires_grad, name
+        assert parameter.grad is None or name.endswith("_logit"), name
+    assert torch.equal(case.samples.inputs, inputs)
+    assert torch.equal(case.samples.targets[0], target)
+
+
+def test_a_second_run_gives_bitwise_the_same_logits_and_figures(monkeypatch):
+    first, second = (make_case(monkeypatch, settings()) for _ in range(2))
+    reports = [case.train() for case in (first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(first.logits, second.logits, strict=True))
+    assert replace(reports[0], seconds=0) == replace(reports[1], seconds=0)
+
+
+def test_offloaded_samples_give_the_same_logits(monkeypatch):
+    first, second = (make_case(monkeypatch, settings(epochs=1)) for _ in range(2))
+    first.train()
+    second.train(offload=True)
+    assert all(torch.equal(a, b) for a, b in zip(first.logits, second.logits, strict=True))
+
+
+def quantized(config: QuantConfig, seed: int = 0) -> tuple[nn.Module, list[dict]]:
+    model = tiny_model(seed=seed)
+    spec, tokens = decoder_spec(model.config), random_tokens(8, 16)
+    peaks = channel_statistics(model, spec, tokens, CPU).scales
+    return model, quantize_model(model, spec, tokens, peaks, config, CPU)
+
+
+def test_each_weight_is_transformed_once_however_many_steps_are_trained(monkeypatch):
+    calls = []
+    transform_weight = DualTransform.transform_weight
+
+    def counted(self, weight):
+        calls.append(weight.shape)
+        return transform_weight(self, weight)
+
+    monkeypatch.setattr(DualTransform, "transform_weight", counted)
+    model, _ = quantized(settings(epochs=2))
+    assert len(calls) == LINEARS * len(model.model.layers)
+
+
+def test_a_model_with_learned_clipping_is_baked_and_closer_to_full_precision_than_without():
+    errors = {True: [], False: []}
+    for seed in range(3):
+        for learned in errors:
+            model, figures = quantized(settings(BitConfig(3, 8), learned), seed)
+            errors[learned] += [layer["output_error"] for layer in figures]
+            linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+            assert len(linears) == LINEARS * 2
+            assert all(linear.weight_quantizer is None for linear in linears)
+            assert not any(isinstance(module, LearnedClip) for module in model.modules())
+            assert all((layer["training"] is not None) == learned for layer in figures)
+    assert sum(errors[True]) < 0.98 * sum(errors[False])
+
+
+def test_unquantized_weights_have_nothing_to_train():
+    model, figures = quantized(settings(BitConfig(16, 4), epochs=1))
+    assert model(random_tokens(1, 8)).logits.isfinite().all()
+    assert all(layer["training"]["losses"] == () for layer in figures)

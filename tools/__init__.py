@@ -1,0 +1,1 @@
+"""How the files under `assets/` were made."""

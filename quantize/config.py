@@ -172,6 +172,10 @@ class QuantConfig:
     training: TrainingConfig = TrainingConfig()  # used when clip.learned
     seed: int = 2
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed}: must be between 0 and {2**32 - 1}")
+
     @property
     def label(self) -> str:
         """Short name of the bit widths, as in the output folder: `w4a4`."""

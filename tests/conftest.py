@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # for tiny tensors waking a second thread costs more than it gives
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 97
 

@@ -228,3 +228,22 @@ def test_a_row_whose_turn_comes_after_many_steps_is_rotated_as_far_as_the_others
         assert (found.exchanges % 16).tolist() == exchanges
         torch.testing.assert_close(found.rotation, rotation.float(), atol=1e-6, rtol=0)
     assert shown > 1, "no search came down late: nothing was shown"
+
+
+@pytest.mark.parametrize("rule", SearchRule)
+def test_rows_leave_and_come_back_as_the_extremes_rise_and_fall(rule, active_rows):
+    """One row four times as long as all others: as it turns, its largest entry goes above and below their length."""
+    changes = []
+    for seed in range(3):
+        x = make_probe("none", 16, seed, tokens=100).view(-1, 16)
+        x /= x.norm(dim=1, keepdim=True)
+        x[17] *= 4
+        step = make_step(16, seed)
+        exchanges, peaks, rotation = plain_search(x, step, 96, rule)
+        active_rows.clear()
+        found = greedy_rotation(x, step, 96, rule)
+        changes += [later - earlier for earlier, later in itertools.pairwise(active_rows)]
+        assert (found.exchanges % 16).tolist() == exchanges
+        torch.testing.assert_close(found.peaks, peaks, atol=0, rtol=1e-11)
+        torch.testing.assert_close(found.rotation, rotation.float(), atol=1e-6, rtol=0)
+    assert min(changes) < 0 < max(changes)

@@ -25,7 +25,8 @@ SEARCHED = ("--swc", 0.9, "--max_rotation_step", 350)
 
 # Starts main.py again and again without importing torch each time: one forked process per line of JSON.
 STARTER = """
-import json, os, runpy, sys
+import json, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
 sys.path.insert(0, sys.argv[1])
 import experiment
 for line in sys.stdin:
@@ -248,6 +249,7 @@ def test_a_real_ctrl_c_on_the_real_script_exits_130_with_what_is_done_saved(usua
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's shell ignores it
     ) as process:
         kill_at(tmp_path / "ck/layers/layer_000.safetensors", sent=signal.SIGINT)(process.pid)
         _, errors = process.communicate(timeout=60)

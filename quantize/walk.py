@@ -102,6 +102,8 @@ def log_layer(report: LayerReport) -> None:
     if report.training is not None:
         training = report.training
         trained = f", clipping loss {training.loss_before:.3e} → {training.loss_after:.3e} in {training.seconds:.1f} s"
+        if training.gradient_norms and training.gradient_norms[-1] is not None:
+            trained += f", gradient norm {training.gradient_norms[0] or 0:.1e} → {training.gradient_norms[-1]:.1e}"
         if training.restored:
             trained += f" ({training.restored} steps were not finite)"
     logger.info("layer %d: relative output error %.4f%s", report.layer, report.output_error, trained)

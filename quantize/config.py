@@ -27,7 +27,7 @@ class SearchRule(StrEnum):
 class RotationOrder(StrEnum):
     """How the base rotation R̃ and the random orthogonal Q = diag(1, q) are combined."""
 
-    RQ = "RQ"  # R̃ Q (the paper): the first column stays constant-free, the first row does not stay constant
+    RQ = "RQ"  # R̃ Q (the paper): mixes the columns of R̃, so its constant first row is lost
     QR = "QR"  # Q R̃: the first row stays the constant 1/√B
 
 

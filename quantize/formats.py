@@ -39,7 +39,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class IntegerFormat:
-    """Uniform integers q in [0, 2^bits − 1]; METHOD: METHOD of uniform affine quantization.
+    """Uniform integers q in [0, 2^bits − 1].
 
     Asymmetric: scale = (hi − lo)/(2^bits − 1), zero = round(−lo/scale).
     Symmetric: scale = max(|lo|, |hi|)/(2^(bits−1) − 1), zero = 2^(bits−1) − 1.

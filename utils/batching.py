@@ -1,0 +1,71 @@
+"""How many sequences run at once: a number that was given, or as many as fit, found by backing off."""
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from utils.errors import InputError
+
+Result = TypeVar("Result")
+AUTO_TOKENS_CPU = 4096  # what keeps two cores busy and fits everywhere
+AUTO_TOKENS_GPU = 65536  # where `auto` begins on a GPU
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BatchSize:
+    """Sequences per batch; `given` by the user (then it is not changed), or to be lowered until a batch fits."""
+
+    sequences: int
+    given: bool = False
+
+    @classmethod
+    def choose(cls, given: int | None, length: int, device: torch.device) -> "BatchSize":
+        """The `given` number, or where to begin for sequences of `length` tokens on `device`."""
+        if given is not None:
+            return cls(given, True)
+        tokens = AUTO_TOKENS_GPU if device.type == "cuda" else AUTO_TOKENS_CPU
+        return cls(max(1, tokens // max(1, length)))
+
+    def run(self, items: Sequence, work: Callable[[Sequence], Result]) -> Iterator[Result]:
+        """Yield `work(batch)` of consecutive batches of `items` (a list, or a tensor along its first dimension).
+
+        A batch that runs out of memory is tried again in halves, and what follows is cut to the size that fitted; so
+        `work` must have no effect before it succeeds. Raises InputError if a given size, or one sequence, does not fit.
+        """
+        start = 0
+        while start < len(items):
+            batch = items[start : start + self.sequences]
+            try:
+                result = work(batch)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._shrink(len(batch))
+            else:
+                yield result
+                start += len(batch)
+
+    def _shrink(self, tried: int) -> None:
+        if self.given or tried == 1:
+            remedy = "lower --eval_batch_size" if tried > 1 else "use a larger device, or --multigpu"
+            raise InputError(f"evaluation: a batch of {tried} does not fit into memory; {remedy}") from None
+        self.sequences = tried // 2
+        logger.info("a batch of %d does not fit into memory; going on with %d", tried, self.sequences)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on an accelerator or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )

@@ -3,6 +3,9 @@
 Every decoder layer of transformers calls an attention function by name. A name of ours wraps each implementation: it
 looks for a quantizer on the attention module and otherwise does what the implementation does, so a model with the
 wrapper installed is unchanged until `attach_` puts a quantizer on a layer.
+
+With a KV cache, k and v are quantized once, when they enter it: what is cached is what a quantized cache would hold.
+Every token has its own ranges, so decoding with a cache computes what running the whole text again would.
 """
 
 import sys
@@ -10,6 +13,7 @@ import sys
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -17,6 +21,7 @@ from quantize.rotation import hadamard
 
 QUANTIZER = "qkv_quantizer"  # attribute of an attention module
 PREFIX = "quantized_"  # of the names in the registry
+CACHED = "keys_are_quantized"  # keyword argument by which the hook below tells the attention function
 
 
 class AttentionQuantizer(nn.Module):
@@ -34,9 +39,14 @@ class AttentionQuantizer(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The quantized (query, key, value), in their dtypes."""
-        return self._quantize_rotated(query), self._quantize_rotated(key), self.v_quantizer(value)
+        return self.rotated(query), *self.key_value(key, value)
 
-    def _quantize_rotated(self, x: Tensor) -> Tensor:
+    def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The quantized (key, value), in their dtypes."""
+        return self.rotated(key), self.v_quantizer(value)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """The quantized q or k, multiplied by the Hadamard matrix, in its dtype."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rotated = wide if self.matrix is None else wide @ self.matrix.to(wide.dtype)
         return self.qk_quantizer(rotated).to(x.dtype)
@@ -61,14 +71,37 @@ def install(model: nn.Module) -> None:
 
 def attach_(attention: nn.Module, quantizer: AttentionQuantizer) -> None:
     """Let `attention` (a module of a model where `install` was called) quantize with `quantizer` from now on."""
+    if not hasattr(attention, QUANTIZER):
+        attention.register_forward_pre_hook(_quantize_what_is_cached, with_kwargs=True)
     setattr(attention, QUANTIZER, quantizer)
+
+
+class QuantizedCache:
+    """A KV cache of transformers as one attention module sees it: keys and values are quantized as they enter."""
+
+    def __init__(self, cache: Cache, quantizer: AttentionQuantizer):
+        self._cache, self._quantizer = cache, quantizer
+
+    def update(self, key: Tensor, value: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Add new keys and values [batch, kv heads, T, head_dim]; return all there are, quantized."""
+        return self._cache.update(*self._quantizer.key_value(key, value), *args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self._cache, name)
+
+
+def _quantize_what_is_cached(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        return args, kwargs
+    return args, {**kwargs, "past_key_values": QuantizedCache(cache, getattr(module, QUANTIZER)), CACHED: True}
 
 
 def _wrapper(base: str):
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-        quantizer = getattr(module, QUANTIZER, None)
+        quantizer, cached = getattr(module, QUANTIZER, None), kwargs.pop(CACHED, False)
         if quantizer is not None:
-            query, key, value = quantizer(query, key, value)
+            query, key, value = (quantizer.rotated(query), key, value) if cached else quantizer(query, key, value)
         # each modelling file has its own eager function; all others are in the registry
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)(module, query, key, value, *args, **kwargs)

@@ -10,19 +10,21 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from evaluation.perplexity import perplexity
+from evaluating import FULL, QUANTIZED, Evaluator, open_journal
+from measured import Measured
 from options import BASELINES
-from outcome import Measured, Outcome, summary_table, write_results
+from outcome import Outcome, completions_text, summary_table, write_results
+from plan import Run, prepare
 from quantize.config import QuantConfig, SmoothConfig, Transform
-from quantize.export import require_empty, save_model
+from quantize.export import save_model
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics, load_scales, same_calibration, save_statistics
-from quantize.walk import check_shapes, quantize_model
-from resuming import finished_layers, open_checkpoint, resume_command
-from session import Run, Setup, make_setup, open_model
-from utils import data
+from quantize.walk import quantize_model
+from resuming import finished_layers, resume_command
+from session import open_model
 from utils.device import describe
-from utils.errors import InputError
+from utils.distributed import from_main, is_main, join_group, leave_group, make_equal_, world_size
+from utils.errors import Incomplete, InputError
 from utils.log import add_log_file
 
 logger = logging.getLogger(__name__)
@@ -33,13 +35,18 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
 
     results.json is written whatever happens, with the error in it; only wrong input leaves what was there as it was.
     """
+    join_group()
     run = prepare(args, quant)
-    add_log_file(run.folder / "log.txt")
+    if is_main():
+        add_log_file(run.folder / "log.txt")
     logger.info("%s", shlex.join(["python", *sys.argv]))
     logger.info("%s on %s, %s", run.setup.source.name, describe(run.setup.device), run.setup.dtype)
+    if world_size() > 1:
+        logger.info("%d processes share the evaluation", world_size())
     outcome = Outcome()
+    journal = open_journal(args, run.setup, run.folder)
     try:
-        execute(run, outcome)
+        execute(run, outcome, Evaluator(run.evaluations, run.setup, journal))
     except InputError:
         raise
     except BaseException as error:
@@ -48,75 +55,51 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
         if run.checkpoint is not None:
             logger.error("finished layers are kept; go on with: %s", resume_command(sys.argv, run.checkpoint.folder))
         raise
+    finish(run, outcome)
+    if outcome.error is not None:
+        again = resume_command(sys.argv, run.checkpoint.folder) if run.checkpoint else "the same command"
+        raise Incomplete(f"{outcome.error}; the rest is kept, try these again with: {again}")
+    journal.close()
+    leave_group()
+
+
+def finish(run: Run, outcome: Outcome) -> None:
+    """Write results.json and show the table."""
+    failures = outcome.failures(run.quant)
+    outcome.error = f"failed: {', '.join(failures)}" if failures else None
     write_results(run, outcome)
-    if run.tests:
-        logger.info("\n%s\n", summary_table(run, outcome.measured, outcome.baselines))
+    if not run.evaluations.empty:
+        logger.info("\n%s\n", summary_table(run, outcome))
+    if run.evaluations.prompts:
+        logger.info("%s\n", completions_text(run, outcome))
     logger.info("results: %s", run.folder / "results.json")
 
 
-def execute(run: Run, outcome: Outcome) -> None:
+def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
     """Load, quantize, evaluate, and the baselines; figures go into `outcome` as they are found."""
-    measured, baselines = outcome.measured, outcome.baselines
+    measured, baselines, label = outcome.measured, outcome.baselines, run.quant.label
     with measured.timing("load"):
         model = open_model(run.setup, run.args.attn_implementation)
     if run.setup.saved is not None:
-        logger.info("quantized already: %s", run.quant.label)
-        evaluate_(run, model, measured, run.quant.label)
+        logger.info("quantized already: %s", label)
+        evaluator.measure(model, measured, QUANTIZED, label)
         return
-    finished = finished_layers(run)
+    finished = from_main(lambda: finished_layers(run.args.resume, run.checkpoint, run.setup, run.quant))
     peaks = activation_peaks(run, model, measured, needed=len(finished) < run.setup.layers)
     if "full" in run.args.baselines:
-        baselines["full"] = Measured()
-        evaluate_(run, model, baselines["full"], BASELINES["full"])
+        evaluator.measure(model, outcome.full, FULL, BASELINES["full"])
+        baselines["full"] = outcome.full
+    else:
+        evaluator.for_comparison().measure(model, outcome.full, FULL, BASELINES["full"])
     quantize_(run, model, run.quant, peaks, measured, finished, run.checkpoint and run.checkpoint.keep)
-    if run.args.save_model is not None:
+    if run.args.save_model is not None and is_main():
         save_model(run.args.save_model, model, run.setup.tokenizer, run.setup.spec, run.quant)
         logger.info("model saved: %s", run.args.save_model)
-    evaluate_(run, model, measured, run.quant.label)
+    evaluator.measure(model, measured, QUANTIZED, label)
     del model
     for name in (name for name in ("rtn", "smooth") if name in run.args.baselines):
-        baselines[name] = measure_baseline(run, name, peaks)
-
-
-def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
-    """Check the flags against the model's shapes and the data, before any weight is loaded."""
-    setup = make_setup(args)
-    if setup.saved is None:
-        check_shapes(setup.skeleton, setup.spec, quant)
-    else:
-        quant = setup.saved
-        refuse_for_saved(args)
-    if args.save_model is not None:
-        require_empty(args.save_model)
-    tests = test_windows(args, setup) if args.eval_ppl else {}
-    if args.act_scales is not None:
-        load_scales(args.act_scales, setup.origin(), setup.skeleton, setup.spec)
-    folder = args.output_dir / f"{setup.net}_{quant.label}"
-    return Run(args, setup, quant, tests, folder, open_checkpoint(args, setup, quant))
-
-
-def refuse_for_saved(args: argparse.Namespace) -> None:
-    """Raise InputError for flags that make no sense for a model that is quantized already."""
-    given = {"--act-scales": args.act_scales, "--baselines": args.baselines}
-    given |= {"--save_dir": args.save_dir, "--resume": args.resume, "--save_model": args.save_model}
-    for flag, value in given.items():
-        if value:
-            raise InputError(f"{flag}: {args.model} is quantized already and can only be evaluated; drop the flag")
-
-
-def test_windows(args: argparse.Namespace, setup: Setup) -> dict[str, Tensor]:
-    """Token windows [N, T] of every test dataset, by label, cut to `--limit`."""
-    windows: dict[str, Tensor] = {}
-    for dataset in args.test_dataset:
-        label = data.dataset_label(dataset)
-        if label in windows:
-            raise InputError(f"--test_dataset: two of them would be called {label}; rename a file or drop one")
-        seqlen = args.seqlen if data.is_token_file(dataset) else setup.seqlen
-        tokens = data.test_tokens(
-            dataset, setup.tokenizer, seqlen=seqlen, cache_dir=args.cache_dir, vocab_size=setup.config.vocab_size
-        )
-        windows[label] = tokens[: args.limit]
-    return windows
+        baselines[name] = Measured()
+        measure_baseline(run, name, peaks, evaluator, baselines[name])
 
 
 def activation_peaks(run: Run, model: nn.Module, measured: Measured, needed: bool) -> dict[str, Tensor] | None:
@@ -135,7 +118,7 @@ def activation_peaks(run: Run, model: nn.Module, measured: Measured, needed: boo
         statistics = channel_statistics(model, setup.spec, setup.tokens, setup.device)
     if path.exists():
         logger.info("activation statistics: computed; %s is of another model or other data and was left alone", path)
-    else:
+    elif is_main():
         shifts = args.act_shifts or Path("act_shifts") / f"{setup.net}.safetensors"
         try:
             save_statistics(statistics, path, shifts, origin)
@@ -154,23 +137,14 @@ def quantize_(
     finished: dict[int, FinishedLayer] | None = None,
     keep: Callable[[int, FinishedLayer], None] | None = None,
 ) -> None:
-    """Quantize `model` in place, unless 16 bits on both sides ask for nothing."""
+    """Quantize `model` in place, unless 16 bits on both sides ask for nothing; the same on every process."""
     if quant.bits.untouched:
         logger.info("16-bit weights and activations: nothing to quantize")
         return
     with measured.timing("quantize"):
         setup = run.setup
         measured.layers = quantize_model(model, setup.spec, setup.tokens, peaks, quant, setup.device, finished, keep)
-
-
-def evaluate_(run: Run, model: nn.Module, measured: Measured, title: str) -> None:
-    """Measure perplexity on every test dataset."""
-    for label, tokens in run.tests.items():
-        with measured.timing("perplexity"):
-            result = perplexity(model, run.setup.spec, tokens, run.setup.device, f"{label} perplexity")
-        measured.perplexity[label] = result
-        counted = f"{result.windows} windows of {result.tokens_per_window} tokens"
-        logger.info("%s, %s: perplexity %.4f (%.4f nats, %s)", title, label, result.perplexity, result.nats, counted)
+    make_equal_(model)
 
 
 def baseline_config(quant: QuantConfig, smooth: SmoothConfig | None) -> QuantConfig:
@@ -178,12 +152,12 @@ def baseline_config(quant: QuantConfig, smooth: SmoothConfig | None) -> QuantCon
     return replace(quant, transform=Transform.NONE, smooth=smooth, clip=replace(quant.clip, learned=False))
 
 
-def measure_baseline(run: Run, name: str, peaks: dict[str, Tensor] | None) -> Measured:
+def measure_baseline(
+    run: Run, name: str, peaks: dict[str, Tensor] | None, evaluator: Evaluator, measured: Measured
+) -> None:
     """Quantize a fresh copy of the model without the transform (and, for `rtn`, without smoothing), and measure it."""
     smooth = None if name == "rtn" else run.quant.smooth or SmoothConfig(run.args.alpha, run.args.smooth_weight_peak)
-    measured = Measured()
     with measured.timing("load"):
         model = open_model(run.setup, run.args.attn_implementation)
     quantize_(run, model, baseline_config(run.quant, smooth), peaks, measured)
-    evaluate_(run, model, measured, BASELINES[name])
-    return measured
+    evaluator.measure(model, measured, name, BASELINES[name])

@@ -16,6 +16,7 @@ from options import (
     add_quantization_options,
     add_smoothing_options,
     add_transform_options,
+    check_evaluation,
     make_quant_config,
     run_script,
 )
@@ -33,6 +34,7 @@ def main() -> None:
     """Read the flags and run the experiment they describe."""
     args = parse_flags()
     quant = make_quant_config(args)
+    check_evaluation(args)
     from experiment import run_experiment  # torch and transformers load for seconds: not for --help or a wrong flag
 
     run_experiment(args, quant)

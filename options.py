@@ -19,7 +19,7 @@ from quantize.config import (
     Transform,
     WeightPeak,
 )
-from utils.errors import InputError
+from utils.errors import Incomplete, InputError
 from utils.log import setup_console
 
 BASELINES = {"full": "full precision", "rtn": "round-to-nearest", "smooth": "smoothing only"}
@@ -51,6 +51,9 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         sys.exit(_fail(str(error)))
+    except Incomplete as error:
+        logging.getLogger().error("error: %s", error)
+        sys.exit(1)
     except KeyboardInterrupt:
         logging.getLogger().error("interrupted")
         sys.exit(130)
@@ -187,6 +190,30 @@ def add_transform_options(parser: argparse.ArgumentParser) -> None:
 def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     """What is measured, on what."""
     group = parser.add_argument_group("evaluation")
+    group.add_argument("--limit", type=int, help="only this many windows, items of a task, questions of a subject")
+    group.add_argument(
+        "--eval_batch_size", type=_batch_size, help="sequences at a time, or auto: what fits (default: auto)"
+    )
+    group.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=list(BASELINES),
+        default=[],
+        help="measure these too, with the same data and quantizers, for the table at the end: the full-precision "
+        "model, round-to-nearest, smoothing without rotations",
+    )
+    group.add_argument(
+        "--multigpu", action="store_true", help="spread the model over all GPUs for tasks, MMLU, MT-Bench and prompts"
+    )
+    group.add_argument(
+        "--max_memory",
+        nargs="+",
+        default=[],
+        metavar="DEVICE=SIZE",
+        help="with --multigpu: as 0=20GiB 1=20GiB cpu=60GiB",
+    )
+
+    group = parser.add_argument_group("perplexity")
     group.add_argument("--eval_ppl", action="store_true", help="measure perplexity")
     group.add_argument(
         "--test_dataset",
@@ -197,15 +224,13 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
         help="one or more, separated by spaces or commas: wikitext2, ptb, c4, c4-new, or as for --calib_dataset "
         "(a token file's tensor is `test`) (default: wikitext2)",
     )
-    group.add_argument("--limit", type=int, help="evaluate this many windows of each (default: all)")
     group.add_argument(
-        "--baselines",
-        nargs="+",
-        choices=list(BASELINES),
-        default=[],
-        help="measure these too, with the same data and quantizers, for the table at the end: the full-precision "
-        "model, round-to-nearest, smoothing without rotations",
+        "--eval_kl", action="store_true", help="also the KL divergence from the full-precision model, per token"
     )
+
+    group = parser.add_argument_group("text")
+    group.add_argument("--prompt", nargs="+", default=[], help="let both models complete these, and show it")
+    group.add_argument("--max_new_tokens", type=int, default=64, help="how much of a completion is written")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -221,14 +246,23 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_evaluation(args: argparse.Namespace) -> None:
+    """Raise InputError for flags of evaluation that cannot be, alone or together."""
+    for flag in ("limit", "max_new_tokens"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if args.eval_kl and not args.eval_ppl:
+        raise InputError("--eval_kl is measured with perplexity: add --eval_ppl")
+    if args.max_memory and not args.multigpu:
+        raise InputError("--max_memory is for --multigpu: add it, or leave this out")
+
+
 def make_quant_config(args: argparse.Namespace) -> QuantConfig:
     """The method's settings from the flags. Raises InputError, naming the flag, for values that cannot be."""
     if args.act_scales is not None and not args.smooth:
         raise InputError("--act-scales is for smoothing: add --smooth, or leave it out")
     if args.save_dir is not None and args.resume is not None:
         raise InputError("--save_dir begins a checkpoint and --resume goes on with one: give one of them")
-    if args.limit is not None and args.limit < 1:
-        raise InputError(f"--limit {args.limit}: must be at least one window")
     smooth = SmoothConfig(args.alpha, args.smooth_weight_peak)
     return QuantConfig(
         bits=BitConfig(args.wbits, args.abits, args.group_size, args.symmetric),
@@ -256,6 +290,12 @@ class _Flatten(argparse.Action):
 def _names(text: str) -> list[str]:
     """The parts of a comma-separated list; a path that exists is not split."""
     return [text] if Path(text).exists() else [name for name in text.split(",") if name]
+
+
+def _batch_size(text: str) -> int | None:
+    if text != "auto" and not (text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 nor auto")
+    return None if text == "auto" else int(text)
 
 
 def _block_size(text: str) -> int | None:

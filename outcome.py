@@ -3,48 +3,48 @@
 import shlex
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from evaluation.perplexity import Perplexity
+from measured import Measured
 from options import BASELINES
+from plan import Run
 from quantize.config import QuantConfig, Transform
-from session import Run
 from utils import data
 from utils.device import describe, peak_memory
+from utils.distributed import is_main, world_size
 from utils.io import write_json
 from utils.results import format_table, plain, versions
 
 
 @dataclass
-class Measured:
-    """Figures of one way to run the model: perplexity by dataset label, wall seconds by stage, figures per layer."""
-
-    perplexity: dict[str, Perplexity] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    layers: list[dict] = field(default_factory=list)
-
-    @contextmanager
-    def timing(self, stage: str):
-        """Add the wall time of the block to `seconds[stage]`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-
-
-@dataclass
 class Outcome:
-    """What a run has found so far."""
+    """What a run has found so far: of its own model, of the full-precision one, and of the baselines in the table."""
 
     measured: Measured = field(default_factory=Measured)
+    full: Measured = field(default_factory=Measured)
     baselines: dict[str, Measured] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
     error: str | None = None
 
+    def rows(self, quant: QuantConfig) -> list[tuple[str, Measured]]:
+        """(title, figures) of everything that was measured, in the order of the table."""
+        shown = [(BASELINES[name], self.baselines[name]) for name in BASELINES if name in self.baselines]
+        return [*shown, (method_name(quant), self.measured)]
+
+    def all_rows(self, quant: QuantConfig) -> list[tuple[str, Measured]]:
+        """Those, and first the full-precision model if something was measured of it that the table does not show."""
+        rows = self.rows(quant)
+        return rows if "full" in self.baselines else [(BASELINES["full"], self.full), *rows]
+
+    def failures(self, quant: QuantConfig) -> list[str]:
+        """Every evaluation that failed, as `title: evaluation`."""
+        return [f"{title}: {name}" for title, measured in self.all_rows(quant) for name in measured.failures]
+
 
 def write_results(run: Run, outcome: Outcome) -> None:
     """Write results.json into the run's folder."""
+    if not is_main():
+        return
     tokens = run.setup.tokens
     samples = {} if tokens is None else {"nsamples": len(tokens)}
     resolved = {**samples, "seqlen": run.setup.seqlen, "net": run.setup.net}
@@ -54,34 +54,62 @@ def write_results(run: Run, outcome: Outcome) -> None:
         "versions": versions(),
         "device": describe(run.setup.device),
         "dtype": str(run.setup.dtype).removeprefix("torch."),
+        "processes": world_size(),
         "data": {} if tokens is None else {"calibration": data.data_fingerprint(tokens)},
-        **_figures(outcome.measured),
+        **outcome.measured.figures(),
         **peak_memory(run.setup.device),
         "layers": outcome.measured.layers,
-        "baselines": {name: _figures(baseline) for name, baseline in outcome.baselines.items()},
+        "full_precision": outcome.full.figures(),
+        "baselines": {name: baseline.figures() for name, baseline in outcome.baselines.items()},
         "error": outcome.error,
     }
     results["seconds"]["total"] = time.perf_counter() - outcome.started
     write_json(run.folder / "results.json", plain(results))
 
 
-def _figures(measured: Measured) -> dict:
-    return {
-        "perplexity": {label: result.perplexity for label, result in measured.perplexity.items()},
-        "perplexity_details": {label: asdict(result) for label, result in measured.perplexity.items()},
-        "seconds": dict(measured.seconds),
-    }
-
-
-def summary_table(run: Run, measured: Measured, baselines: dict[str, Measured]) -> str:
-    """Perplexity and seconds of the baselines and of the run itself, as a Markdown table."""
+def summary_table(run: Run, outcome: Outcome) -> str:
+    """Figures and seconds of the baselines and of the run itself, as a Markdown table."""
     bits = run.quant.label.upper()
+    columns = figure_columns(run, outcome)
     rows = [
-        (BASELINES[name], "–" if name == "full" else bits, baselines[name]) for name in BASELINES if name in baselines
+        [title, "–" if title == BASELINES["full"] else bits, *(show(measured) for _, show in columns)]
+        for title, measured in outcome.rows(run.quant)
     ]
-    rows.append((method_name(run.quant), bits, measured))
-    header = ["", "bits", *(f"{label} ppl" for label in run.tests), "quantize s", "evaluate s"]
-    return format_table(header, [_table_row(title, bits, figures, run.tests) for title, bits, figures in rows])
+    return format_table(["", "bits", *(name for name, _ in columns)], rows)
+
+
+def completions_text(run: Run, outcome: Outcome) -> str:
+    """Every prompt, and below it what each model wrote behind it."""
+    rows = [(title, measured.completions) for title, measured in outcome.all_rows(run.quant)]
+    width = max(len(title) for title, _ in rows)
+    lines = []
+    for prompt in run.evaluations.prompts:
+        lines.append(f"“{prompt}”")
+        written = [(title, found[prompt].strip().replace("\n", " ⏎ ")) for title, found in rows if prompt in found]
+        lines += [f"    {title.ljust(width)}  {text}" for title, text in written]
+    return "\n".join(lines)
+
+
+def figure_columns(run: Run, outcome: Outcome) -> list[tuple]:
+    """(heading, Measured → cell) of every column that has figures."""
+    columns = []
+    for label in run.evaluations.windows:
+        columns.append((f"{label} ppl", lambda m, label=label: _number(m.perplexity.get(label), "perplexity")))
+        if run.evaluations.divergence:
+            columns.append((f"{label} KL", lambda m, label=label: _number(m.perplexity.get(label), "divergence")))
+    columns.append(("quantize s", lambda m: _seconds(m, "quantize")))
+    columns.append(("evaluate s", lambda m: _seconds(m, "perplexity", "prompts")))
+    return columns
+
+
+def _number(figures: object, name: str) -> str:
+    value = getattr(figures, name, None)
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _seconds(measured: Measured, *stages: str) -> str:
+    spent = [measured.seconds[stage] for stage in stages if stage in measured.seconds]
+    return f"{sum(spent):.1f}" if spent else "–"
 
 
 def method_name(quant: QuantConfig) -> str:
@@ -91,9 +119,3 @@ def method_name(quant: QuantConfig) -> str:
     if quant.transform is Transform.DUAL:
         return "DuQuant" if quant.smooth else "DuQuant without smoothing"
     return BASELINES["smooth" if quant.smooth else "rtn"]
-
-
-def _table_row(title: str, bits: str, measured: Measured, labels: Iterable[str]) -> list[str]:
-    quantized = f"{measured.seconds['quantize']:.1f}" if "quantize" in measured.seconds else "–"
-    values = [f"{measured.perplexity[label].perplexity:.3f}" for label in labels]
-    return [title, bits, *values, quantized, f"{measured.seconds['perplexity']:.1f}"]

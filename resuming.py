@@ -9,17 +9,20 @@ from quantize.checkpoint import Checkpoint, bytes_needed
 from quantize.config import QuantConfig
 from quantize.original import read_original
 from quantize.state import FinishedLayer
-from session import Run, Setup
+from session import Setup
 from utils.data import data_fingerprint
+from utils.distributed import is_main
 from utils.errors import InputError
 from utils.io import file_digest
 from utils.results import plain
 
 
 def open_checkpoint(args: argparse.Namespace, setup: Setup, quant: QuantConfig) -> Checkpoint | None:
-    """The checkpoint folder that `--resume` or `--save_dir` names, if any."""
+    """The checkpoint folder that `--resume` or `--save_dir` names, if any. Of several processes the main one has it."""
     if quant.bits.untouched and (args.resume or args.save_dir):
         raise InputError("--save_dir and --resume: 16-bit weights and activations leave nothing to keep; drop the flag")
+    if not is_main():
+        return None
     if args.resume is not None and not is_original(args.resume):
         return Checkpoint.resume(args.resume, identity(args, setup))
     if args.save_dir is not None:
@@ -33,12 +36,13 @@ def is_original(path: Path) -> bool:
     return path.suffix == ".pth"
 
 
-def finished_layers(run: Run) -> dict[int, FinishedLayer]:
+def finished_layers(
+    resume: Path | None, checkpoint: Checkpoint | None, setup: Setup, quant: QuantConfig
+) -> dict[int, FinishedLayer]:
     """Layers that need not be computed, by index."""
-    setup, resume = run.setup, run.args.resume
     if resume is not None and is_original(resume):
-        return read_original(resume, setup.skeleton, setup.spec, run.quant)
-    return run.checkpoint.finished(setup.layers, setup.spec) if run.checkpoint else {}
+        return read_original(resume, setup.skeleton, setup.spec, quant)
+    return checkpoint.finished(setup.layers, setup.spec) if checkpoint else {}
 
 
 def identity(args: argparse.Namespace, setup: Setup) -> dict[str, object]:

@@ -19,13 +19,13 @@ from models.load import (
     model_fingerprint,
     pick_dtype,
 )
-from quantize.checkpoint import Checkpoint
 from quantize.config import QuantConfig
 from quantize.export import attach_transforms_, saved_config
 from quantize.spec import DecoderSpec
 from quantize.statistics import Origin
 from utils.data import calibration_tokens, data_fingerprint, is_token_file
 from utils.device import DTYPES, pick_device
+from utils.distributed import local_rank
 from utils.errors import InputError
 
 DEFAULT_NSAMPLES = 128  # when --nsamples is not given and the data is not a file of tokens
@@ -58,24 +58,12 @@ class Setup:
         return Origin(self.source.name, model, data_fingerprint(self.tokens))
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run, checked: flags, model and calibration data, the method's settings, test windows, folder, checkpoint."""
-
-    args: argparse.Namespace
-    setup: Setup
-    quant: QuantConfig
-    tests: dict[str, Tensor]
-    folder: Path
-    checkpoint: Checkpoint | None
-
-
 def make_setup(args: argparse.Namespace) -> Setup:
     """Check the model and calibration options and fetch the tokens. Raises InputError for whatever is wrong."""
     source = ModelSource(args.model, args.trust_remote_code)
     config = load_config(source)
     spec = decoder_spec(config)
-    device = pick_device(args.device)
+    device = pick_device(args.device, local_rank())
     tokenizer = load_tokenizer(source)
     for flag, value in (("--nsamples", args.nsamples), ("--seqlen", args.seqlen)):
         if value is not None and value < (1 if flag == "--nsamples" else 2):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.spec import DecoderSpec
+from utils.batching import BatchSize
 from utils.device import to_device
 from utils.errors import InputError
 
@@ -75,11 +76,14 @@ def layer_calls(model: nn.Module, spec: DecoderSpec, tokens: Tensor, device: tor
 
 
 @torch.no_grad()
-def advance_(layer: nn.Module, hidden: Tensor, kwargs: dict, device: torch.device) -> None:
+def advance_(
+    layer: nn.Module, hidden: Tensor, kwargs: dict, device: torch.device, batch_size: BatchSize | None = None
+) -> None:
     """Replace `hidden` [N, T, C] on the host by the outputs of `layer`, which is on `device`, batch by batch."""
     kwargs = to_device(kwargs, device)
-    for batch in _batches(hidden):
-        batch.copy_(run(layer, batch.to(device), kwargs))
+    batches = batch_size or BatchSize(max(1, TOKENS_PER_FORWARD // hidden.shape[1]))
+    for _ in batches.run(hidden, lambda batch: batch.copy_(run(layer, batch.to(device), kwargs))):
+        pass
 
 
 def run(layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:

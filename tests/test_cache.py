@@ -6,6 +6,7 @@ from conftest import random_tokens, tiny_model
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
+from models import decoder_spec
 from quantize.attention import AttentionQuantizer, attach_, head_hadamard, install
 from quantize.clipping import NoClip, RatioClip
 from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig
@@ -19,8 +20,6 @@ TOKENS = random_tokens(2, 14, seed=5)
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
 def model(request) -> nn.Module:
-    from models import decoder_spec
-
     made = tiny_model()
     made.set_attn_implementation(request.param)
     quantize_model(made, decoder_spec(made.config), random_tokens(4, 16), None, CONFIG, CPU)

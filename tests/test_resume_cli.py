@@ -283,7 +283,8 @@ def test_a_failing_evaluation_leaves_its_error_and_the_finished_layers(usual, tm
     )
     assert done.returncode == 1, done.stderr
     results = results_of(tmp_path)
-    assert results["error"] == "RuntimeError: no memory left"
+    assert results["error"] == "failed: DuQuant: perplexity tokens"
+    assert results["failures"] == {"perplexity tokens": "RuntimeError: no memory left"}
     assert results["perplexity"] == {}
     assert len(results["layers"]) == LAYERS
     assert len(layer_content(tmp_path / "ck")) == LAYERS

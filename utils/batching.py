@@ -52,9 +52,10 @@ class BatchSize:
                 start += len(batch)
 
     def _shrink(self, tried: int) -> None:
-        if self.given or tried == 1:
-            remedy = "lower --eval_batch_size" if tried > 1 else "use a larger device, or --multigpu"
-            raise InputError(f"evaluation: a batch of {tried} does not fit into memory; {remedy}") from None
+        if tried == 1:
+            raise InputError("not even one sequence at a time fits into memory; make it shorter (--seqlen)") from None
+        if self.given:
+            raise InputError(f"--eval_batch_size {tried}: does not fit into memory; lower it, or say auto") from None
         self.sequences = tried // 2
         logger.info("a batch of %d does not fit into memory; going on with %d", tried, self.sequences)
         gc.collect()

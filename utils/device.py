@@ -13,10 +13,15 @@ from utils.errors import InputError
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, by default the first accelerator, else the CPU. Raises InputError if it is missing."""
+def pick_device(name: str | None, number: int = 0) -> torch.device:
+    """The device called `name`, by default the accelerator with this number, else the CPU.
+
+    Raises InputError if it is missing.
+    """
+    if name is None and torch.cuda.is_available():
+        name = f"cuda:{number}"
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()

@@ -57,6 +57,11 @@ def gather(value: Result) -> list[Result]:
     return values
 
 
+def from_main(work: Callable[[], Result]) -> Result:
+    """`work()` of the main process, on every process; a failure there ends all."""
+    return together(lambda: work() if is_main() else None)[0]
+
+
 def own_part(items: Sequence[Item]) -> Sequence[Item]:
     """The contiguous part of `items` that is this process's; in order of rank the parts make the whole."""
     bounds = [len(items) * number // world_size() for number in range(world_size() + 1)]

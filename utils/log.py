@@ -1,6 +1,7 @@
 """What a run says: log lines on the console and in a file, and progress bars that leave them intact."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,15 +22,21 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
-        tqdm.write(self.format(record), file=stream)
+        number = launched_as()
+        tqdm.write(f"process {number}: {self.format(record)}" if number else self.format(record), file=stream)
         stream.flush()
+
+
+def launched_as() -> int:
+    """The number a launcher (torchrun, accelerate) gave this process; 0, the main one, speaks for all."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def setup_console(verbose: bool = True) -> None:
     """Send log lines of the suite to the console, and quieten the libraries' own."""
     root = logging.getLogger()
     root.handlers = [_ConsoleHandler()]
-    root.setLevel(logging.INFO if verbose else logging.WARNING)
+    root.setLevel(logging.ERROR if launched_as() else logging.INFO if verbose else logging.WARNING)
     for library in ("transformers", "datasets", "huggingface_hub", "httpx", "urllib3", "fsspec", "filelock"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
@@ -48,12 +55,21 @@ def add_log_file(path: Path) -> None:
 def inner_progress(items: Sequence[Item], label: str, unit: str = "it") -> tqdm:
     """A bar below that of `progress`; nothing at all without a terminal."""
     return tqdm(
-        items, desc=label, unit=unit, dynamic_ncols=True, leave=False, position=1, disable=not sys.stderr.isatty()
+        items,
+        desc=label,
+        unit=unit,
+        dynamic_ncols=True,
+        leave=False,
+        position=1,
+        disable=not sys.stderr.isatty() or launched_as() > 0,
     )
 
 
 def progress(items: Sequence[Item], label: str, unit: str = "it") -> Iterator[Item]:
     """Iterate over `items` under a bar on stderr with rate and ETA; without a terminal, a line now and then instead."""
+    if launched_as():
+        yield from items
+        return
     if sys.stderr.isatty():
         yield from tqdm(items, desc=label, unit=unit, dynamic_ncols=True, leave=False)
         return

@@ -1,0 +1,40 @@
+"""The figures of one way to run the model."""
+
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+from evaluation.perplexity import Perplexity
+
+
+@dataclass
+class Measured:
+    """Perplexity by dataset label, completions of the prompts, wall seconds by stage, figures per layer.
+
+    `failures`: by evaluation, what ended it.
+    """
+
+    perplexity: dict[str, Perplexity] = field(default_factory=dict)
+    completions: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    layers: list[dict] = field(default_factory=list)
+
+    @contextmanager
+    def timing(self, stage: str):
+        """Add the wall time of the block to `seconds[stage]`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    def figures(self) -> dict:
+        """What results.json says of it; `layers` stands apart there."""
+        return {
+            "perplexity": {label: result.perplexity for label, result in self.perplexity.items()},
+            "perplexity_details": {label: asdict(result) for label, result in self.perplexity.items()},
+            "completions": self.completions,
+            "failures": self.failures,
+            "seconds": dict(self.seconds),
+        }

@@ -1,0 +1,211 @@
+"""Evaluations of the real main.py: together, failing, interrupted, shared by processes, spread over devices."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, random_tokens, run_script
+from safetensors.torch import save_file
+
+TINY = ("--block_size", "16", "--max_rotation_step", "20", "--wbits", 4, "--abits", 4, "--net", "tiny")
+
+
+@pytest.fixture(scope="module")
+def usual(model_folder, token_file, tmp_path_factory) -> tuple:
+    """Flags of a run over two test sets."""
+    second = tmp_path_factory.mktemp("more") / "second.safetensors"
+    save_file({"test": random_tokens(5, 32, seed=9)}, second)
+    data = ("--calib_dataset", token_file, "--test_dataset", token_file, second)
+    return ("--model", model_folder, *data, *TINY)
+
+
+def results_of(folder, output="output", name="tiny_w4a4") -> dict:
+    return json.loads((folder / output / name / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(usual, tmp_path_factory) -> dict:
+    """Results of a run that nothing disturbed, with everything this file asks for."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = (
+        "--eval_ppl",
+        "--eval_kl",
+        "--prompt",
+        "w1 w2 w3",
+        "w5",
+        "--max_new_tokens",
+        6,
+        "--baselines",
+        "full",
+        "rtn",
+    )
+    done = run_script("main.py", *usual, *flags, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "output/tiny_w4a4/unfinished.jsonl").exists()
+    return {**results_of(folder), "stdout": done.stdout}
+
+
+def test_divergence_is_measured_of_every_row_but_the_full_model_and_grows_with_the_error(whole):
+    details = {**whole["baselines"], "ours": whole}
+    divergence = {row: figures["perplexity_details"]["tokens"]["divergence"] for row, figures in details.items()}
+    assert divergence["full"] is None
+    assert 0 < divergence["ours"] < math.inf
+    assert divergence["rtn"] > 0
+    assert "tokens KL" in whole["stdout"]
+    assert "nats" in whole["stdout"]
+
+
+def test_prompts_show_what_every_model_writes(whole):
+    written = {row: figures["completions"] for row, figures in {**whole["baselines"], "ours": whole}.items()}
+    assert {tuple(texts) for texts in written.values()} == {("w1 w2 w3", "w5")}
+    assert all(len(text.split()) == 6 for texts in written.values() for text in texts.values())
+    assert "“w1 w2 w3”" in whole["stdout"]
+    for title in ("full precision", "DuQuant"):
+        assert any(line.startswith(f"    {title}") for line in whole["stdout"].splitlines())
+
+
+def test_divergence_and_prompts_bring_the_full_model_in_without_a_row(usual, whole, tmp_path):
+    flags = ("--eval_ppl", "--eval_kl", "--prompt", "w5", "--max_new_tokens", 6)
+    done = run_script("main.py", *usual, *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = results_of(tmp_path)
+    assert results["baselines"] == {}
+    assert results["perplexity_details"] == whole["perplexity_details"]
+    assert results["full_precision"]["completions"]["w5"] == whole["baselines"]["full"]["completions"]["w5"]
+
+
+def test_sixteen_bits_diverge_from_nothing(usual, tmp_path):
+    flags = ("--wbits", 16, "--abits", 16, "--eval_ppl", "--eval_kl")
+    assert run_script("main.py", *usual, *flags, folder=tmp_path).returncode == 0
+    details = results_of(tmp_path, name="tiny_w16a16")["perplexity_details"]
+    assert details["tokens"]["divergence"] == pytest.approx(0, abs=1e-7)
+
+
+FAIL_ONCE = """
+import builtins, pathlib
+real = builtins.__import__
+def patched(name, *arguments, **keywords):
+    module = real(name, *arguments, **keywords)
+    if name == "evaluation.perplexity" and hasattr(module, "score") and not hasattr(module, "patched"):
+        module.patched, score = True, module.score
+        def fail(model, spec, tokens, *rest):
+            if len(tokens) == 5 and not pathlib.Path("failed").exists():
+                pathlib.Path("failed").touch()
+                raise RuntimeError("no luck today")
+            return score(model, spec, tokens, *rest)
+        module.score = fail
+    return module
+builtins.__import__ = patched
+"""
+
+
+def test_an_evaluation_that_fails_loses_no_other_and_is_all_that_is_tried_again(usual, whole, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
+    flags, environment = ("--eval_ppl",), {"PYTHONPATH": str(tmp_path)}
+    done = run_script("main.py", *usual, *flags, folder=tmp_path, **environment)
+    assert done.returncode == 1
+    assert "perplexity second; the rest is kept" in done.stderr.splitlines()[-1]
+    results = results_of(tmp_path)
+    assert results["perplexity"] == {"tokens": whole["perplexity"]["tokens"]}
+    assert results["failures"] == {"perplexity second": "RuntimeError: no luck today"}
+    assert "no luck today" in (tmp_path / "output/tiny_w4a4/log.txt").read_text()
+    done = run_script("main.py", *usual, *flags, folder=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "going on behind 1 parts" in done.stdout
+    assert results_of(tmp_path)["perplexity"] == whole["perplexity"]
+    assert not (tmp_path / "output/tiny_w4a4/unfinished.jsonl").exists()
+
+
+def test_other_flags_do_not_go_on_with_an_unfinished_evaluation(usual, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    assert run_script("main.py", *usual, "--eval_ppl", folder=tmp_path, **environment).returncode == 1
+    done = run_script("main.py", *usual, "--eval_ppl", "--lac", 0.8, folder=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "going on" not in done.stdout
+
+
+def test_an_interrupted_evaluation_goes_on_behind_what_was_done(usual, whole, tmp_path):
+    flags = [str(flag) for flag in (*usual, "--eval_ppl", "--baselines", "full", "rtn")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *flags],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    journal = tmp_path / "output/tiny_w4a4/unfinished.jsonl"
+    until = time.monotonic() + 120
+    while not journal.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert journal.exists()
+    done = run_script("main.py", *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "an earlier run did not finish" in done.stdout
+    results = results_of(tmp_path)
+    assert results["perplexity"] == whole["perplexity"]
+    assert results["baselines"]["rtn"]["perplexity"] == whole["baselines"]["rtn"]["perplexity"]
+
+
+def test_two_processes_find_what_one_finds(usual, whole, tmp_path):
+    flags = ("--eval_ppl", "--eval_kl", "--prompt", "w1 w2 w3", "w5", "--max_new_tokens", 6, "--save_dir", "ck")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "main.py"), *map(str, (*usual, *flags))],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results: ") == 1, "one process speaks"
+    results = results_of(tmp_path)
+    assert results["processes"] == 2
+    for label, figures in results["perplexity_details"].items():
+        assert figures == pytest.approx(whole["perplexity_details"][label], rel=1e-6)
+    assert results["completions"] == whole["completions"]
+    assert len(list((tmp_path / "ck/layers").iterdir())) == 2
+
+
+def test_a_model_spread_over_host_and_disk_writes_the_same(usual, whole, tmp_path):
+    flags = ("--prompt", "w1 w2 w3", "w5", "--max_new_tokens", 6, "--multigpu", "--max_memory", "cpu=150KB")
+    done = run_script("main.py", *usual, *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert results_of(tmp_path)["completions"] == whole["completions"]
+
+
+def test_a_batch_size_changes_no_figure(usual, whole, tmp_path):
+    done = run_script("main.py", *usual, "--eval_ppl", "--eval_batch_size", 2, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert results_of(tmp_path)["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--eval_kl",), "--eval_ppl"),
+        (("--max_memory", "0=1GB"), "--multigpu"),
+        (("--multigpu", "--max_memory", "gpu"), "--max_memory gpu"),
+        (("--eval_batch_size", "0"), "neither a number from 1 nor auto"),
+        (("--eval_batch_size", "many"), "neither a number from 1 nor auto"),
+        (("--max_new_tokens", "0"), "--max_new_tokens 0"),
+        (("--eval_ppl", "--limit", "0"), "--limit 0"),
+    ],
+)
+def test_flags_that_cannot_be_are_named_in_one_line(usual, flags, words, tmp_path):
+    done = run_script("main.py", *usual, *flags, folder=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert words in done.stderr
+    assert not (tmp_path / "output").exists()

@@ -8,7 +8,7 @@ do it once for many experiments.
 import time
 from pathlib import Path
 
-from options import Parser, add_calibration_options, add_model_options, run_script
+from experiment.options import Parser, add_calibration_options, add_model_options, run_script
 from utils.errors import InputError
 
 
@@ -22,8 +22,8 @@ def main() -> None:
         group.add_argument(flag, type=Path, default=Path(folder), help="folder of <net>.safetensors")
     args = parser.parse_args()
     # torch and transformers load for seconds: not for --help or a wrong flag
+    from experiment.session import make_setup, open_model
     from quantize.statistics import channel_statistics, save_statistics
-    from session import make_setup, open_model
 
     setup = make_setup(args)
     if setup.saved is not None:

@@ -5,7 +5,7 @@ Optional: main.py builds every size it needs in milliseconds. The file is for lo
 
 from pathlib import Path
 
-from options import Parser, run_script
+from experiment.options import Parser, run_script
 from utils.errors import InputError
 from utils.log import progress
 

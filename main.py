@@ -7,7 +7,7 @@ OUTPUT_DIR/<net>_w<wbits>a<abits>/.
 
 import argparse
 
-from options import (
+from experiment.options import (
     Parser,
     add_calibration_options,
     add_evaluation_options,
@@ -35,7 +35,7 @@ def main() -> None:
     args = parse_flags()
     quant = make_quant_config(args)
     check_evaluation(args)
-    from experiment import run_experiment  # torch and transformers load for seconds: not for --help or a wrong flag
+    from experiment.run import run_experiment  # torch and transformers load for seconds: not for --help or a wrong flag
 
     run_experiment(args, quant)
 

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from evaluation.perplexity import perplexity
+from experiment.plan import refuse_for_saved
 from models import decoder_spec
 from models.load import ModelSource, load_config, load_model
-from plan import refuse_for_saved
 from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig, Transform
 from quantize.export import TRANSFORMS_FILE, attach_transforms_, save_model, saved_config
 from quantize.statistics import channel_statistics

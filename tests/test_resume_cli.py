@@ -28,7 +28,7 @@ STARTER = """
 import json, os, runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
 sys.path.insert(0, sys.argv[1])
-import experiment
+import experiment.run
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()

@@ -5,9 +5,9 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from measured import Measured
-from options import BASELINES
-from plan import Run
+from experiment.measured import Measured
+from experiment.options import BASELINES
+from experiment.plan import Run
 from quantize.config import QuantConfig, Transform
 from utils import data
 from utils.device import describe, peak_memory

@@ -4,12 +4,12 @@ import argparse
 import shlex
 from pathlib import Path
 
+from experiment.session import Setup
 from models.load import config_digest, weights_digest
 from quantize.checkpoint import Checkpoint, bytes_needed
 from quantize.config import QuantConfig
 from quantize.original import read_original
 from quantize.state import FinishedLayer
-from session import Setup
 from utils.data import data_fingerprint
 from utils.distributed import is_main
 from utils.errors import InputError

@@ -4,14 +4,14 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluating import Evaluations, plan_evaluations
+from experiment.evaluating import Evaluations, plan_evaluations
+from experiment.resuming import open_checkpoint
+from experiment.session import Setup, make_setup
 from quantize.checkpoint import Checkpoint
 from quantize.config import QuantConfig
 from quantize.export import require_empty
 from quantize.statistics import load_scales
 from quantize.walk import check_shapes
-from resuming import open_checkpoint
-from session import Setup, make_setup
 from utils.errors import InputError
 
 

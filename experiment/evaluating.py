@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from evaluation.generation import complete
 from evaluation.journal import Journal
 from evaluation.perplexity import Perplexity, final_hidden, score
-from measured import Measured
+from experiment.measured import Measured
+from experiment.session import Setup
 from models.load import model_fingerprint
-from session import Setup
 from utils import data
 from utils.batching import BatchSize
 from utils.distributed import world_size

@@ -1,4 +1,4 @@
-"""One experiment of main.py: check, load, quantize, evaluate, and leave the figures."""
+"""One run of main.py: check, load, quantize, evaluate, and leave the figures."""
 
 import argparse
 import logging
@@ -10,18 +10,18 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from evaluating import FULL, QUANTIZED, Evaluator, open_journal
-from measured import Measured
-from options import BASELINES
-from outcome import Outcome, completions_text, summary_table, write_results
-from plan import Run, prepare
+from experiment.evaluating import FULL, QUANTIZED, Evaluator, open_journal
+from experiment.measured import Measured
+from experiment.options import BASELINES
+from experiment.outcome import Outcome, completions_text, summary_table, write_results
+from experiment.plan import Run, prepare
+from experiment.resuming import finished_layers, resume_command
+from experiment.session import open_model
 from quantize.config import QuantConfig, SmoothConfig, Transform
 from quantize.export import save_model
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics, load_scales, same_calibration, save_statistics
 from quantize.walk import quantize_model
-from resuming import finished_layers, resume_command
-from session import open_model
 from utils.device import describe
 from utils.distributed import from_main, is_main, join_group, leave_group, make_equal_, world_size
 from utils.errors import Incomplete, InputError

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from starter import Ended, shared_starter
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -72,11 +73,17 @@ def token_file(tmp_path_factory) -> Path:
     return path
 
 
-def run_script(script: str, *arguments: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run one of the suite's scripts, as a user would, with `folder` as working directory."""
+def run_script(script: str, *arguments: object, folder: Path, **environment: str) -> Ended:
+    """Run one of the suite's scripts, as a user would, with `folder` as working directory.
+
+    With an `environment` of its own it is started anew; else it is forked from a process that has imported torch.
+    """
+    if not environment:
+        return shared_starter().run(folder, *arguments, script=script)
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=600, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="session")

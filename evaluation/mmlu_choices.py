@@ -91,7 +91,7 @@ def _split(tokenizer: PreTrainedTokenizerBase, text: str, endings: Sequence[str]
     encoded = _encode(tokenizer, [text + ending for ending in endings])
     stem = common_prefix(encoded)
     rest = tuple(ids[len(stem) :] for ids in encoded)
-    if not stem or not all(rest):
+    if not all(rest) or len(set(rest)) < len(rest):
         raise InputError(f"--model: its tokenizer cannot tell the answers {', '.join(map(repr, endings))} apart")
     return Prompt(stem, rest)
 

@@ -22,7 +22,7 @@ NAMES = ("anatomy", "astronomy", "econometrics")
 def make_questions(name: str, count: int) -> tuple[Question, ...]:
     """Questions of different lengths, with every letter right now and then."""
     texts = (f"What is {name} {i}{' so far' * (i % 4)}?" for i in range(count))
-    choices = (tuple(f"{name[i % 5 :]} {c}" for c in "efgh") for i in range(count))
+    choices = (tuple(f"{name[i % 5 :]} {c}" for c in ("efgh" if i % 3 else "efgq")) for i in range(count))
     return tuple(Question(*each, "BDACA"[i % 5]) for i, each in enumerate(zip(texts, choices, strict=True)))
 
 
@@ -59,11 +59,16 @@ def closing_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+# Each pair is merged only where its first character is still free, so a last choice that ends with q moves the border
+# between all the tokens behind it: "q\n" "An" "sw" "er" ": " "A", otherwise "\nA" "ns" "we" "r:" " A".
+DOMINOES = ("q\n", "\nA", "An", "ns", "sw", "we", "er", "r:", ": ", " A", " B", " C", " D")
+
 TOKENIZERS = {
     "letters with their space": lambda: character_tokenizer((" A", " B", " C", " D"), bos=True),
     "characters": character_tokenizer,
     "one letter with its space": lambda: character_tokenizer((" A",)),
     "letters and colon": lambda: character_tokenizer((" A", ": ", " B")),
+    "borders that depend on the text": lambda: character_tokenizer(DOMINOES),
     "an end behind every text": closing_tokenizer,
     "byte-level BPE": lambda: AutoTokenizer.from_pretrained(TINY_LLAMA),
 }

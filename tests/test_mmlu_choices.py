@@ -61,3 +61,17 @@ def test_log_probabilities_are_those_of_one_prompt_at_a_time(make, shots):
     for batch_size in (1, 3, None):
         found = ending_log_probabilities(model, prompts, CPU, batch_size)
         assert torch.allclose(found, expected.float(), atol=1e-4)
+
+
+def test_the_same_question_twice_has_the_same_answer():
+    model, tokenizer, subject = wide_model(), TOKENIZERS["characters"](), make_subject()
+    text = prompt(subject, subject.questions[0], 2)
+    found = ending_log_probabilities(model, encode_prompts(tokenizer, [text, text], ENDINGS), CPU)
+    assert torch.equal(found[0], found[1])
+    assert torch.allclose(found[0], torch.tensor(alone(model, tokenizer, text)), atol=1e-4)
+
+
+def test_endings_of_one_prompt_can_differ_from_another_s():
+    tokenizer, subject = TOKENIZERS["borders that depend on the text"](), make_subject()
+    prompts = encode_prompts(tokenizer, [prompt(subject, each, 0) for each in subject.questions], ENDINGS)
+    assert [tokenizer.decode(each.endings[0]) for each in prompts[:3]] == ["A", " A", " A"]

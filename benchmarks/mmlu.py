@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.mmlu import ENDINGS, SubjectScore, answer_subject
-from evaluation.mmlu_choices import cut_left, encode_prompts
+from evaluation.mmlu_choices import Prompt, cut_left, encode_prompts, ending_log_probabilities
 from evaluation.mmlu_data import LETTERS, Subject, prompt, read_mmlu
 from models.load import ModelSource, load_config, load_model, load_tokenizer
 from utils.results import format_table
@@ -48,24 +48,20 @@ def write_questions(folder: Path, subjects: int, questions: int) -> None:
                 csv.writer(file).writerows(rows)
 
 
-@torch.no_grad()
 def answer_one_at_a_time(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, subject: Subject, shots: int, device, context: int
 ) -> list[str]:
     """The letters given to a subject's questions, each prompt on its own."""
-    usual = encode_prompts(tokenizer, [prompt(subject, subject.questions[0], 0)], ENDINGS)[0].endings
-    letters = [ending[-1] for ending in usual]
+    endings = encode_prompts(tokenizer, [prompt(subject, subject.questions[0], 0)], ENDINGS)[0].endings
     answers = []
     for question in subject.questions:
         for count in range(shots, -1, -1):
-            text = prompt(subject, question, count)
-            ids = tokenizer(text + ENDINGS[0]).input_ids[:-1]
-            if len(ids) <= context:
+            ids = tokenizer(prompt(subject, question, count) + ENDINGS[0]).input_ids
+            encoded = Prompt(tuple(ids[: -len(endings[0])]), endings)
+            if len(encoded) <= context:
                 break
-        if len(ids) > context:
-            ids = list(cut_left(encode_prompts(tokenizer, [text], ENDINGS)[0], context, tokenizer).stem)
-        logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False, logits_to_keep=1).logits[0, -1]
-        answers.append(LETTERS[logits[letters].argmax().item()])
+        (scores,) = ending_log_probabilities(model, [cut_left(encoded, context, tokenizer)], device)
+        answers.append(LETTERS[scores.argmax().item()])
     return answers
 
 

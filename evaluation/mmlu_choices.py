@@ -112,21 +112,29 @@ def _run_prefix(model: nn.Module, tokens: Tokens, device: torch.device) -> Cache
 def _score(
     model: nn.Module, prompts: Sequence[Prompt], shared: Tokens, cache: Cache | None, device: torch.device
 ) -> Tensor:
-    """Log-probabilities [prompts, endings] of one batch, on the host.
-
-    Endings that differ in their last token alone are read from one row, so single tokens need one row per prompt.
-    """
-    rows: dict[_Row, int] = {}
+    """Log-probabilities [prompts, endings] of one batch, on the host. A prompt is one row if endings are one token."""
+    rows: list[_Row] = []
     wanted = []  # (which score it is part of, row, how many tokens behind the row's first reading, token)
     for number, prompt in enumerate(prompts):
         rest = prompt.stem[len(shared) :]
+        begun = _longest([ending[:-1] for ending in prompt.endings])
         for which, ending in enumerate(prompt.endings):
-            row = rows.setdefault(_Row(rest + ending[:-1], len(rest) - 1), len(rows))
+            row = len(rows) + next(i for i, tokens in enumerate(begun) if tokens[: len(ending) - 1] == ending[:-1])
             wanted += [(number * len(prompt.endings) + which, row, *read) for read in enumerate(ending)]
+        rows += [_Row(rest + tokens, len(rest) - 1) for tokens in begun]
     score, row, offset, token = torch.tensor(wanted, device=device).T
-    found = _run_rows(model, list(rows), int(offset.max()) + 1, cache, device)[row, offset, token]
+    found = _run_rows(model, rows, int(offset.max()) + 1, cache, device)[row, offset, token]
     scores = torch.zeros(int(score.max()) + 1, device=device).index_add_(0, score, found)
     return scores.view(len(prompts), -1).cpu()
+
+
+def _longest(sequences: Sequence[Tokens]) -> list[Tokens]:
+    """The sequences that no other one begins with: what is run for them is run for all."""
+    kept: list[Tokens] = []
+    for tokens in sorted(sequences, key=len, reverse=True):
+        if not any(other[: len(tokens)] == tokens for other in kept):
+            kept.append(tokens)
+    return kept
 
 
 def _run_rows(model: nn.Module, rows: list[_Row], reads: int, cache: Cache | None, device: torch.device) -> Tensor:

@@ -75,3 +75,13 @@ def test_endings_of_one_prompt_can_differ_from_another_s():
     tokenizer, subject = TOKENIZERS["borders that depend on the text"](), make_subject()
     prompts = encode_prompts(tokenizer, [prompt(subject, each, 0) for each in subject.questions], ENDINGS)
     assert [tokenizer.decode(each.endings[0]) for each in prompts[:3]] == ["A", " A", " A"]
+
+
+@pytest.mark.parametrize("name", ["characters", "one letter with its space", "byte-level BPE"])
+def test_a_prompt_is_run_once_for_all_letters_that_allow_it(name):
+    tokenizer, subject = TOKENIZERS[name](), make_subject()
+    model, rows = wide_model(vocab_size=len(tokenizer)), []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    prompts = encode_prompts(tokenizer, [prompt(subject, each, 1) for each in subject.questions], ENDINGS)
+    ending_log_probabilities(model, prompts, CPU)
+    assert sum(rows) == 1 + len(prompts)

@@ -2,15 +2,20 @@
 
     python tools/make_tiny_llama.py                     # everything, about half an hour on two CPU cores
     python tools/make_tiny_llama.py --stage outliers    # put the outliers into the trained model again
+    python tools/make_tiny_llama.py --stage texts       # only write the texts and questions again
 
 The training stage keeps the clean model in `--work_dir` (and resumes from its last checkpoint there); the outlier stage
-reads it and writes `--output` and the calibration and test texts. The same seed gives the same text, tokenizer and
+reads it and writes `--output` and the texts and questions beside it. The same seed gives the same text, tokenizer and
 procedure everywhere; the last bits of the weights depend on the machine's floating-point kernels.
 """
 
 import argparse
+import json
 import math
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools.outliers import OutlierSettings, add_outliers_, mlp_activations  # noqa: E402
-from tools.stories import generate_stories, join_stories  # noqa: E402
-from utils.io import read_tensors, write_json, write_tensors  # noqa: E402
+from tools.stories import CHOICES, Question, generate_stories, join_stories  # noqa: E402
+from utils.io import read_tensors, write_atomically, write_json, write_tensors  # noqa: E402
 
 VOCABULARY = 512
 SEQLEN = 512
@@ -34,9 +39,11 @@ RESERVED_NEURONS = (77, 211, 402, 588)
 # How much more the tokens of an answer count in the training loss.
 ANSWER_WEIGHT = 5
 # Stories of different seeds are independent draws: training text is `seed`, then these offsets.
-VALIDATION, CALIBRATION, TEST = 1, 2, 3
+VALIDATION, CALIBRATION, TEST, QUESTIONS = 1, 2, 3, 4
 CALIBRATION_STORIES = 360
 TEST_STORIES = 150
+QUESTION_KINDS = ("who", "where_thing", "where_person", "colour", "number")
+QUESTIONS_PER_CELL = 20  # of every kind, with the right answer at every position: 300 in all
 
 
 def stories_text(count: int, seed: int) -> str:
@@ -234,6 +241,30 @@ def write_texts(folder: Path, seed: int) -> None:
         (folder / f"{name}.txt").write_text(stories_text(count, seed + offset) + "\n", encoding="utf-8")
 
 
+def select_questions(seed: int) -> Iterator[Question]:
+    """Yield questions about stories of `seed`, one a story, until every kind and position has QUESTIONS_PER_CELL."""
+    missing = dict.fromkeys(product(QUESTION_KINDS, range(CHOICES)), QUESTIONS_PER_CELL)
+    for story in generate_stories(sys.maxsize, seed):
+        wanted = [question for question in story.questions if missing[question.kind, question.answer_index]]
+        if wanted:
+            question = max(wanted, key=lambda question: missing[question.kind, question.answer_index])
+            missing[question.kind, question.answer_index] -= 1
+            yield question
+        if not any(missing.values()):
+            return
+
+
+def questions_text(seed: int) -> str:
+    """Return the questions as JSON Lines: prompt, choices, answer_index, kind."""
+    return "".join(json.dumps(asdict(question)) + "\n" for question in select_questions(seed))
+
+
+def write_questions(folder: Path, seed: int) -> None:
+    """Write questions.jsonl: multiple-choice questions about stories that are in no text."""
+    text = questions_text(seed + QUESTIONS)
+    write_atomically(folder / "questions.jsonl", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def sentence_ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Return the ids of the tokens that end a sentence."""
     return [token for token in range(VOCABULARY) if any(sign in tokenizer.decode([token]) for sign in ".!?")]
@@ -248,6 +279,13 @@ def print_magnitudes(model: LlamaForCausalLM, sample: Tensor) -> None:
             for name, (high, middle) in zip(("MLP input", "down_proj input"), figures, strict=True)
         )
         print(f"layer {index}: {text}")
+
+
+def texts_stage(args: argparse.Namespace) -> None:
+    """Write the texts and the questions, which depend on the seed alone."""
+    folder = args.output.parent / "stories"
+    write_texts(folder, args.seed)
+    write_questions(folder, args.seed)
 
 
 def outlier_stage(args: argparse.Namespace) -> None:
@@ -269,7 +307,7 @@ def outlier_stage(args: argparse.Namespace) -> None:
     model.half().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     write_json(args.output / "outliers.json", record)
-    write_texts(args.output.parent / "stories", args.seed)
+    texts_stage(args)
     print(f"perplexity after:  {math.exp(evaluate(model.float(), held_out)):.4f}")
     print_magnitudes(model, sample)
 
@@ -277,7 +315,7 @@ def outlier_stage(args: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("train", "outliers", "all"), default="all", help="default: all")
+    parser.add_argument("--stage", choices=("train", "outliers", "texts", "all"), default="all", help="default: all")
     parser.add_argument("--output", type=Path, default=ROOT / "assets/tiny-llama", help="folder of the finished model")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "cache/tiny-llama", help="checkpoint and clean model")
     parser.add_argument("--seed", type=int, default=0, help="of the stories and of the initial weights (default: 0)")
@@ -312,6 +350,8 @@ def main() -> None:
         train_stage(args)
     if args.stage in ("outliers", "all"):
         outlier_stage(args)
+    if args.stage == "texts":
+        texts_stage(args)
 
 
 if __name__ == "__main__":

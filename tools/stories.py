@@ -20,11 +20,15 @@ CHOICES = 3
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question: `prompt` (the story and the question, ending in "Answer:"), then " " and a choice."""
+    """A multiple-choice question: `prompt` (the story and the question, ending in "Answer:"), then " " and a choice.
+
+    `kind` is who (has a thing), where_thing, where_person, colour or number.
+    """
 
     prompt: str
     choices: tuple[str, ...]
     answer_index: int
+    kind: str
 
     @property
     def answer(self) -> str:
@@ -377,7 +381,8 @@ def make_questions(world: World, body: str) -> list[Question]:
         asked[kind] += 1
         choices = [answer, *world.rng.sample(wrong, CHOICES - 1)]
         world.rng.shuffle(choices)
-        questions.append(Question(f"{body}\nQuestion: {text} Answer:", tuple(choices), choices.index(answer)))
+        label = kind if kind != "where" else "where_thing" if text.startswith("Where is the ") else "where_person"
+        questions.append(Question(f"{body}\nQuestion: {text} Answer:", tuple(choices), choices.index(answer), label))
     return questions
 
 

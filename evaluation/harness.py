@@ -1,0 +1,68 @@
+"""lm-eval's Hugging Face adapter around a model that is quantized and placed already. Importing it imports lm-eval."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import nn
+
+from utils.distributed import own_part, together
+
+
+class PlacedLM(HFLM):
+    """A model as it is, on `device` or spread from there; all processes answer its requests together.
+
+    Each process must be asked the same. `cut` counts the requests so far that were longer than the model's context and
+    lost their beginning.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, device: torch.device, batch_size: int | str):
+        with _weights_left_alone(model):
+            super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        self._device = device
+        self.cut = 0
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood of the continuation, whether it is the greedy one) of every (context, continuation)."""
+        return self._shared(super().loglikelihood, requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of every text."""
+        return self._shared(super().loglikelihood_rolling, requests, disable_tqdm)
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """The continuation of every context, up to its stop words."""
+        return self._shared(super().generate_until, requests, disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: list, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        longest = self.max_length + 1
+        self._own_cut += sum(len(context) + len(continuation) > longest for _, context, continuation in requests)
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _shared(self, answer: Callable, requests: list, disable_tqdm: bool) -> list:
+        """Answers to all requests, in order; every process works on a contiguous part.
+
+        Neighbours often share a context, whose logits are then computed once.
+        """
+        own = own_part(requests)
+
+        def work() -> tuple[list, int]:
+            self._own_cut = 0
+            return answer(own, disable_tqdm=disable_tqdm) if own else [], self._own_cut
+
+        parts = together(work)
+        self.cut += sum(cut for _, cut in parts)
+        return [result for results, _ in parts for result in results]
+
+
+@contextlib.contextmanager
+def _weights_left_alone(model: nn.Module) -> Iterator[None]:
+    """Keep the adapter from tying weights anew: of a model spread over devices that would move some."""
+    model.tie_weights = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.tie_weights

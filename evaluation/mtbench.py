@@ -5,7 +5,6 @@ Source: Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena" (
 digest of what the answer depends on, and `cut_prompts`, in how many turns the oldest text did not fit.
 """
 
-import enum
 import hashlib
 import json
 import logging
@@ -13,6 +12,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 QuestionId = int | str
 
 
-class Temperature(enum.Enum):
+class Temperature(StrEnum):
     """How the next token is chosen: the likeliest, or drawn at the benchmark's temperature of the category."""
 
     GREEDY = "greedy"

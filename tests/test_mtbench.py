@@ -29,6 +29,9 @@ from evaluation.mtbench import (
     read_questions,
     read_references,
 )
+from models import decoder_spec
+from quantize.config import BitConfig, QuantConfig, Transform
+from quantize.walk import quantize_model
 from utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -97,18 +100,32 @@ def test_answers_are_lines_as_fastchat_reads_them(answered, tmp_path):
     assert len({row["answer_id"] for row in kept}) == 3
 
 
+def greedy_without_a_cache(model, tokenizer, prompt: list[int], steps: int) -> str:
+    tokens = torch.tensor([prompt])
+    for _ in range(steps):
+        with torch.no_grad():
+            best = model(input_ids=tokens, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, best], 1)
+        if best.item() == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip()
+
+
 def test_answer_is_what_greedy_search_without_a_cache_finds(model, tokenizer):
     prompt = tokenizer("Mila has the kite. Tom has")["input_ids"]
-    tokens = torch.tensor([prompt])
-    with torch.no_grad():
-        for _ in range(8):
-            best = model(input_ids=tokens, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens, best], 1)
-            if best.item() == tokenizer.eos_token_id:
-                break
-    expected = tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip()
+    expected = greedy_without_a_cache(model, tokenizer, prompt, 8)
     assert generate_text(model, tokenizer, prompt, 8, 0.0, (), CPU) == expected
     assert expected
+
+
+def test_quantized_model_answers_with_a_cache_as_without(tokenizer):
+    quantized = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, local_files_only=True).eval()
+    prompt = tokenizer("Mila has the kite. Tom has")["input_ids"]
+    bits = QuantConfig(bits=BitConfig(weight=8, activation=8), transform=Transform.NONE)
+    tokens = torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(0))
+    quantize_model(quantized, decoder_spec(quantized.config), tokens, None, bits, CPU)
+    expected = greedy_without_a_cache(quantized, tokenizer, prompt, 8)
+    assert generate_text(quantized, tokenizer, prompt, 8, 0.0, (), CPU) == expected
 
 
 def test_second_prompt_holds_the_first_answer(model, tokenizer, questions):
@@ -144,6 +161,25 @@ def test_interrupted_run_goes_on_to_the_same_answers(answered, tmp_path, setting
     assert turns_of(resumed) == turns_of(whole)
     assert resumed[0] == whole[0]
     assert len(read_lines(path)) == 3
+
+
+def test_run_that_is_interrupted_twice_keeps_both_parts(answered, tmp_path, monkeypatch):
+    whole = answered(name="whole.jsonl")
+    first, second = (json.dumps(row) for row in whole[:2])
+    (tmp_path / "cut.jsonl").write_text(f"{first}\n{second[:-9]}", encoding="utf-8")
+    original = mtbench.answer_question
+
+    def interrupted(*arguments):
+        if arguments[2].question_id == whole[2]["question_id"]:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mtbench, "answer_question", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answered(name="cut.jsonl")
+    assert turns_of(read_lines(tmp_path / "cut.jsonl")) == turns_of(whole[:2])
+    assert turns_of(answered(name="cut.jsonl")) == turns_of(whole)
 
 
 def test_finished_file_is_not_generated_again(answered, monkeypatch):
@@ -197,7 +233,7 @@ def test_answers_of_other_settings_are_refused_and_kept(answered, tmp_path, chan
 def test_file_that_is_not_ours_is_refused_and_kept(answered, tmp_path, row):
     path = write_lines(tmp_path / "answers.jsonl", [row])
     before = path.read_bytes()
-    with pytest.raises(InputError, match="answers.jsonl"):
+    with pytest.raises(InputError, match=r"answers\.jsonl"):
         answered()
     assert path.read_bytes() == before
 
@@ -264,6 +300,13 @@ def test_models_own_sampling_settings_and_penalties_do_not_enter(model, tokenize
         model.generation_config = own
 
 
+def test_sampling_is_from_the_whole_vocabulary(model, tokenizer):
+    prompt = tokenizer("Mila")["input_ids"]
+    torch.manual_seed(0)
+    drawn = {generate_text(model, tokenizer, prompt, 1, 1e4, (), CPU) for _ in range(120)}
+    assert len(drawn) > 70  # the library's own default would draw from 50
+
+
 def test_prompt_is_cut_at_its_old_end_and_keeps_its_bos():
     tokens = list(range(20))
     assert fit_prompt(tokens, 32, 12, bos=0) == tokens
@@ -301,12 +344,11 @@ def test_generation_ends_at_a_stop_and_leaves_it_out(model, tokenizer):
     calls = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
     try:
-        assert (
-            generate_text(model, tokenizer, prompt, 24, 0.0, (stop, "never"), CPU) == whole.partition(stop)[0].strip()
-        )
-        assert len(calls) < 24
+        found = generate_text(model, tokenizer, prompt, 24, 0.0, (stop, "never"), CPU)
     finally:
         handle.remove()
+    assert found == whole.partition(stop)[0].strip()
+    assert len(calls) < 24
 
 
 def test_generation_ends_at_the_models_the_tokenizers_and_the_formats_end_tokens(tokenizer):

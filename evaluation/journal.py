@@ -28,8 +28,14 @@ class Journal:
     def __contains__(self, key: str) -> bool:
         return key in self._found
 
-    def __len__(self) -> int:
+    @property
+    def parts(self) -> int:
+        """How many values are kept."""
         return len(self._found)
+
+    def under(self, heading: str) -> "Section":
+        """The part of this journal whose keys begin with `heading`."""
+        return Section(self, heading)
 
     def get(self, key: str) -> object | None:
         """The value kept under `key`, or None."""
@@ -54,6 +60,24 @@ class Journal:
         """Remove the file: the evaluation is finished, and its results are where they belong."""
         if is_main():
             self.path.unlink(missing_ok=True)
+
+
+class Section:
+    """A journal's entries under one heading, as a journal of their own."""
+
+    def __init__(self, journal: Journal, heading: str):
+        self._journal, self._heading = journal, heading
+
+    def __contains__(self, key: str) -> bool:
+        return f"{self._heading}/{key}" in self._journal
+
+    def get(self, key: str) -> object | None:
+        """The value kept under `key`, or None."""
+        return self._journal.get(f"{self._heading}/{key}")
+
+    def keep(self, key: str, value: object) -> None:
+        """Keep `value` under `key`."""
+        self._journal.keep(f"{self._heading}/{key}", value)
 
 
 def _line(value: dict) -> str:

@@ -4,17 +4,22 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
+from evaluation.mmlu import MMLU
 from evaluation.perplexity import Perplexity
+from evaluation.task_scores import ZeroShot
 
 
 @dataclass
 class Measured:
-    """Perplexity by dataset label, completions of the prompts, wall seconds by stage, figures per layer.
+    """Perplexity by dataset label, scores, completions of the prompts, wall seconds by stage, figures per layer.
 
     `failures`: by evaluation, what ended it.
     """
 
     perplexity: dict[str, Perplexity] = field(default_factory=dict)
+    zero_shot: ZeroShot | None = None
+    mmlu: tuple[MMLU, ...] = ()
+    mt_bench: dict | None = None
     completions: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -34,6 +39,9 @@ class Measured:
         return {
             "perplexity": {label: result.perplexity for label, result in self.perplexity.items()},
             "perplexity_details": {label: asdict(result) for label, result in self.perplexity.items()},
+            "zero_shot": self.zero_shot and asdict(self.zero_shot),
+            "mmlu": {f"{result.shots}_shot": result.figures() for result in self.mmlu},
+            "mt_bench": self.mt_bench,
             "completions": self.completions,
             "failures": self.failures,
             "seconds": dict(self.seconds),

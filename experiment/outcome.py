@@ -5,6 +5,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+from evaluation.task_plan import PAPER_TASKS
+from experiment.evaluations import Evaluations
 from experiment.measured import Measured
 from experiment.options import BASELINES
 from experiment.plan import Run
@@ -14,6 +16,8 @@ from utils.device import describe, peak_memory
 from utils.distributed import is_main, world_size
 from utils.io import write_json
 from utils.results import format_table, plain, versions
+
+MOST_TASK_COLUMNS = 3  # in the summary; the tasks' own table has all
 
 
 @dataclass
@@ -97,9 +101,39 @@ def figure_columns(run: Run, outcome: Outcome) -> list[tuple]:
         columns.append((f"{label} ppl", lambda m, label=label: _number(m.perplexity.get(label), "perplexity")))
         if run.evaluations.divergence:
             columns.append((f"{label} KL", lambda m, label=label: _number(m.perplexity.get(label), "divergence")))
+    columns += [(f"{task} acc", lambda m, task=task: _accuracy(m, task)) for task in shown_tasks(run.evaluations)]
+    if run.evaluations.tasks is not None and set(PAPER_TASKS) <= set(run.evaluations.tasks.units):
+        columns.append(("mean of six acc_norm", lambda m: _number(m.zero_shot and m.zero_shot.average, "acc_norm")))
+    for number, shots in enumerate(run.evaluations.shots if run.evaluations.subjects else ()):
+        columns.append(
+            (f"MMLU {shots}-shot", lambda m, at=number: _number(dict(enumerate(m.mmlu)).get(at), "accuracy"))
+        )
+    if run.evaluations.conversations is not None and run.evaluations.conversations.endpoint is not None:
+        columns.append(("MT-Bench", _score))
     columns.append(("quantize s", lambda m: _seconds(m, "quantize")))
-    columns.append(("evaluate s", lambda m: _seconds(m, "perplexity", "prompts")))
+    columns.append(("evaluate s", lambda m: _seconds(m, "perplexity", "zero-shot", "MMLU", "MT-Bench", "prompts")))
     return columns
+
+
+def shown_tasks(evaluations: Evaluations) -> tuple[str, ...]:
+    """The tasks with a column of their own: all, if they are few."""
+    units = evaluations.tasks.units if evaluations.tasks is not None else ()
+    return units if len(units) <= MOST_TASK_COLUMNS else ()
+
+
+def _accuracy(measured: Measured, task: str) -> str:
+    scores = measured.zero_shot.scores if measured.zero_shot is not None else ()
+    found = [score.metrics["acc"] for score in scores if score.task == task and "acc" in score.metrics]
+    return f"{found[0]:.3f}" if found else "–"
+
+
+def _mmlu(measured: Measured, shots: int) -> str:
+    return next((f"{result.accuracy:.3f}" for result in measured.mmlu if result.shots == shots), "–")
+
+
+def _score(measured: Measured) -> str:
+    average = (measured.mt_bench or {}).get("scores", {}).get("average")
+    return "–" if average is None else f"{average:.2f}"
 
 
 def _number(figures: object, name: str) -> str:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.evaluating import Evaluations, plan_evaluations
+from experiment.evaluations import Evaluations, plan_evaluations
 from experiment.resuming import open_checkpoint
 from experiment.session import Setup, make_setup
 from quantize.checkpoint import Checkpoint

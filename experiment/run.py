@@ -10,10 +10,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from experiment.evaluating import FULL, QUANTIZED, Evaluator, open_journal
+from experiment.evaluations import FULL, QUANTIZED, open_journal
+from experiment.evaluator import Evaluator
 from experiment.measured import Measured
 from experiment.options import BASELINES
-from experiment.outcome import Outcome, completions_text, summary_table, write_results
+from experiment.outcome import Outcome, completions_text, method_name, summary_table, write_results
 from experiment.plan import Run, prepare
 from experiment.resuming import finished_layers, resume_command
 from experiment.session import open_model
@@ -44,9 +45,10 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
     if world_size() > 1:
         logger.info("%d processes share the evaluation", world_size())
     outcome = Outcome()
-    journal = open_journal(args, run.setup, run.folder)
+    journal = open_journal(run.evaluations, run.folder)
+    evaluator = Evaluator(run.evaluations, run.setup, journal, run.folder, run.folder.name)
     try:
-        execute(run, outcome, Evaluator(run.evaluations, run.setup, journal))
+        execute(run, outcome, evaluator)
     except InputError:
         raise
     except BaseException as error:
@@ -77,12 +79,13 @@ def finish(run: Run, outcome: Outcome) -> None:
 
 def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
     """Load, quantize, evaluate, and the baselines; figures go into `outcome` as they are found."""
-    measured, baselines, label = outcome.measured, outcome.baselines, run.quant.label
+    measured, baselines = outcome.measured, outcome.baselines
+    title = f"{method_name(run.quant)} {run.quant.label.upper()}"
     with measured.timing("load"):
         model = open_model(run.setup, run.args.attn_implementation)
     if run.setup.saved is not None:
-        logger.info("quantized already: %s", label)
-        evaluator.measure(model, measured, QUANTIZED, label)
+        logger.info("quantized already: %s", run.quant.label)
+        evaluator.measure(model, measured, QUANTIZED, title)
         return
     finished = from_main(lambda: finished_layers(run.args.resume, run.checkpoint, run.setup, run.quant))
     peaks = activation_peaks(run, model, measured, needed=len(finished) < run.setup.layers)
@@ -95,7 +98,7 @@ def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
     if run.args.save_model is not None and is_main():
         save_model(run.args.save_model, model, run.setup.tokenizer, run.setup.spec, run.quant)
         logger.info("model saved: %s", run.args.save_model)
-    evaluator.measure(model, measured, QUANTIZED, label)
+    evaluator.measure(model, measured, QUANTIZED, title)
     del model
     for name in (name for name in ("rtn", "smooth") if name in run.args.baselines):
         baselines[name] = Measured()

@@ -108,7 +108,12 @@ def pick_dtype(name: str, config: PretrainedConfig, device: torch.device, named:
 
 def context_length(config: PretrainedConfig) -> int:
     """The default of `--seqlen`: 2048, or the model's maximum where that is less."""
-    return min(DEFAULT_SEQLEN, getattr(config, "max_position_embeddings", None) or DEFAULT_SEQLEN)
+    return min(DEFAULT_SEQLEN, longest_context(config))
+
+
+def longest_context(config: PretrainedConfig) -> int:
+    """The most tokens the model can read: what its config says, else 2048."""
+    return getattr(config, "max_position_embeddings", None) or DEFAULT_SEQLEN
 
 
 def config_digest(config: PretrainedConfig) -> str:

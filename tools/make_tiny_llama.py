@@ -1,6 +1,6 @@
 """Make the bundled model: a small Llama trained on generated stories, then given the outliers of a large one.
 
-    python tools/make_tiny_llama.py                     # everything, about half an hour on two CPU cores
+    python tools/make_tiny_llama.py                     # everything, about an hour on a CPU
     python tools/make_tiny_llama.py --stage outliers    # put the outliers into the trained model again
     python tools/make_tiny_llama.py --stage texts       # only write the texts and questions again
 
@@ -319,7 +319,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / "assets/tiny-llama", help="folder of the finished model")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "cache/tiny-llama", help="checkpoint and clean model")
     parser.add_argument("--seed", type=int, default=0, help="of the stories and of the initial weights (default: 0)")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps (default: 1500)")
+    parser.add_argument("--steps", type=int, default=3500, help="training steps (default: 3500)")
     parser.add_argument("--batch_size", type=int, default=8, help=f"windows of {SEQLEN} tokens a step (default: 8)")
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (default: 0.005)")
     default = OutlierSettings()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "lm_eval", "accelerate")
 
 
 def versions() -> dict[str, str]:

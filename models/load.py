@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from utils.errors import InputError
 
 SAMPLED_BYTES = 1 << 20  # of each weights file that enter a fingerprint
 DEFAULT_SEQLEN = 2048
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype
             source.name,
             config=config,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=pick_attention(attention, config),
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=source.trust_remote_code,
@@ -91,6 +93,14 @@ def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype
         if not torch.isfinite(parameter).all():
             raise InputError(f"--model {source.name}: {name} contains NaN or inf; the checkpoint is damaged")
     return model.eval().requires_grad_(False)
+
+
+def pick_attention(name: str, config: PretrainedConfig) -> str:
+    """The attention implementation for `--attn_implementation name`: `sdpa` cannot soft-cap scores, `eager` can."""
+    if name == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
+        logger.info("attention: eager instead of sdpa, which cannot soft-cap as this model does")
+        return "eager"
+    return name
 
 
 def pick_dtype(name: str, config: PretrainedConfig, device: torch.device, named: dict[str, torch.dtype]) -> torch.dtype:

@@ -75,7 +75,7 @@ def attach_transforms_(model: nn.Module, folder: Path, spec: DecoderSpec, config
     install(model)
     for index, layer in enumerate(spec.decoder_layers(model)):
         attach_attention_quantizer_(layer.get_submodule(spec.attention), config, next(layer.parameters()).device)
-        for group in spec.groups:
+        for group in spec.at(index).groups:
             prefix = spec.linear_key(index, group.name)
             try:
                 rotations, permutations = tensors[f"{prefix}.rotations"], tensors[f"{prefix}.permutations"]
@@ -102,7 +102,7 @@ def _settings(config: QuantConfig) -> dict[str, object]:
 
 def _transform_tensors(model: nn.Module, spec: DecoderSpec):
     for index, layer in enumerate(spec.decoder_layers(model)):
-        for group in spec.groups:
+        for group in spec.at(index).groups:
             linear = layer.get_submodule(group.linears[0])
             if not isinstance(linear, QuantLinear):
                 raise InputError("--save_model: nothing was quantized, so there is nothing to save; drop the flag")

@@ -1,6 +1,6 @@
 """Looking into a model: what enters its layers, what enters a linear, and running one layer at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -107,6 +107,30 @@ def capture_input(layer: nn.Module, path: str, hidden: Tensor, kwargs: dict) -> 
     finally:
         handle.remove()
     raise RuntimeError(f"{path} is not called by {type(layer).__name__}")
+
+
+@torch.no_grad()
+def capture_rows(layer: nn.Module, paths: Sequence[str], hidden: Tensor, kwargs: dict) -> Tensor:
+    """What enters the modules at `paths` when `layer` runs on `hidden`: one input as it is, several as rows [N, C].
+
+    Modules that are not called (experts without a token) have no rows.
+    """
+    if len(paths) == 1:
+        return capture_input(layer, paths[0], hidden, kwargs)
+    rows: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.append(args[0].flatten(0, -2))
+
+    handles = [layer.get_submodule(path).register_forward_pre_hook(keep) for path in paths]
+    try:
+        run(layer, hidden, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not rows:
+        raise RuntimeError(f"none of {', '.join(paths)} is called by {type(layer).__name__}")
+    return torch.cat(rows)
 
 
 def require_finite(x: Tensor, name: str) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.smoothing import absorb_inverse_, column_peak, scale_columns_, smoothing_scale
+from quantize.smoothing import column_peak, divide_norm_, divide_rows_, scale_columns_, smoothing_scale
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -83,7 +83,7 @@ def test_folding_into_a_norm_keeps_the_outputs(bias, norm_bias):
     norm = Norm(weight, weight - 1 if norm_bias else None)
     linears = [linear(12, 7, bias, seed) for seed in (1, 2)]
     before, scale = [layer(norm(x)) for layer in linears], some_scale(12)
-    scale_columns_(linears, absorb_inverse_(norm, scale))
+    scale_columns_(linears, divide_norm_(norm, scale))
     for layer, expected in zip(linears, before, strict=True):
         torch.testing.assert_close(layer(norm(x)), expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(norm.weight, weight / scale.double(), atol=0, rtol=1e-12)
@@ -95,15 +95,15 @@ def test_folding_into_a_gated_linear_keeps_the_outputs(bias):
     up, gate, down = linear(6, 12, bias, 1), linear(6, 12, bias, 2), linear(12, 6, bias, 3)
     before = down(F.silu(gate(x)) * up(x))
     rows, scale = up.weight.clone(), some_scale(12)
-    scale_columns_([down], absorb_inverse_(up, scale))
+    scale_columns_([down], divide_rows_(up, scale))
     torch.testing.assert_close(down(F.silu(gate(x)) * up(x)), before, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(up.weight, rows / scale.double()[:, None], atol=0, rtol=1e-12)
 
 
 def test_no_bias_is_created():
     norm, up, down = Norm(torch.ones(4)), linear(4, 4, False), linear(4, 4, False)
-    scale_columns_([down], absorb_inverse_(norm, torch.full((4,), 2.0)))
-    absorb_inverse_(up, torch.full((4,), 2.0))
+    scale_columns_([down], divide_norm_(norm, torch.full((4,), 2.0)))
+    divide_rows_(up, torch.full((4,), 2.0))
     assert up.bias is None
     assert down.bias is None
     assert [name for name, _ in norm.named_parameters()] == ["weight"]
@@ -113,7 +113,7 @@ def test_no_bias_is_created():
 def test_a_rounded_norm_weight_is_made_up_for_by_the_returned_scale(dtype):
     weight = torch.rand(64, generator=generator()).add(0.1).to(dtype)
     norm, asked = Norm(weight.clone()), some_scale(64)
-    scale = absorb_inverse_(norm, asked)
+    scale = divide_norm_(norm, asked)
     assert norm.weight.dtype == dtype
     assert scale.dtype == torch.float32
     torch.testing.assert_close(norm.weight.float() * scale, weight.float(), atol=0, rtol=2e-7)
@@ -129,7 +129,7 @@ def test_a_rounded_norm_weight_is_made_up_for_by_the_returned_scale(dtype):
 def test_channels_that_the_norm_s_dtype_cannot_hold_are_left_alone(weight, scale):
     weights = torch.tensor([weight, 0.75], dtype=torch.float16)
     norm = Norm(weights.clone())
-    found = absorb_inverse_(norm, torch.tensor([scale, 4.0]))
+    found = divide_norm_(norm, torch.tensor([scale, 4.0]))
     assert found.tolist() == [1.0, 4.0]
     assert norm.weight.tolist() == [weights[0].item(), 0.75 / 4]
 
@@ -137,7 +137,7 @@ def test_channels_that_the_norm_s_dtype_cannot_hold_are_left_alone(weight, scale
 def test_subnormal_quotients_keep_the_product_exact():
     weight = torch.tensor([3e-3], dtype=torch.float16)
     norm = Norm(weight.clone())
-    scale = absorb_inverse_(norm, torch.tensor([2e4]))  # 1.5e-7 is 2.5 steps of float16's subnormals
+    scale = divide_norm_(norm, torch.tensor([2e4]))  # 1.5e-7 is 2.5 steps of float16's subnormals
     assert norm.weight.item() != 0
     torch.testing.assert_close(norm.weight.float() * scale, weight.float(), atol=0, rtol=2e-7)
 
@@ -148,8 +148,8 @@ def test_the_caller_s_tensors_are_left_alone():
     scale = torch.tensor([2.0, 4.0, 8.0])
     held = [scale, norm.weight.data, up.weight.data, up.bias.data, down.weight.data, down.bias.data]
     before = [tensor.clone() for tensor in held]
-    absorb_inverse_(norm, scale)
-    absorb_inverse_(up, scale)
+    divide_norm_(norm, scale)
+    divide_rows_(up, scale)
     scale_columns_([down], scale)
     assert all(torch.equal(tensor, old) for tensor, old in zip(held, before, strict=True))
     assert torch.equal(down.bias, before[-1])

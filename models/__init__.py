@@ -8,10 +8,12 @@ from models.gemma import gemma_spec
 from models.granite import granite_spec
 from models.llama import llama_spec
 from models.mistral import mistral_spec
+from models.mixtral import mixtral_spec
 from models.olmo2 import olmo2_spec
 from models.phi3 import phi3_spec
 from models.qwen2 import qwen2_spec
 from models.qwen3 import qwen3_spec
+from models.qwen3_moe import qwen3_moe_spec
 from quantize.spec import DecoderSpec
 from utils.errors import InputError
 
@@ -21,10 +23,12 @@ FAMILIES: dict[str, Callable[[PretrainedConfig], DecoderSpec]] = {
     "granite": granite_spec,
     "llama": llama_spec,
     "mistral": mistral_spec,
+    "mixtral": mixtral_spec,
     "olmo2": olmo2_spec,
     "phi3": phi3_spec,
     "qwen2": qwen2_spec,
     "qwen3": qwen3_spec,
+    "qwen3_moe": qwen3_moe_spec,
 }
 
 

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from models import require_supported
+from models import decoder_spec, require_supported
+from quantize.experts import unfuse_experts_
 from utils.errors import InputError
 
 SAMPLED_BYTES = 1 << 20  # of each weights file that enter a fingerprint
@@ -52,7 +53,9 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 def load_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> nn.Module:
     """The model without weights (on the meta device): shapes to check settings against before anything is loaded."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    unfuse_experts_(skeleton, decoder_spec(config))
+    return skeleton
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -65,6 +68,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:
     """The model on the host, in `dtype`, ready for inference; safetensors weights only, every one of them finite.
+
+    The experts of a mixture are linears of their own (see `quantize.experts`).
 
     Raises InputError if there are no safetensors weights, if tensors are missing, or if one has NaN or inf.
     """
@@ -92,6 +97,7 @@ def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"--model {source.name}: {name} contains NaN or inf; the checkpoint is damaged")
+    unfuse_experts_(model, decoder_spec(config))
     return model.eval().requires_grad_(False)
 
 

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from quantize.attention import AttentionQuantizer, install
 from quantize.config import BitConfig, ClipConfig, QuantConfig, SmoothConfig, Transform
+from quantize.experts import fuse_experts
 from quantize.layer import attach_attention_quantizer_, replace_linear_
 from quantize.linear import QuantLinear
 from quantize.spec import DecoderSpec
@@ -35,6 +36,7 @@ def save_model(
     transforms = dict(_transform_tensors(model, spec))
     ours = _own_buffers(model)
     ordinary = {name: tensor for name, tensor in model.state_dict().items() if name not in ours}
+    ordinary = fuse_experts(model, ordinary)
     model.config.quantization_config = {"quant_method": METHOD, **_settings(config)}
     try:
         folder.mkdir(parents=True, exist_ok=True)

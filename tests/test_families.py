@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from models import FAMILIES, decoder_spec
 from models.load import ModelSource, load_config, load_model
 from quantize.config import BitConfig, GqaSmooth, QuantConfig, RotationConfig, SmoothConfig
+from quantize.experts import unfuse_experts_
 from quantize.export import attach_transforms_, save_model, saved_config
 from quantize.linear import QuantLinear
 from quantize.spec import Norm
@@ -53,6 +54,14 @@ CASES: dict[str, tuple[str, dict]] = {
     "olmo2, no GQA": ("olmo2", {"num_key_value_heads": 6}),
     "granite": ("granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3}),
 }
+CASES |= {
+    "mixtral": ("mixtral", {"head_dim": 16, "num_local_experts": 4, **MOE}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 5, "moe_intermediate_size": 32, "norm_topk_prob": True, **MOE}),
+    "qwen3_moe, one dense layer": (
+        "qwen3_moe",
+        {"num_experts": 4, "moe_intermediate_size": 32, "mlp_only_layers": [0], "norm_topk_prob": False, **MOE},
+    ),
+}
 every_family = pytest.mark.parametrize("name", CASES)
 
 
@@ -66,8 +75,9 @@ def make_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(make_config(name)).to(dtype).eval().requires_grad_(False)
     ones = 0.0 if name.startswith("gemma") else 1.0
-    groups = decoder_spec(model.config).groups
-    absorbing = {absorber.path for group in groups for absorber in group.absorbers if isinstance(absorber, Norm)}
+    spec = decoder_spec(model.config)
+    unfuse_experts_(model, spec)
+    absorbing = {absorber.path for group in spec.groups for absorber in group.absorbers if isinstance(absorber, Norm)}
     for path, parameter in model.named_parameters():
         if path.endswith("norm.weight"):
             parameter.uniform_(ones - 0.5, ones + 0.5)

@@ -138,6 +138,52 @@ def test_every_linear_of_the_decoder_is_quantized_and_nothing_else_is(name):
     assert torch.equal(quantized.lm_head.weight, model.lm_head.weight)
 
 
+LLAMA_FOLDED = {
+    "qkv": "folded into input_layernorm",
+    "gate_up": "folded into post_attention_layernorm",
+    "down": "folded into mlp.up_proj",
+}
+FOLDED = {  # with --gqa_smooth fold
+    "qwen2": {**LLAMA_FOLDED, "o": "folded into self_attn.v_proj, shared by 3 heads"},
+    "phi3": {
+        **LLAMA_FOLDED,
+        "o": "folded into self_attn.qkv_proj[72:], shared by 2 heads",
+        "down": "folded into mlp.gate_up_proj[80:]",
+    },
+    "phi3, no GQA": {
+        **LLAMA_FOLDED,
+        "o": "folded into self_attn.qkv_proj[96:]",
+        "down": "folded into mlp.gate_up_proj[80:]",
+    },
+    "gemma2": {
+        **LLAMA_FOLDED,
+        "o": "folded into self_attn.v_proj, shared by 3 heads",
+        "gate_up": "folded into pre_feedforward_layernorm",
+    },
+    "olmo2, no GQA": {
+        "qkv": "online",
+        "o": "folded into self_attn.v_proj",
+        "gate_up": "online",
+        "down": LLAMA_FOLDED["down"],
+    },
+    "mixtral": {
+        **LLAMA_FOLDED,
+        "o": "folded into self_attn.v_proj, shared by 3 heads",
+        "down": "folded into mlp.experts.0.gate_up_proj[80:] and 3 like it",
+    },
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize("gqa", GqaSmooth)
+def test_the_figures_say_where_every_scale_went(name, gqa):
+    _, layers = quantize(make_model(name), settings(gqa=gqa))
+    for done in layers.values():
+        for group in done.figures["groups"]:
+            online = gqa is GqaSmooth.ONLINE and "shared" in FOLDED[name][group["name"]]
+            assert group["scale"] == ("online" if online else FOLDED[name][group["name"]])
+
+
 @every_family
 @pytest.mark.parametrize("gqa", GqaSmooth)
 def test_eight_bits_come_close_and_four_bits_run_to_the_end(name, gqa):

@@ -31,11 +31,14 @@ FAMILIES: dict[str, Callable[[PretrainedConfig], DecoderSpec]] = {
     "qwen3_moe": qwen3_moe_spec,
 }
 
+# models of text and more: the family of their text part, which is loaded alone
+COMPOSITES = {"gemma3": "gemma3_text"}
+
 
 def require_supported(model_type: str | None) -> None:
     """Raise InputError, listing what is supported, if there is no spec for this `model_type`."""
-    if model_type not in FAMILIES:
-        supported = ", ".join(sorted(FAMILIES))
+    if model_type not in {**FAMILIES, **COMPOSITES}:
+        supported = ", ".join(sorted({**FAMILIES, **COMPOSITES}))
         raise InputError(f"--model: model type '{model_type}' is not supported; supported are {supported}")
 
 

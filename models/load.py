@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from models import decoder_spec, require_supported
+from models import COMPOSITES, decoder_spec, require_supported
 from quantize.experts import unfuse_experts_
 from utils.errors import InputError
 
 SAMPLED_BYTES = 1 << 20  # of each weights file that enter a fingerprint
 DEFAULT_SEQLEN = 2048
+# a text model's names where it was saved as a part of a larger one; names of its own are left as they are
+TEXT_PART = {r"^language_model\.model\.": "model.", r"^model\.language_model\.": "model."}
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +34,10 @@ class ModelSource:
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The model's config. Raises InputError if there is no such model or its family is not supported."""
+    """The model's config; of a model of text and images, that of its text part.
+
+    Raises InputError if there is no such model or its family is not supported.
+    """
     _quieten()
     if Path(source.name).is_dir() and not (Path(source.name) / "config.json").is_file():
         raise InputError(f"--model {source.name}: the folder has no config.json, so it is not a Hugging Face model")
@@ -47,7 +52,18 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         raise
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(_explain(source, error)) from None
-    return config
+    return text_config(config) if config.model_type in COMPOSITES else config
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the text part, with what its model inherits from the whole."""
+    text = config.text_config
+    logger.info("%s: its text part, %s, alone is loaded", config.model_type, text.model_type)
+    text.dtype = text.dtype or config.dtype
+    for name in ("_commit_hash", "quantization_config"):
+        if getattr(config, name, None) is not None:
+            setattr(text, name, getattr(config, name))
+    return text
 
 
 def load_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> nn.Module:
@@ -81,6 +97,7 @@ def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype
             attn_implementation=pick_attention(attention, config),
             use_safetensors=True,
             output_loading_info=True,
+            key_mapping=TEXT_PART if config.model_type in COMPOSITES.values() else None,
             trust_remote_code=source.trust_remote_code,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:

@@ -251,3 +251,23 @@ def test_half_precision_stays_half_precision_and_finite_and_comes_close(name, dt
     assert {parameter.dtype for parameter in half.parameters()} == {dtype}
     assert logits(half).isfinite().all()
     assert relative_error(logits(half).float(), expected) < 1.5 * W8A8_ERROR
+
+
+def test_the_text_part_of_a_model_with_images_is_loaded_alone(model_folder, tmp_path):
+    text = {**make_config("gemma3_text").to_dict(), "tie_word_embeddings": True}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    whole = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    whole.save_pretrained(tmp_path / "whole")
+    source = ModelSource(str(tmp_path / "whole"))
+    config = load_config(source)
+    assert config.model_type == "gemma3_text"
+    model = load_model(source, config, torch.float32, "sdpa")
+    torch.testing.assert_close(logits(model), logits(whole))
+    assert not any("vision" in name for name, _ in model.named_parameters())
+    quantized, _ = quantize(model, settings())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    save_model(tmp_path / "saved", quantized, tokenizer, decoder_spec(config), settings())
+    assert torch.equal(logits(reload(tmp_path / "saved")), logits(quantized))

@@ -1,4 +1,27 @@
-"""Model families: `model_type` of a Hugging Face config → `DecoderSpec`. A new family is one file and one line here."""
+"""Model families: `model_type` of a Hugging Face config → `DecoderSpec`. A new family is one file and one line here.
+
+Adding a model family
+---------------------
+
+1. Open the family's `modeling_<name>.py` in transformers and find its decoder layer, attention and MLP. Everything
+   they compute is called, never copied; the method only has to know which linears read the same activation, and what
+   is upstream of it.
+2. Write `models/<name>.py`: a function from the config to a `DecoderSpec`. If only things differ that the method does
+   not touch (masks, RoPE, norms on q and k, biases, multipliers, soft-capping), the spec is Llama's: one line, see
+   `qwen2.py`. If the norms are elsewhere or of another kind, say which to `dense_spec`, see `gemma.py` and
+   `olmo2.py`. If linears are fused, write the groups, see `phi3.py`. For a mixture of experts see `moe.py`.
+3. For every group answer: can 1/s go upstream exactly? Into a norm that nobody else reads (`Norm`, with `offset=1.0`
+   if its gain is 1 + weight); into rows of a linear that the activation is linear in (`Rows`: v for o_proj, up for
+   down_proj; not through a norm, an activation function or a residual sum); into rows of v that query heads share
+   (`SharedRows`). If somebody else reads the norm, name it in `readers`. If not: no absorber, and the scale stays
+   online. The log says for every group where its scale went.
+4. Add the line to `FAMILIES`, and a tiny config to `CASES` in `tests/test_families.py`: two layers, grouped-query
+   attention, head_dim ≠ hidden size / heads, odd widths, whatever is particular to the family switched on. Run
+   `python -m pytest tests/test_families.py -k <name>`. The first test, logits unchanged in float64 without rounding,
+   finds nearly every mistake: a wrong absorber, a forgotten reader, rows that begin elsewhere.
+5. Quantize a real checkpoint with `--wbits 8 --abits 8 --smooth`: perplexity must stay within a percent of full
+   precision.
+"""
 
 from collections.abc import Callable
 

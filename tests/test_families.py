@@ -10,12 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from models import FAMILIES, decoder_spec
 from models.load import ModelSource, load_config, load_model
-from quantize.config import BitConfig, GqaSmooth, QuantConfig, RotationConfig, SmoothConfig
+from quantize.checkpoint import Checkpoint, bytes_needed
+from quantize.config import BitConfig, ClipConfig, GqaSmooth, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig
 from quantize.experts import unfuse_experts_
 from quantize.export import attach_transforms_, save_model, saved_config
 from quantize.linear import QuantLinear
 from quantize.spec import Norm
-from quantize.state import FinishedLayer, LayerState
+from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
 from quantize.walk import quantize_model
 
@@ -98,7 +99,7 @@ def quantize(model: nn.Module, config: QuantConfig, finished=None) -> tuple[nn.M
     """A quantized copy, and its layers' states as they would be kept."""
     model, layers = copy.deepcopy(model), {}
     spec = decoder_spec(model.config)
-    peaks = channel_statistics(model, spec, TOKENS, CPU).scales if finished is None else None
+    peaks = channel_statistics(model, spec, TOKENS, CPU).scales
     quantize_model(model, spec, TOKENS, peaks, config, CPU, finished, layers.__setitem__)
     return model, layers
 
@@ -196,22 +197,24 @@ def test_eight_bits_come_close_and_four_bits_run_to_the_end(name, gqa):
 
 @every_family
 @pytest.mark.parametrize("gqa", GqaSmooth)
-def test_kept_layers_and_a_saved_model_give_the_same_logits_to_the_bit(name, gqa, model_folder, tmp_path):
-    model, config = make_model(name), settings(gqa=gqa)
+def test_a_resumed_and_a_saved_model_give_the_same_logits_to_the_bit(name, gqa, model_folder, tmp_path):
+    clip, training = ClipConfig(0.95, None, learned=True), TrainingConfig(epochs=1)
+    model, config = make_model(name), settings(gqa=gqa, clip=clip, training=training)
     spec = decoder_spec(model.config)
     quantized, layers = quantize(model, config)
-    kept = {
-        index: FinishedLayer(LayerState.from_tensors(done.state.tensors(), spec.at(index)), done.figures)
-        for index, done in layers.items()
-    }
-    resumed, computed = quantize(model, config, {0: kept[0], 1: kept[1]})
-    assert computed == {}
-    assert torch.equal(logits(resumed), logits(quantized))
+    checkpoint = Checkpoint.create(tmp_path / "kept", {"of": name}, name, bytes_needed(model, spec, config))
+    for index, done in layers.items():
+        checkpoint.keep(index, done)
+    kept = checkpoint.finished(2, spec)
+    assert kept.keys() == {0, 1}
+    for count in (1, 2):
+        resumed, computed = quantize(model, config, {index: kept[index] for index in range(count)})
+        assert computed.keys() == {0, 1} - set(range(count))
+        assert torch.equal(logits(resumed), logits(quantized))
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
     save_model(tmp_path / "saved", quantized, tokenizer, spec, config)
-    loaded = reload(tmp_path / "saved")
-    assert torch.equal(logits(loaded), logits(quantized))
+    assert torch.equal(logits(reload(tmp_path / "saved")), logits(quantized))
 
 
 def reload(folder) -> nn.Module:

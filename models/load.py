@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,15 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from models import require_supported
+from models import COMPOSITES, decoder_spec, require_supported
+from quantize.experts import unfuse_experts_
 from utils.errors import InputError
 
 SAMPLED_BYTES = 1 << 20  # of each weights file that enter a fingerprint
 DEFAULT_SEQLEN = 2048
+# a text model's names where it was saved as a part of a larger one; names of its own are left as they are
+TEXT_PART = {r"^language_model\.model\.": "model.", r"^model\.language_model\.": "model."}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,10 @@ class ModelSource:
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The model's config. Raises InputError if there is no such model or its family is not supported."""
+    """The model's config; of a model of text and images, that of its text part.
+
+    Raises InputError if there is no such model or its family is not supported.
+    """
     _quieten()
     if Path(source.name).is_dir() and not (Path(source.name) / "config.json").is_file():
         raise InputError(f"--model {source.name}: the folder has no config.json, so it is not a Hugging Face model")
@@ -44,13 +52,26 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         raise
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(_explain(source, error)) from None
-    return config
+    return text_config(config) if config.model_type in COMPOSITES else config
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the text part, with what its model inherits from the whole."""
+    text = config.text_config
+    logger.info("%s: its text part, %s, alone is loaded", config.model_type, text.model_type)
+    text.dtype = text.dtype or config.dtype
+    for name in ("_commit_hash", "quantization_config"):
+        if getattr(config, name, None) is not None:
+            setattr(text, name, getattr(config, name))
+    return text
 
 
 def load_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> nn.Module:
     """The model without weights (on the meta device): shapes to check settings against before anything is loaded."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    unfuse_experts_(skeleton, decoder_spec(config))
+    return skeleton
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -64,6 +85,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:
     """The model on the host, in `dtype`, ready for inference; safetensors weights only, every one of them finite.
 
+    The experts of a mixture are linears of their own (see `quantize.experts`).
+
     Raises InputError if there are no safetensors weights, if tensors are missing, or if one has NaN or inf.
     """
     try:
@@ -71,9 +94,10 @@ def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype
             source.name,
             config=config,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=pick_attention(attention, config),
             use_safetensors=True,
             output_loading_info=True,
+            key_mapping=TEXT_PART if config.model_type in COMPOSITES.values() else None,
             trust_remote_code=source.trust_remote_code,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -90,7 +114,16 @@ def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"--model {source.name}: {name} contains NaN or inf; the checkpoint is damaged")
+    unfuse_experts_(model, decoder_spec(config))
     return model.eval().requires_grad_(False)
+
+
+def pick_attention(name: str, config: PretrainedConfig) -> str:
+    """The attention implementation for `--attn_implementation name`: `sdpa` cannot soft-cap scores, `eager` can."""
+    if name == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
+        logger.info("attention: eager instead of sdpa, which cannot soft-cap as this model does")
+        return "eager"
+    return name
 
 
 def pick_dtype(name: str, config: PretrainedConfig, device: torch.device, named: dict[str, torch.dtype]) -> torch.dtype:

@@ -119,7 +119,7 @@ class Checkpoint:
             return None
         if run != self.run:
             raise InputError(f"{path}: is of another run; move it away to have the layer computed")
-        return FinishedLayer(LayerState.from_tensors(tensors, spec), json.loads(figures))
+        return FinishedLayer(LayerState.from_tensors(tensors, spec.at(index)), json.loads(figures))
 
 
 def read_run(folder: Path) -> dict:
@@ -138,8 +138,8 @@ def read_run(folder: Path) -> dict:
 def bytes_needed(model: nn.Module, spec: DecoderSpec, config: QuantConfig) -> int:
     """About how large a checkpoint becomes, from the model's shapes (it may be on the meta device)."""
     total = 0
-    for layer in spec.decoder_layers(model):
-        for group in spec.groups:
+    for index, layer in enumerate(spec.decoder_layers(model)):
+        for group in spec.at(index).groups:
             linears = [layer.get_submodule(path) for path in group.linears]
             channels = linears[0].in_features
             if config.transform is not Transform.NONE:

@@ -38,6 +38,13 @@ class WeightPeak(StrEnum):
     GROUP = "group"  # the maximum over all linears of the group
 
 
+class GqaSmooth(StrEnum):
+    """Where o_proj's smoothing scale goes when query heads share kv heads."""
+
+    ONLINE = "online"  # the activation is divided before o_proj, each channel by its own scale
+    FOLD = "fold"  # into v_proj: the query heads of one kv head share their scales
+
+
 class Probe(StrEnum):
     """The activation on which rotations and permutations are searched."""
 
@@ -126,6 +133,7 @@ class SmoothConfig:
 
     alpha: float = 0.5
     weight_peak: WeightPeak = WeightPeak.REPRESENTATIVE
+    gqa: GqaSmooth = GqaSmooth.ONLINE
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from quantize.attention import AttentionQuantizer, install
 from quantize.config import BitConfig, ClipConfig, QuantConfig, SmoothConfig, Transform
+from quantize.experts import fuse_experts
 from quantize.layer import attach_attention_quantizer_, replace_linear_
 from quantize.linear import QuantLinear
 from quantize.spec import DecoderSpec
@@ -35,6 +36,7 @@ def save_model(
     transforms = dict(_transform_tensors(model, spec))
     ours = _own_buffers(model)
     ordinary = {name: tensor for name, tensor in model.state_dict().items() if name not in ours}
+    ordinary = fuse_experts(model, ordinary)
     model.config.quantization_config = {"quant_method": METHOD, **_settings(config)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,7 @@ def attach_transforms_(model: nn.Module, folder: Path, spec: DecoderSpec, config
     install(model)
     for index, layer in enumerate(spec.decoder_layers(model)):
         attach_attention_quantizer_(layer.get_submodule(spec.attention), config, next(layer.parameters()).device)
-        for group in spec.groups:
+        for group in spec.at(index).groups:
             prefix = spec.linear_key(index, group.name)
             try:
                 rotations, permutations = tensors[f"{prefix}.rotations"], tensors[f"{prefix}.permutations"]
@@ -102,7 +104,7 @@ def _settings(config: QuantConfig) -> dict[str, object]:
 
 def _transform_tensors(model: nn.Module, spec: DecoderSpec):
     for index, layer in enumerate(spec.decoder_layers(model)):
-        for group in spec.groups:
+        for group in spec.at(index).groups:
             linear = layer.get_submodule(group.linears[0])
             if not isinstance(linear, QuantLinear):
                 raise InputError("--save_model: nothing was quantized, so there is nothing to save; drop the flag")

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from quantize.attention import AttentionQuantizer, attach_, head_hadamard
 from quantize.clipping import LearnedClip, NoClip, fixed_clip
-from quantize.config import QuantConfig, SmoothConfig, Transform, WeightPeak
+from quantize.config import GqaSmooth, QuantConfig, SmoothConfig, Transform, WeightPeak
 from quantize.linear import QuantLinear
 from quantize.lwc import Samples, TrainingReport, train_clipping_
-from quantize.observe import advance_, capture_input, require_finite, run
+from quantize.observe import advance_, capture_rows, require_finite, run
 from quantize.quantizer import Quantizer, make_quantizer
-from quantize.smoothing import absorb_inverse_, column_peak, scale_columns_, smoothing_scale
-from quantize.spec import DecoderSpec, InputGroup
+from quantize.smoothing import column_peak, scale_columns_, smoothing_scale
+from quantize.spec import Absorber, DecoderSpec, InputGroup, SharedRows
 from quantize.state import GroupState, LayerState
 from quantize.transform import TRANSFORMS, DualTransform, Stage, measure_stage
 
@@ -64,20 +64,20 @@ def quantize_layer(
 ) -> tuple[LayerState, LayerReport]:
     """Quantize `layer` in place and advance `inputs` through it; return what was decided, and the figures.
 
-    `activation_peaks` (by full linear name, [C]) are needed for smoothing. The result depends on the arguments alone:
-    the random rotations come from a generator of this layer.
+    `spec` is that of this layer. `activation_peaks` (by full linear name, [C]) are needed for smoothing. The result
+    depends on the arguments alone: the random rotations come from a generator of this layer.
     """
     probe, dtype = inputs.probe, inputs.probe.dtype
     reference = run(layer, probe, inputs.kwargs)
     targets = teacher_targets_(layer, inputs, config)
     widen_linears_(layer, spec)
     scales = smoothing_scales(layer, index, spec, activation_peaks, config.smooth) if config.smooth else {}
-    applied = fold_scales_(layer, spec, scales)
+    applied = fold_scales_(layer, spec, scales, config.smooth)
     attach_attention_quantizer_(layer.get_submodule(spec.attention), config, probe.device)
     generator = layer_generator(config.seed, index)
     state, reports = LayerState(), []
     for group in spec.groups:
-        x = capture_input(layer, group.linears[0], probe, inputs.kwargs)
+        x = capture_rows(layer, group.inputs, probe, inputs.kwargs)
         require_finite(x, spec.linear_key(index, group.linears[0]))
         transform, report = find_transform(x, group, applied.get(group.name), config, generator)
         reports.append(report)
@@ -113,12 +113,12 @@ def restore_layer(
     if inputs is not None and inputs.teacher is not None:
         advance_(layer, inputs.teacher, inputs.kwargs, inputs.probe.device)
     widen_linears_(layer, spec)
-    applied = fold_scales_(layer, spec, state.scales)
+    applied = fold_scales_(layer, spec, state.scales, config.smooth)
     device = next(layer.parameters()).device
     attach_attention_quantizer_(layer.get_submodule(spec.attention), config, device)
     for group in spec.groups:
         found = state.groups[group.name]
-        online = applied.get(group.name) if group.absorber is None else None
+        online = None if absorbers(group, config.smooth) else applied.get(group.name)
         transform = DualTransform(found.rotations, found.permutations, online)
         for path in group.linears:
             linear = replace_linear_(layer, path, transform, config)
@@ -172,23 +172,42 @@ def smoothing_scales(
     """The smoothing scale [C] of every group, by name, from the layer's weights as they are now."""
     scales = {}
     for group in spec.groups:
-        key = spec.linear_key(index, group.representative)
-        paths = group.linears if config.weight_peak is WeightPeak.GROUP else (group.representative,)
-        peak = column_peak([layer.get_submodule(path).weight for path in paths])
-        scales[group.name] = smoothing_scale(activation_peaks[key].to(peak.device), peak, config.alpha)
+        alone = config.weight_peak is WeightPeak.REPRESENTATIVE and group.representative is not None
+        paths = (group.representative,) if alone else group.linears
+        weight_peak = column_peak([layer.get_submodule(path).weight for path in paths])
+        key = spec.linear_key(index, group.representative or group.linears[0])
+        activation_peak = activation_peaks[key].to(weight_peak.device)
+        for absorber in absorbers(group, config):
+            if isinstance(absorber, SharedRows):
+                activation_peak, weight_peak = absorber.share(activation_peak), absorber.share(weight_peak)
+        scales[group.name] = smoothing_scale(activation_peak, weight_peak, config.alpha)
     return scales
 
 
-def fold_scales_(layer: nn.Module, spec: DecoderSpec, scales: dict[str, Tensor]) -> dict[str, Tensor]:
+def absorbers(group: InputGroup, smooth: SmoothConfig | None) -> tuple[Absorber, ...]:
+    """What takes the group's scale upstream; without any, it stays online.
+
+    Scales that heads have to share are a choice (`--gqa_smooth fold`): they fit each head less well.
+    """
+    fold_shared = smooth is not None and smooth.gqa is GqaSmooth.FOLD
+    return tuple(each for each in group.absorbers if fold_shared or not isinstance(each, SharedRows))
+
+
+def fold_scales_(
+    layer: nn.Module, spec: DecoderSpec, scales: dict[str, Tensor], smooth: SmoothConfig | None
+) -> dict[str, Tensor]:
     """Fold the scales of all groups into the layer, in place; return those that were really applied.
 
     A group without absorber is left alone: its scale is for the transform to apply online.
     """
     applied = dict(scales)
     for group in spec.groups:
-        if group.name in scales and group.absorber is not None:
-            applied[group.name] = absorb_inverse_(layer.get_submodule(group.absorber), scales[group.name])
-            scale_columns_([layer.get_submodule(path) for path in group.linears], applied[group.name])
+        found = absorbers(group, smooth)
+        if group.name not in scales or not found:
+            continue
+        for absorber in found:
+            applied[group.name] = absorber.absorb_(layer, applied[group.name])
+        scale_columns_([layer.get_submodule(path) for path in (*group.linears, *group.readers)], applied[group.name])
     return applied
 
 
@@ -206,7 +225,7 @@ def find_transform(
 ) -> tuple[DualTransform, GroupReport]:
     """The transform of one group for its input `x` [P, T, C], which a folded scale has already divided."""
     block_size = config.rotation.block_size_for(x.shape[-1]) if config.transform is not Transform.NONE else 1
-    folded = group.absorber is not None
+    folded = absorbers(group, config.smooth)
     smoothed = x.to(torch.promote_types(x.dtype, torch.float32))
     stages = [measure_stage("input", smoothed, block_size)]
     if scale is not None:
@@ -214,8 +233,14 @@ def find_transform(
         stages = [measure_stage("input", original, block_size), measure_stage("smoothed", smoothed, block_size)]
     found = TRANSFORMS[config.transform](smoothed, block_size, config.rotation, generator)
     transform = DualTransform(found.rotations, found.permutations, None if folded else scale)
-    where = "none" if scale is None else f"folded into {group.absorber}" if folded else "online"
+    where = "none" if scale is None else describe_folding(folded)
     return transform, GroupReport(group.name, block_size, where, (*stages, *found.stages), found.steps)
+
+
+def describe_folding(absorbers: tuple[Absorber, ...]) -> str:
+    """Where a group's scale is, for the log: `online`, or `folded into mlp.up_proj`."""
+    others = f" and {len(absorbers) - 1} like it" if len(absorbers) > 1 else ""
+    return f"folded into {absorbers[0]}{others}" if absorbers else "online"
 
 
 def replace_linear_(

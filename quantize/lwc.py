@@ -120,7 +120,8 @@ def train_step(
         loss = distance(run(layer, inputs, kwargs), targets)
         scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in logits])
+    # experts that none of the tokens went to have no gradient
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in logits if parameter.grad is not None])
     figures = torch.stack([loss.detach(), norm]).tolist()
     finite = all(math.isfinite(figure) for figure in figures)
     if finite:

@@ -1,8 +1,9 @@
 """Looking into a model: what enters its layers, what enters a linear, and running one layer at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,33 @@ def capture_input(layer: nn.Module, path: str, hidden: Tensor, kwargs: dict) -> 
     finally:
         handle.remove()
     raise RuntimeError(f"{path} is not called by {type(layer).__name__}")
+
+
+@torch.no_grad()
+def capture_rows(layer: nn.Module, paths: Sequence[str], hidden: Tensor, kwargs: dict) -> Tensor:
+    """What enters the modules at `paths` when `layer` runs on `hidden`: one input as it is, several as rows [N, C].
+
+    Several are linears, which give zeros meanwhile: nothing beyond them counts, and their weights may be in another
+    dtype than their inputs. One that is not called (an expert without a token) has no rows.
+    """
+    if len(paths) == 1:
+        return capture_input(layer, paths[0], hidden, kwargs)
+    linears, rows = [layer.get_submodule(path) for path in paths], []
+
+    def keep(x: Tensor, out_features: int) -> Tensor:
+        rows.append(x.flatten(0, -2))
+        return x.new_zeros(*x.shape[:-1], out_features)
+
+    for linear in linears:
+        linear.forward = partial(keep, out_features=linear.out_features)
+    try:
+        run(layer, hidden, kwargs)
+    finally:
+        for linear in linears:
+            del linear.forward
+    if not rows:
+        raise RuntimeError(f"none of {', '.join(paths)} is called by {type(layer).__name__}")
+    return torch.cat(rows)
 
 
 def require_finite(x: Tensor, name: str) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from quantize.config import QuantConfig, Transform
-from quantize.spec import DecoderSpec, InputGroup
+from quantize.layer import absorbers
+from quantize.spec import DecoderSpec, InputGroup, SharedRows
 from quantize.state import FinishedLayer, GroupState, LayerState
 from utils.errors import InputError
 
@@ -36,7 +37,7 @@ def read_original(path: Path, model: nn.Module, spec: DecoderSpec, config: Quant
     if not isinstance(saved, dict) or set(saved) != set(range(len(layers))):
         raise InputError(f"--resume {path}: does not have the {len(layers)} layers of this model")
     try:
-        states = [layer_state(saved[index], layer, spec, config) for index, layer in enumerate(layers)]
+        states = [layer_state(saved[index], layer, spec.at(index), config) for index, layer in enumerate(layers)]
     except InputError as error:
         raise InputError(f"--resume {path}: {error}") from None
     return {index: FinishedLayer(state, {}) for index, state in enumerate(states)}
@@ -65,6 +66,8 @@ def group_state(saved: dict[str, Tensor], layer: nn.Module, group: InputGroup, c
     """Our state of one input group."""
     channels = layer.get_submodule(group.linears[0]).in_features
     scale = _tensor(saved, SCALES[group.name], "--smooth").float() if config.smooth else None
+    if scale is not None and any(isinstance(each, SharedRows) for each in absorbers(group, config.smooth)):
+        raise InputError("has a scale for every query head; leave out --gqa_smooth fold")
     rotations = _tensor(saved, f"{group.linears[0]}.act_quantizer.R", "--transform").float()
     permutations = _tensor(saved, f"{group.linears[0]}.act_quantizer.permutation_list", "--transform").long()
     times, block = config.rotation.permutation_times, config.rotation.block_size_for(channels)

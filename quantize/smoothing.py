@@ -21,29 +21,52 @@ def column_peak(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
 
 
-def absorb_inverse_(absorber: nn.Module, scale: Tensor) -> Tensor:
-    """Divide the output channels of `absorber`, in place, by `scale` [C]; return the scale that was really divided out.
+def divide_norm_(norm: nn.Module, scale: Tensor, offset: float = 0.0) -> Tensor:
+    """Divide the gain `offset` + weight of a norm, in place, by `scale` [C]; return the scale really divided out.
 
-    A linear gives its rows and bias, a norm its weight and bias. A norm's weight is kept in the model's own dtype, so
-    the quotient is rounded; returning weight/quotient instead of `scale` keeps the identity exact in half precision.
-    Channels whose quotient would underflow to 0 are left alone (scale 1).
+    The weight keeps the model's own dtype, so the quotient is rounded; returning gain/quotient instead of `scale` keeps
+    the identity exact in half precision. Channels whose quotient would underflow to 0 are left alone (scale 1). A bias
+    is divided too.
     """
-    if isinstance(absorber, nn.Linear):
-        absorber.weight.data = absorber.weight / scale.to(absorber.weight)[:, None]
-        if absorber.bias is not None:
-            absorber.bias.data = absorber.bias / scale.to(absorber.bias)
-        return scale
-    weight = absorber.weight.to(torch.promote_types(absorber.weight.dtype, torch.float32))
-    quotient = (weight / scale.to(weight)).to(absorber.weight.dtype)
+    gain = offset + norm.weight.to(torch.promote_types(norm.weight.dtype, torch.float32))
+    weight = (gain / scale.to(gain) - offset).to(norm.weight.dtype)
+    if offset:
+        weight = _beside_offset(weight, gain, offset)
+    quotient = offset + weight.to(gain)
     kept = (quotient != 0) & quotient.isfinite()
-    scale = torch.where(kept, weight / quotient.to(weight), 1.0)
-    absorber.weight.data = torch.where(kept, quotient, absorber.weight)
-    if getattr(absorber, "bias", None) is not None:
-        absorber.bias.data = (absorber.bias / scale).to(absorber.bias.dtype)
+    scale = torch.where(kept, gain / quotient, 1.0)
+    norm.weight.data = torch.where(kept, weight, norm.weight)
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.data = (norm.bias / scale).to(norm.bias.dtype)
     return scale
 
 
-def scale_columns_(linears: Sequence[nn.Linear], scale: Tensor) -> None:
-    """Multiply the input channels of every linear by `scale` [C], in place."""
-    for linear in linears:
-        linear.weight.data = linear.weight * scale.to(linear.weight)
+def _beside_offset(weight: Tensor, gain: Tensor, offset: float) -> Tensor:
+    """`weight` [C] of a norm with an offset, as exact as the norm will read it, and not −`offset` where gain is not 0.
+
+    Such norms read their weight in float32, even in a float64 model. Small gains need weights near −1, where half
+    precision is coarse (2⁻⁸ in bfloat16): what would round to a gain of 0 becomes the smallest gain there is, or the
+    channels that need the largest scales would get none.
+    """
+    weight = weight.to(torch.float32).to(weight.dtype)
+    held = torch.float32 if weight.dtype is torch.float64 else weight.dtype
+    step = torch.finfo(held).eps / 2  # between neighbours just below 1
+    return torch.where((weight == -offset) & (gain > 0), weight + step, weight)
+
+
+def divide_rows_(linear: nn.Linear, scale: Tensor, start: int = 0) -> Tensor:
+    """Divide output rows `start`, `start` + 1, … of `linear` (and of its bias), in place, by `scale` [C]; return it."""
+    rows = slice(start, start + len(scale))
+    for parameter in (linear.weight, linear.bias):
+        if parameter is not None:
+            divided = parameter.detach().clone()
+            divided[rows] = divided[rows] / scale.to(divided).view(-1, *[1] * (divided.dim() - 1))
+            parameter.data = divided
+    return scale
+
+
+def scale_columns_(modules: Sequence[nn.Module], scale: Tensor) -> None:
+    """Multiply the input channels of every weight [O, C] by `scale` [C], in place and in at least float32."""
+    for module in modules:
+        wide = module.weight.to(torch.promote_types(module.weight.dtype, torch.float32))
+        module.weight.data = (wide * scale.to(wide)).to(module.weight.dtype)

@@ -29,7 +29,8 @@ class ChannelStatistics:
 def channel_statistics(model: nn.Module, spec: DecoderSpec, tokens: Tensor, device: torch.device) -> ChannelStatistics:
     """Statistics of every linear's input over calibration `tokens` [N, T], one decoder layer on `device` at a time.
 
-    The midpoint (max + min)/2 of each sample enters with weight 0.01, the first sample with weight 1.
+    The midpoint (max + min)/2 of each sample enters with weight 0.01, the first sample with weight 1. Rows that an
+    expert is given without their samples count as one sample. Linears of one group have the same statistics.
     Raises InputError if an activation is not finite.
     """
     calls = layer_calls(model, spec, tokens, device)
@@ -37,10 +38,11 @@ def channel_statistics(model: nn.Module, spec: DecoderSpec, tokens: Tensor, devi
     layers = spec.decoder_layers(model)
     for index, layer in enumerate(progress(layers, "activation statistics", unit="layer")):
         handles = [
-            layer.get_submodule(group.linears[0]).register_forward_pre_hook(
-                _statistics_hook([spec.linear_key(index, path) for path in group.linears], statistics)
+            layer.get_submodule(path).register_forward_pre_hook(
+                _statistics_hook([spec.linear_key(index, linear) for linear in group.linears], statistics)
             )
-            for group in spec.groups
+            for group in spec.at(index).groups
+            for path in group.inputs
         ]
         try:
             with on_device(layer, device):
@@ -60,7 +62,8 @@ def _statistics_hook(
     """A forward pre-hook that updates `statistics` of the linears `names`, which all read what this one reads."""
 
     def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        low, high = torch.aminmax(args[0].flatten(1, -2).transpose(1, 2), dim=-1)  # [batch, C] each
+        samples = args[0][None] if args[0].dim() == 2 else args[0].flatten(1, -2)  # [batch, T, C]
+        low, high = torch.aminmax(samples.transpose(1, 2), dim=-1)  # [batch, C] each
         require_finite(torch.cat([low, high]), names[0])
         low, high = low.float(), high.float()
         peak = torch.maximum(high, -low).amax(dim=0)
@@ -113,7 +116,7 @@ def load_scales(path: Path, origin: Origin, skeleton: nn.Module, spec: DecoderSp
             "leave the flag out to have them computed, or run generate_act_scale_shift.py for this model"
         )
     for index, layer in enumerate(spec.decoder_layers(skeleton)):
-        for group in spec.groups:
+        for group in spec.at(index).groups:
             for linear in group.linears:
                 name, width = spec.linear_key(index, linear), layer.get_submodule(linear).in_features
                 found = scales.get(name)

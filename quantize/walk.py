@@ -48,10 +48,10 @@ def quantize_model(
             inputs = flow.inputs(index) if missing and index <= missing[-1] else None
             if index in finished:
                 done = finished[index]
-                restore_layer(layer, spec, inputs, done.state.to(device), config, model.dtype)
+                restore_layer(layer, spec.at(index), inputs, done.state.to(device), config, model.dtype)
                 logger.info("layer %d: from the checkpoint", index)
             else:
-                state, report = quantize_layer(layer, index, spec, inputs, activation_peaks, config)
+                state, report = quantize_layer(layer, index, spec.at(index), inputs, activation_peaks, config)
                 done = FinishedLayer(state, asdict(report))
                 log_layer(report)
                 if keep is not None:
@@ -88,7 +88,7 @@ def check_shapes(model: nn.Module, spec: DecoderSpec, config: QuantConfig) -> No
     widths = {
         spec.linear_key(index, path): layer.get_submodule(path).in_features
         for index, layer in enumerate(spec.decoder_layers(model))
-        for group in spec.groups
+        for group in spec.at(index).groups
         for path in group.linears
     }
     check_widths(config, widths)

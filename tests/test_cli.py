@@ -224,7 +224,7 @@ def test_bad_flags_get_one_line_and_leave_everything_as_it_was(flags, message, f
     [
         ("nan", "model.layers.1.mlp.down_proj.weight contains NaN or inf"),
         ("pickled", "no safetensors weights"),
-        ("foreign", "model type 'gpt2' is not supported; supported are llama, mistral"),
+        ("foreign", "model type 'gpt2' is not supported; supported are gemma2, "),
     ],
 )
 def test_unusable_models_are_refused(name, message, broken, token_file, tmp_path):

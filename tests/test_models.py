@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, MistralConfig
+from transformers import Gemma2Config, GPT2Config, MistralConfig
 
 from models import FAMILIES, decoder_spec, require_supported
 from models.load import (
@@ -20,8 +20,10 @@ from models.load import (
     load_skeleton,
     load_tokenizer,
     model_fingerprint,
+    pick_attention,
     pick_dtype,
 )
+from quantize.spec import Norm, Rows, SharedRows
 from utils.device import DTYPES
 from utils.errors import InputError
 
@@ -67,7 +69,8 @@ def load_error(folder: Path) -> str:
 
 def test_supported_families_include_llama_and_mistral():
     assert {"llama", "mistral"} <= set(FAMILIES)
-    assert decoder_spec(MistralConfig()) == decoder_spec(tiny_config())
+    shape = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+    assert decoder_spec(MistralConfig(**shape)) == decoder_spec(tiny_config())
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "", None])
@@ -84,13 +87,14 @@ def test_an_unsupported_model_is_refused_before_its_weights_are_looked_at(tmp_pa
         load_config(ModelSource(str(tmp_path)))
 
 
-@pytest.mark.parametrize(("kv_heads", "absorber"), [(6, "self_attn.v_proj"), (2, None), (1, None)])
-def test_o_proj_is_folded_into_v_proj_only_where_every_head_has_its_own(kv_heads, absorber):
+@pytest.mark.parametrize(("kv_heads", "sharing"), [(6, 1), (2, 3), (1, 6)])
+def test_o_proj_folds_into_v_proj_alone_or_shared_by_the_query_heads_of_a_kv_head(kv_heads, sharing):
     groups = {group.name: group for group in decoder_spec(tiny_config(num_key_value_heads=kv_heads)).groups}
-    assert groups["o"].absorber == absorber
-    assert groups["qkv"].absorber == "input_layernorm"
-    assert groups["gate_up"].absorber == "post_attention_layernorm"
-    assert groups["down"].absorber == "mlp.up_proj"
+    value = "self_attn.v_proj"
+    assert groups["o"].absorbers == (Rows(value) if sharing == 1 else SharedRows(value, 0, sharing, 16),)
+    assert groups["qkv"].absorbers == (Norm("input_layernorm"),)
+    assert groups["gate_up"].absorbers == (Norm("post_attention_layernorm"),)
+    assert groups["down"].absorbers == (Rows("mlp.up_proj"),)
 
 
 def test_groups_cover_every_linear_of_a_layer_once_and_all_paths_exist():
@@ -102,7 +106,7 @@ def test_groups_cover_every_linear_of_a_layer_once_and_all_paths_exist():
         assert sorted(paths) == sorted(found)
         for group in spec.groups:
             assert group.representative in group.linears
-            assert group.absorber is None or layer.get_submodule(group.absorber) is not None
+            assert all(layer.get_submodule(absorber.path) is not None for absorber in group.absorbers)
         assert layer.get_submodule(spec.attention) is layer.self_attn
 
 
@@ -242,6 +246,13 @@ def test_fingerprint_is_the_same_before_and_after_loading(model_folder, dtype):
 )
 def test_auto_dtype_is_float32_on_the_cpu_and_the_checkpoint_s_own_half_elsewhere(own, device, expected):
     assert pick_dtype("auto", tiny_config(dtype=own), device, DTYPES) is expected
+
+
+@pytest.mark.parametrize(("asked", "softcap", "given"), [("sdpa", 50.0, "eager"), ("sdpa", None, "sdpa")])
+def test_soft_capped_attention_is_not_left_to_sdpa(asked, softcap, given):
+    assert pick_attention(asked, Gemma2Config(attn_logit_softcapping=softcap)) == given
+    assert pick_attention(asked, tiny_config()) == asked
+    assert pick_attention("flex_attention", Gemma2Config()) == "flex_attention"
 
 
 @pytest.mark.parametrize("name", DTYPES)

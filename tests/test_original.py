@@ -13,7 +13,16 @@ from torch import nn
 from evaluation.perplexity import perplexity
 from models import decoder_spec
 from models.load import ModelSource, load_config, load_model
-from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig, Transform
+from quantize.config import (
+    BitConfig,
+    ClipConfig,
+    GqaSmooth,
+    QuantConfig,
+    RotationConfig,
+    SmoothConfig,
+    TrainingConfig,
+    Transform,
+)
 from quantize.original import SCALES, read_original
 from quantize.statistics import channel_statistics
 from quantize.walk import quantize_model
@@ -228,3 +237,14 @@ def test_the_golden_checkpoint_gives_the_perplexity_of_its_readme(golden_dir, sh
     quantize_model(model, spec, tokens["calibration"].long(), None, quant, CPU, finished)
     found = perplexity(model, spec, tokens["test"].long(), CPU).perplexity
     assert found == pytest.approx(GOLDEN_PERPLEXITY, abs=0.02)
+
+
+def test_scales_of_single_query_heads_are_not_folded_into_a_kv_head(made, tmp_path):
+    smooth = SmoothConfig(gqa=GqaSmooth.FOLD)
+    with pytest.raises(InputError, match="leave out --gqa_smooth fold"):
+        read_original(write(tmp_path, made[2]), tiny_model(), made[1], settings(smooth=smooth))
+    shape = {"num_key_value_heads": 6}  # where nothing is shared the flag says nothing
+    _, layers = quantize(settings(), shape=shape)
+    model = tiny_model(**shape)
+    spec = decoder_spec(model.config)
+    read_original(write(tmp_path, as_original(layers, spec)), model, spec, settings(smooth=smooth))

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.smoothing import absorb_inverse_, column_peak, scale_columns_, smoothing_scale
+from quantize.smoothing import column_peak, divide_norm_, divide_rows_, scale_columns_, smoothing_scale
+from quantize.spec import SharedRows
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -83,7 +84,7 @@ def test_folding_into_a_norm_keeps_the_outputs(bias, norm_bias):
     norm = Norm(weight, weight - 1 if norm_bias else None)
     linears = [linear(12, 7, bias, seed) for seed in (1, 2)]
     before, scale = [layer(norm(x)) for layer in linears], some_scale(12)
-    scale_columns_(linears, absorb_inverse_(norm, scale))
+    scale_columns_(linears, divide_norm_(norm, scale))
     for layer, expected in zip(linears, before, strict=True):
         torch.testing.assert_close(layer(norm(x)), expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(norm.weight, weight / scale.double(), atol=0, rtol=1e-12)
@@ -95,15 +96,15 @@ def test_folding_into_a_gated_linear_keeps_the_outputs(bias):
     up, gate, down = linear(6, 12, bias, 1), linear(6, 12, bias, 2), linear(12, 6, bias, 3)
     before = down(F.silu(gate(x)) * up(x))
     rows, scale = up.weight.clone(), some_scale(12)
-    scale_columns_([down], absorb_inverse_(up, scale))
+    scale_columns_([down], divide_rows_(up, scale))
     torch.testing.assert_close(down(F.silu(gate(x)) * up(x)), before, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(up.weight, rows / scale.double()[:, None], atol=0, rtol=1e-12)
 
 
 def test_no_bias_is_created():
     norm, up, down = Norm(torch.ones(4)), linear(4, 4, False), linear(4, 4, False)
-    scale_columns_([down], absorb_inverse_(norm, torch.full((4,), 2.0)))
-    absorb_inverse_(up, torch.full((4,), 2.0))
+    scale_columns_([down], divide_norm_(norm, torch.full((4,), 2.0)))
+    divide_rows_(up, torch.full((4,), 2.0))
     assert up.bias is None
     assert down.bias is None
     assert [name for name, _ in norm.named_parameters()] == ["weight"]
@@ -113,7 +114,7 @@ def test_no_bias_is_created():
 def test_a_rounded_norm_weight_is_made_up_for_by_the_returned_scale(dtype):
     weight = torch.rand(64, generator=generator()).add(0.1).to(dtype)
     norm, asked = Norm(weight.clone()), some_scale(64)
-    scale = absorb_inverse_(norm, asked)
+    scale = divide_norm_(norm, asked)
     assert norm.weight.dtype == dtype
     assert scale.dtype == torch.float32
     torch.testing.assert_close(norm.weight.float() * scale, weight.float(), atol=0, rtol=2e-7)
@@ -129,7 +130,7 @@ def test_a_rounded_norm_weight_is_made_up_for_by_the_returned_scale(dtype):
 def test_channels_that_the_norm_s_dtype_cannot_hold_are_left_alone(weight, scale):
     weights = torch.tensor([weight, 0.75], dtype=torch.float16)
     norm = Norm(weights.clone())
-    found = absorb_inverse_(norm, torch.tensor([scale, 4.0]))
+    found = divide_norm_(norm, torch.tensor([scale, 4.0]))
     assert found.tolist() == [1.0, 4.0]
     assert norm.weight.tolist() == [weights[0].item(), 0.75 / 4]
 
@@ -137,7 +138,7 @@ def test_channels_that_the_norm_s_dtype_cannot_hold_are_left_alone(weight, scale
 def test_subnormal_quotients_keep_the_product_exact():
     weight = torch.tensor([3e-3], dtype=torch.float16)
     norm = Norm(weight.clone())
-    scale = absorb_inverse_(norm, torch.tensor([2e4]))  # 1.5e-7 is 2.5 steps of float16's subnormals
+    scale = divide_norm_(norm, torch.tensor([2e4]))  # 1.5e-7 is 2.5 steps of float16's subnormals
     assert norm.weight.item() != 0
     torch.testing.assert_close(norm.weight.float() * scale, weight.float(), atol=0, rtol=2e-7)
 
@@ -148,8 +149,73 @@ def test_the_caller_s_tensors_are_left_alone():
     scale = torch.tensor([2.0, 4.0, 8.0])
     held = [scale, norm.weight.data, up.weight.data, up.bias.data, down.weight.data, down.bias.data]
     before = [tensor.clone() for tensor in held]
-    absorb_inverse_(norm, scale)
-    absorb_inverse_(up, scale)
+    divide_norm_(norm, scale)
+    divide_rows_(up, scale)
     scale_columns_([down], scale)
     assert all(torch.equal(tensor, old) for tensor, old in zip(held, before, strict=True))
     assert torch.equal(down.bias, before[-1])
+
+
+class OffsetNorm(Norm):
+    """Gemma's: the gain is 1 + weight, and computed in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float() * x.float().square().mean(dim=-1, keepdim=True).rsqrt()
+        return (y * (1.0 + self.weight.float())).type_as(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_folding_into_a_norm_with_an_offset_keeps_the_outputs(dtype):
+    x = torch.randn(5, 12, dtype=dtype, generator=generator())
+    weight = torch.rand(12, dtype=dtype, generator=generator(1)) - 0.5
+    norm, reader, scale = OffsetNorm(weight.clone()), linear(12, 7, False, dtype=dtype), some_scale(12)
+    before = reader(norm(x))
+    scale_columns_([reader], divide_norm_(norm, scale, offset=1.0))
+    torch.testing.assert_close(reader(norm(x)), before, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(1 + norm.weight.float(), ((1 + weight) / scale).float(), atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_gain_beside_an_offset_never_vanishes_in_half_precision(dtype):
+    """A scale of 100000 asks for a weight that rounds to −1, a gain of 0: the smallest gain there is has to do."""
+    norm = OffsetNorm(torch.tensor([0.25, 0.25, -1.0, 3.0], dtype=dtype))
+    scale = divide_norm_(norm, torch.tensor([1e5, 2.0, 1e5, 4.0]), offset=1.0)
+    step = torch.finfo(dtype).eps / 2
+    assert (1 + norm.weight.float()).tolist() == [step, 0.625, 0.0, 1.0]
+    assert scale.tolist() == [1.25 / step, 2.0, 1.0, 4.0]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_folding_into_some_rows_leaves_the_others_alone(bias):
+    fused, scale = linear(6, 12, bias), some_scale(4)
+    weight, before = fused.weight.clone(), fused.bias.clone() if bias else None
+    divide_rows_(fused, scale, start=5)
+    expected = torch.ones(12, dtype=torch.float64)
+    expected[5:9] = 1 / scale.double()
+    torch.testing.assert_close(fused.weight, weight * expected[:, None], atol=0, rtol=1e-12)
+    if bias:
+        torch.testing.assert_close(fused.bias, before * expected, atol=0, rtol=1e-12)
+
+
+def test_query_heads_of_one_kv_head_share_the_largest_peaks_and_fold_into_its_rows():
+    """Three query heads read each of two kv heads of four channels."""
+    rows = SharedRows("", heads=3, head_dim=4)
+    peak = torch.rand(24, generator=generator())
+    shared = rows.share(peak).view(2, 3, 4)
+    for kv_head in range(2):
+        for head in range(3):
+            assert torch.equal(shared[kv_head, head], peak.view(2, 3, 4)[kv_head].amax(dim=0))
+    value, scale = linear(5, 8, True), shared.reshape(-1)
+    x = torch.randn(7, 5, dtype=torch.float64, generator=generator(2))
+    repeated = value(x).view(7, 2, 1, 4).expand(7, 2, 3, 4).reshape(7, 24)
+    assert rows.absorb_(value, scale) is scale
+    divided = value(x).view(7, 2, 1, 4).expand(7, 2, 3, 4).reshape(7, 24)
+    torch.testing.assert_close(divided * scale, repeated, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_columns_of_a_half_precision_reader_are_multiplied_in_float32(dtype):
+    router = Norm(torch.rand(3, 8, generator=generator()).to(dtype))
+    weight, scale = router.weight.clone(), some_scale(8)
+    scale_columns_([router], scale)
+    assert torch.equal(router.weight, (weight.float() * scale).to(dtype))

@@ -10,7 +10,7 @@ source tools/environment.sh
 
 if [ -z "${MODEL:-}" ]; then
     data=(--model assets/tiny-llama --calib_dataset assets/stories/calibration.txt --test_dataset assets/stories/test.txt
-        --seqlen 512 --baselines full rtn smooth)
+        --seqlen 512 --baselines full rtn smooth --tasks stories_qa)
 else
     data=(--model "$MODEL" --calib_dataset wikitext2 --test_dataset wikitext2)
 fi

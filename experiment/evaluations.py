@@ -37,10 +37,20 @@ logger = logging.getLogger(__name__)
 
 FULL, QUANTIZED = "full", "quantized"  # rows: the full-precision model, the run's own; others are baselines
 # Flags that say how a model is made; of those that follow from them, the content is compared and not the name.
-MAKING = ("dtype", "attn_implementation", "nsamples", "seqlen", "seed", "wbits", "abits", "group_size", "symmetric")
-MAKING += ("lac", "swc", "lwc", "epochs", "lwc_lr", "wd", "batch_size", "aug_loss", "smooth", "alpha")
-MAKING += ("smooth_weight_peak", "act_scales", "transform", "block_size", "max_rotation_step", "permutation_times")
-MAKING += ("rotation_search", "rotation_order", "probe")
+MAKING = (
+    *("dtype", "attn_implementation", "nsamples", "seqlen", "seed", "wbits", "abits", "group_size", "symmetric"),
+    *("lac", "swc", "lwc", "epochs", "lwc_lr", "wd", "batch_size", "aug_loss"),
+    *("smooth", "alpha", "smooth_weight_peak", "gqa_smooth", "act_scales"),
+    *(
+        "transform",
+        "block_size",
+        "max_rotation_step",
+        "permutation_times",
+        "rotation_search",
+        "rotation_order",
+        "probe",
+    ),
+)
 
 
 @dataclass(frozen=True)

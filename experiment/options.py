@@ -9,6 +9,7 @@ from pathlib import Path
 from quantize.config import (
     BitConfig,
     ClipConfig,
+    GqaSmooth,
     Probe,
     QuantConfig,
     RotationConfig,
@@ -159,6 +160,14 @@ def add_smoothing_options(parser: argparse.ArgumentParser) -> None:
         choices=list(WeightPeak),
         default=WeightPeak.REPRESENTATIVE,
         help="weights whose peaks enter the scale: of q_proj and up_proj, or of all linears of a group",
+    )
+    group.add_argument(
+        "--gqa_smooth",
+        type=GqaSmooth,
+        choices=list(GqaSmooth),
+        default=GqaSmooth.ONLINE,
+        help="o_proj's scale where query heads share kv heads: online divides the activation, fold lets the heads of "
+        "one kv head share it, so that v_proj takes it",
     )
     group.add_argument("--act-scales", type=Path, help="statistics file to use (default: act_scales/<net>.safetensors)")
     group.add_argument("--act-shifts", type=Path, help="file for the shifts when statistics are computed")
@@ -344,7 +353,7 @@ def make_quant_config(args: argparse.Namespace) -> QuantConfig:
         raise InputError("--act-scales is for smoothing: add --smooth, or leave it out")
     if args.save_dir is not None and args.resume is not None:
         raise InputError("--save_dir begins a checkpoint and --resume goes on with one: give one of them")
-    smooth = SmoothConfig(args.alpha, args.smooth_weight_peak)
+    smooth = SmoothConfig(args.alpha, args.smooth_weight_peak, args.gqa_smooth)
     return QuantConfig(
         bits=BitConfig(args.wbits, args.abits, args.group_size, args.symmetric),
         clip=ClipConfig(args.lac, args.swc, args.lwc),

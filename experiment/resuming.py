@@ -49,7 +49,7 @@ def identity(args: argparse.Namespace, setup: Setup) -> dict[str, object]:
     """What decides the state of every layer: a checkpoint is used only where all of it is the same."""
     flags = ["wbits", "abits", "group_size", "symmetric", "lac", "swc", "smooth", "transform", "probe", "seed"]
     flags += ["block_size", "max_rotation_step", "permutation_times", "rotation_search", "rotation_order"]
-    flags += ["alpha", "smooth_weight_peak"] if args.smooth else []
+    flags += ["alpha", "smooth_weight_peak", "gqa_smooth"] if args.smooth else []
     flags += ["lwc", "attn_implementation"]
     flags += ["epochs", "lwc_lr", "wd", "batch_size", "aug_loss"] if args.lwc else []
     statistics = file_digest(args.act_scales) if args.act_scales else "computed"

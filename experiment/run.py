@@ -155,11 +155,16 @@ def baseline_config(quant: QuantConfig, smooth: SmoothConfig | None) -> QuantCon
     return replace(quant, transform=Transform.NONE, smooth=smooth, clip=replace(quant.clip, learned=False))
 
 
+def smoothing(args: argparse.Namespace) -> SmoothConfig:
+    """The settings of smoothing, whether or not the run itself smooths."""
+    return SmoothConfig(args.alpha, args.smooth_weight_peak, args.gqa_smooth)
+
+
 def measure_baseline(
     run: Run, name: str, peaks: dict[str, Tensor] | None, evaluator: Evaluator, measured: Measured
 ) -> None:
     """Quantize a fresh copy of the model without the transform (and, for `rtn`, without smoothing), and measure it."""
-    smooth = None if name == "rtn" else run.quant.smooth or SmoothConfig(run.args.alpha, run.args.smooth_weight_peak)
+    smooth = None if name == "rtn" else run.quant.smooth or smoothing(run.args)
     with measured.timing("load"):
         model = open_model(run.setup, run.args.attn_implementation)
     quantize_(run, model, baseline_config(run.quant, smooth), peaks, measured)

@@ -41,15 +41,8 @@ MAKING = (
     *("dtype", "attn_implementation", "nsamples", "seqlen", "seed", "wbits", "abits", "group_size", "symmetric"),
     *("lac", "swc", "lwc", "epochs", "lwc_lr", "wd", "batch_size", "aug_loss"),
     *("smooth", "alpha", "smooth_weight_peak", "gqa_smooth", "act_scales"),
-    *(
-        "transform",
-        "block_size",
-        "max_rotation_step",
-        "permutation_times",
-        "rotation_search",
-        "rotation_order",
-        "probe",
-    ),
+    *("transform", "block_size", "max_rotation_step", "permutation_times", "rotation_search"),
+    *("rotation_order", "probe"),
 )
 
 

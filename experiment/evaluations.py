@@ -1,16 +1,13 @@
 """What main.py is to measure of a model: all of it read and checked before weights are loaded."""
 
 import argparse
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from torch import Tensor
 
 from evaluation.conversation import Format, pick_format
 from evaluation.endpoint import Endpoint, open_endpoint
-from evaluation.journal import Journal
 from evaluation.mmlu import ENDINGS
 from evaluation.mmlu_choices import encode_prompts
 from evaluation.mmlu_data import Subject, digest, read_mmlu
@@ -32,8 +29,6 @@ from utils import data
 from utils.distributed import is_main
 from utils.errors import InputError
 from utils.placement import Memory, parse_memory
-
-logger = logging.getLogger(__name__)
 
 FULL, QUANTIZED = "full", "quantized"  # rows: the full-precision model, the run's own; others are baselines
 # Flags that say how a model is made; of those that follow from them, the content is compared and not the name.
@@ -159,11 +154,3 @@ def model_identity(args: argparse.Namespace, setup: Setup) -> dict:
     calibration = None if setup.tokens is None else data.data_fingerprint(setup.tokens)
     flags = {name: str(getattr(args, name)) for name in MAKING}
     return {"model": model_fingerprint(setup.source, setup.config), "calibration": calibration, **flags}
-
-
-def open_journal(evaluations: Evaluations, folder: Path) -> Journal:
-    """What an unfinished run of the same model, on the same questions, has found."""
-    journal = Journal(folder / "unfinished.jsonl", evaluations.identity)
-    if journal.parts:
-        logger.info("an earlier run did not finish its evaluation; going on behind %d parts of it", journal.parts)
-    return journal

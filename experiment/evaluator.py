@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -42,6 +42,12 @@ class Evaluator:
     folder: Path
     model_id: str
     teachers: dict[str, Tensor] = field(default_factory=dict)
+
+    def require_own_answers(self, rows: Iterable[str]) -> None:
+        """Raise InputError if there are answers to MT-Bench's questions that are not of these models."""
+        asked = self.plan.conversations
+        for row in rows if asked is not None else ():
+            self.answer_file(row).read(asked.questions, asked.form, asked.settings)
 
     def for_comparison(self) -> "Evaluator":
         """The same, for what the full-precision model must be measured for anyway."""

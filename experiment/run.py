@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from experiment.evaluations import FULL, QUANTIZED, open_journal
+from evaluation.journal import Journal
+from experiment.evaluations import FULL, QUANTIZED
 from experiment.evaluator import Evaluator
 from experiment.measured import Measured
 from experiment.options import BASELINES
@@ -38,6 +39,9 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
     """
     join_group()
     run = prepare(args, quant)
+    journal = Journal(run.folder / "unfinished.jsonl", run.evaluations.identity)
+    evaluator = Evaluator(run.evaluations, run.setup, journal, run.folder, run.folder.name)
+    evaluator.require_own_answers([QUANTIZED, *args.baselines])
     if is_main():
         add_log_file(run.folder / "log.txt")
     logger.info("%s", shlex.join(["python", *sys.argv]))
@@ -45,8 +49,8 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
     if world_size() > 1:
         logger.info("%d processes share the evaluation", world_size())
     outcome = Outcome()
-    journal = open_journal(run.evaluations, run.folder)
-    evaluator = Evaluator(run.evaluations, run.setup, journal, run.folder, run.folder.name)
+    if journal.parts:
+        logger.info("an earlier run did not finish its evaluation; going on behind %d parts of it", journal.parts)
     try:
         execute(run, outcome, evaluator)
     except InputError:

@@ -20,7 +20,8 @@ def pick_device(name: str | None, number: int = 0) -> torch.device:
     """
     if name is None and (number == 0 or not torch.cuda.is_available()):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = name or f"cuda:{number}"
+    if name is None:
+        name = f"cuda:{number}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()

@@ -7,7 +7,7 @@ import torch
 from conftest import VOCABULARY, random_tokens, tiny_model
 from torch import Tensor, nn
 
-from evaluation.perplexity import perplexity
+from evaluation.perplexity import final_hidden, head_logits, perplexity, score, token_divergence
 from models import decoder_spec
 from quantize import observe
 from quantize.attention import install
@@ -89,3 +89,26 @@ def test_the_model_is_left_as_it_was():
     before = model(WINDOWS).logits
     measure(model)
     assert torch.equal(model(WINDOWS).logits, before)
+
+
+@torch.no_grad()
+def test_divergence_is_the_mean_over_predicted_tokens_of_kl_from_the_teacher():
+    teacher, student = tiny_model(), tiny_model(seed=1)
+    spec = decoder_spec(teacher.config)
+    hidden = [final_hidden(model, spec, WINDOWS, CPU, "test") for model in (teacher, student)]
+    found = score(student, spec, WINDOWS, hidden[1], CPU, hidden[0])
+    assert found.nats == measure(student).nats
+    # the head is the student's for both: quantization leaves it alone
+    wanted = head_logits(student, spec, WINDOWS, hidden[0])[:, :-1].double().log_softmax(-1)
+    actual = head_logits(student, spec, WINDOWS, hidden[1])[:, :-1].double().log_softmax(-1)
+    expected = (wanted.exp() * (wanted - actual)).sum(-1).mean().item()
+    assert found.divergence == pytest.approx(expected, rel=1e-5)
+    assert expected > 0.1
+
+
+def test_divergence_is_not_symmetric_and_zero_only_for_equal_logits():
+    first, second = (torch.randn(4, 9, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert torch.allclose(token_divergence(first, first), torch.zeros(4), atol=1e-6)
+    assert (token_divergence(first, second) > 0.01).all()
+    assert not torch.allclose(token_divergence(first, second), token_divergence(second, first), atol=1e-3)
+    assert torch.allclose(token_divergence(first + 3, second), token_divergence(first, second), atol=1e-5)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,7 @@ class Parser(argparse.ArgumentParser):
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; wrong input ends it with one line on stderr and exit code 2, Ctrl-C with 130."""
     setup_console()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
     except InputError as error:
@@ -76,6 +78,12 @@ def run_script(main: Callable[[], None]) -> None:
     except Exception:
         logging.getLogger().exception("failed")
         sys.exit(1)
+
+
+def _terminate(number: int, frame: object) -> None:
+    """End as Ctrl-C does: what is finished is kept, and the log says how to go on."""
+    logging.getLogger().error("terminated")
+    sys.exit(128 + number)
 
 
 def _fail(message: str) -> int:

@@ -12,6 +12,7 @@ from quantize.config import QuantConfig
 from quantize.export import require_empty
 from quantize.statistics import load_scales
 from quantize.walk import check_shapes
+from utils.distributed import world_size
 from utils.errors import InputError
 
 
@@ -35,6 +36,10 @@ def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
     else:
         quant = setup.saved
         refuse_for_saved(args)
+    if setup.tokens is not None and len(setup.tokens) < world_size():
+        raise InputError(
+            f"--nsamples {len(setup.tokens)}: fewer than the {world_size()} processes that share the samples"
+        )
     if args.save_model is not None:
         require_empty(args.save_model)
     evaluations = plan_evaluations(args, setup)

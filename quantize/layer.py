@@ -23,14 +23,15 @@ class LayerInputs:
     """What flows from layer to layer.
 
     `probe` [P, T, C] and `kwargs`, the layer's other arguments, are on the layer's device. `teacher` and `student`
-    [N, T, C], the calibration samples in the full-precision and in the quantized network, are on the host, advanced in
-    place, and None where nothing is trained.
+    [n, T, C], the calibration samples in the full-precision and in the quantized network, are on the host, advanced in
+    place, and None where nothing is trained. Of the `total` samples each process has its part.
     """
 
     probe: Tensor
     kwargs: dict
     teacher: Tensor | None = None
     student: Tensor | None = None
+    total: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def quantize_layer(
                 linear.bake_(dtype)
     training = None
     if config.clip.learned:
-        training = train_clipping_(layer, Samples(inputs.student, targets), inputs.kwargs, config.training)
+        training = train_clipping_(
+            layer, Samples(inputs.student, targets, inputs.total), inputs.kwargs, config.training
+        )
         state.clips = bake_learned_(layer, spec, dtype)
     inputs.probe = run(layer, probe, inputs.kwargs)
     if inputs.student is not None:

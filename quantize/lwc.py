@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from quantize.clipping import LearnedClip
 from quantize.config import TrainingConfig
 from quantize.observe import run
+from utils.distributed import own_batches, sum_, world_size
 from utils.log import inner_progress
 
 
@@ -32,19 +34,38 @@ class TrainingReport:
     seconds: float
 
 
+class Batch(NamedTuple):
+    """This process's part of a batch, on the layer's device, and which share of the whole it is (0: there is none)."""
+
+    inputs: Tensor
+    targets: list[Tensor]
+    share: float
+
+
 @dataclass(frozen=True)
 class Samples:
-    """What a layer is trained on, all [N, T, C]: the student's inputs, and the targets its output is compared with."""
+    """What a layer is trained on: the student's inputs, and the targets its output is compared with, [n, T, C].
+
+    Several processes share every batch, so each has only its part (`own_samples`) of the `total` samples.
+    """
 
     inputs: Tensor
     targets: tuple[Tensor, ...]
+    total: int
 
-    def batches(self, size: int, device: torch.device) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """(inputs, targets) of `size` samples each, on `device`."""
-        for start in range(0, len(self.inputs), size):
-            part = slice(start, start + size)
+    def batches(self, size: int, device: torch.device) -> Iterator[Batch]:
+        """Batches of `size` samples; every process gets as many."""
+        start = 0
+        for own, whole in own_batches(self.total, size):
+            part = slice(start, start + len(own))
             moved = [each[part].to(device, non_blocking=True) for each in (self.inputs, *self.targets)]
-            yield moved[0], moved[1:]
+            yield Batch(moved[0], moved[1:], len(own) / whole)
+            start += len(own)
+
+
+def own_samples(total: int, batch_size: int) -> list[int]:
+    """Which of the `total` training samples this process holds: its part of every batch."""
+    return [number for own, _ in own_batches(total, batch_size) for number in own]
 
 
 def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: TrainingConfig) -> TrainingReport:
@@ -74,9 +95,9 @@ def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: Tr
     epochs = inner_progress(range(config.epochs), "clipping", unit="epoch")
     for _ in epochs:
         steps = []
-        for inputs, targets in samples.batches(config.batch_size, device):
+        for batch in samples.batches(config.batch_size, device):
             current = copies(logits)
-            step = train_step(layer, inputs, targets, kwargs, logits, optimizer, scaler)
+            step = train_step(layer, batch, kwargs, logits, optimizer, scaler)
             if step is None:
                 restore_(logits, sound)
                 restored += 1
@@ -102,32 +123,47 @@ def placed(samples: Samples, device: torch.device, offload: bool) -> Samples:
     tensors = (samples.inputs, *samples.targets)
     fits = 2 * sum(tensor.nbytes for tensor in tensors) <= torch.cuda.mem_get_info(device)[0]
     moved = [tensor.to(device) if fits and not offload else tensor.pin_memory() for tensor in tensors]
-    return Samples(moved[0], tuple(moved[1:]))
+    return Samples(moved[0], tuple(moved[1:]), samples.total)
 
 
 def train_step(
     layer: nn.Module,
-    inputs: Tensor,
-    targets: Sequence[Tensor],
+    batch: Batch,
     kwargs: dict,
     logits: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> tuple[float, float] | None:
-    """One optimizer step: (loss, gradient norm) of the logits it started from, or None, and no step, if not finite."""
+    """One optimizer step: (loss, gradient norm) of the logits it started from, or None, and no step, if not finite.
+
+    The gradient of a batch is the sum of what the processes find on their parts of it, so all make the same step.
+    """
     optimizer.zero_grad()
-    with torch.enable_grad():
-        loss = distance(run(layer, inputs, kwargs), targets)
-        scaler.scale(loss).backward()
+    loss = torch.zeros((), device=batch.inputs.device)
+    if batch.share > 0:
+        with torch.enable_grad():
+            loss = batch.share * distance(run(layer, batch.inputs, kwargs), batch.targets)
+            scaler.scale(loss).backward()
+        loss = loss.detach()
+    add_up_(loss, logits)
     scaler.unscale_(optimizer)
     # experts that none of the tokens went to have no gradient
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in logits if parameter.grad is not None])
-    figures = torch.stack([loss.detach(), norm]).tolist()
+    figures = torch.stack([loss, norm]).tolist()
     finite = all(math.isfinite(figure) for figure in figures)
     if finite:
         scaler.step(optimizer)
     scaler.update()
     return tuple(figures) if finite else None
+
+
+def add_up_(loss: Tensor, logits: Sequence[nn.Parameter]) -> None:
+    """Replace loss and gradients by their sums over all processes."""
+    if world_size() > 1:
+        for parameter in logits:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sum_([loss, *(parameter.grad for parameter in logits)])
 
 
 def distance(output: Tensor, targets: Sequence[Tensor]) -> Tensor:
@@ -138,10 +174,13 @@ def distance(output: Tensor, targets: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def sample_losses(layer: nn.Module, samples: Samples, kwargs: dict, batch_size: int, device: torch.device) -> Tensor:
     """The training loss of every sample (the mean of its batch) with the logits as they are: [N], float64."""
-    losses: list[float] = []
-    for inputs, targets in samples.batches(batch_size, device):
-        losses += [distance(run(layer, inputs, kwargs), targets).item()] * len(inputs)
-    return torch.tensor(losses, dtype=torch.float64)
+    losses = [
+        batch.share * distance(run(layer, batch.inputs, kwargs), batch.targets).item() if batch.share > 0 else 0.0
+        for batch in samples.batches(batch_size, device)
+    ]
+    of_batches = torch.tensor(losses, dtype=torch.float64)
+    sum_([of_batches])
+    return of_batches.repeat_interleave(torch.tensor([whole for _, whole in own_batches(samples.total, batch_size)]))
 
 
 def mean_or_none(values: Sequence[float]) -> float | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from quantize.attention import install
 from quantize.config import Probe, QuantConfig, check_widths
 from quantize.layer import GroupReport, LayerInputs, LayerReport, quantize_layer, restore_layer
+from quantize.lwc import own_samples
 from quantize.observe import layer_calls
 from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer
@@ -66,9 +67,10 @@ class Flow:
     def __init__(self, model: nn.Module, spec: DecoderSpec, tokens: Tensor, config: QuantConfig, device: torch.device):
         self.calls = layer_calls(model, spec, tokens, device)
         self.device = device
-        teacher = self.calls.hidden if config.clip.learned else None
+        hidden, own = self.calls.hidden, own_samples(len(tokens), config.training.batch_size)
+        teacher = (hidden if len(own) == len(hidden) else hidden[own]) if config.clip.learned else None
         student = teacher.clone() if config.clip.learned else None
-        self.current = LayerInputs(make_probe(self.calls.hidden, config.probe).to(device), {}, teacher, student)
+        self.current = LayerInputs(make_probe(hidden, config.probe).to(device), {}, teacher, student, len(tokens))
 
     def inputs(self, index: int) -> LayerInputs:
         """The inputs of layer `index`, after all layers before it have advanced them."""

@@ -157,7 +157,7 @@ def test_a_sample_that_is_not_finite_is_counted_and_the_others_are_trained_on(va
     assert all(logit.isfinite().all() for logit in case.logits)
     assert any((logit != INITIAL_LOGIT).any() for logit in case.logits)
     kept = [0, 1, 3]
-    case.samples = Samples(case.samples.inputs[kept], (case.samples.targets[0][kept],))
+    case.samples = Samples(case.samples.inputs[kept], (case.samples.targets[0][kept],), len(kept))
     assert report.loss_after == pytest.approx(case.loss(), rel=1e-4)
     assert report.loss_after < report.loss_before
 

@@ -1,6 +1,6 @@
 """Several processes that share one run, as `torchrun` or `accelerate launch` start them; alone, all of this is trivial.
 
-Everything that is exchanged is small and on the host, so the group is always gloo, whatever computes.
+What is on the host is exchanged with gloo, what is on a GPU with nccl.
 """
 
 import os
@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -19,7 +20,7 @@ PATIENCE = timedelta(hours=12)  # one rank may wait while another quantizes or a
 def join_group() -> None:
     """Join the processes that a launcher started together with this one, if it says that there are others."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
 def leave_group() -> None:
@@ -96,6 +97,22 @@ def together(work: Callable[[], Result]) -> list[Result]:
         if message is not None:
             raise RuntimeError(f"process {number} failed: {message}")
     return [value for value, _ in outcomes]
+
+
+def own_batches(total: int, size: int) -> list[tuple[range, int]]:
+    """Of `total` items in batches of `size`: for each batch, which items are this process's, and how many it has."""
+    batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    return [(own_part(batch), len(batch)) for batch in batches]
+
+
+def sum_(tensors: Sequence[Tensor]) -> None:
+    """Replace every tensor by its sum over all processes, in one exchange; the same bits on every process."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
 def make_equal_(model: nn.Module) -> None:

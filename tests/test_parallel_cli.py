@@ -1,0 +1,120 @@
+"""main.py in two processes that share the calibration: real ones, started by torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from safetensors.torch import load_file
+
+FLAGS = ("--wbits", 4, "--abits", 4, "--smooth", "--lac", 0.95, "--block_size", 16, "--max_rotation_step", 20)
+TRAINED = (*FLAGS, "--lwc", "--epochs", 3, "--batch_size", 3, "--eval_ppl", "--net", "tiny", "--save_dir", "ck")
+
+
+def launch(folder, *flags: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*command, str(ROOT / "main.py"), *map(str, flags)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def usual(model_folder, token_file) -> tuple:
+    return ("--model", model_folder, "--calib_dataset", token_file, "--test_dataset", token_file)
+
+
+@pytest.fixture(scope="module")
+def both(usual, tmp_path_factory):
+    """Folders of the same run in one process and in two. Batches of three of eight samples: shares are unequal."""
+    alone, shared = (tmp_path_factory.mktemp(name) for name in ("alone", "shared"))
+    done = run_script("main.py", *usual, *TRAINED, folder=alone)
+    assert done.returncode == 0, done.stderr
+    done = launch(shared, *usual, *TRAINED)
+    assert done.returncode == 0, done.stderr
+    return alone, shared
+
+
+def results_of(folder) -> dict:
+    return json.loads((folder / "output/tiny_w4a4/results.json").read_text())
+
+
+def test_statistics_are_the_same_to_the_bit(both):
+    for kind in ("act_scales", "act_shifts"):
+        alone, shared = (load_file(folder / kind / "tiny.safetensors") for folder in both)
+        assert alone.keys() == shared.keys()
+        assert all(torch.equal(alone[name], shared[name]) for name in alone)
+
+
+def test_rotations_and_permutations_of_the_first_layer_are_the_same_to_the_bit(both):
+    alone, shared = (load_file(folder / "ck/layers/layer_000.safetensors") for folder in both)
+    assert alone.keys() == shared.keys()
+    decided = [name for name in alone if "rotations" in name or "permutations" in name or "scale" in name]
+    assert len(decided) >= 12
+    assert all(torch.equal(alone[name], shared[name]) for name in decided)
+
+
+def test_training_losses_and_clips_agree_to_the_order_of_sums(both):
+    alone, shared = (results_of(folder)["layers"] for folder in both)
+    for one, other in zip(alone, shared, strict=True):
+        for name in ("loss_before", "loss_after"):
+            assert other["training"][name] == pytest.approx(one["training"][name], rel=1e-3)
+        assert other["training"]["losses"] == pytest.approx(one["training"]["losses"], rel=1e-3)
+        assert other["training"]["restored"] == one["training"]["restored"] == 0
+    assert results_of(both[1])["perplexity"]["tokens"] == pytest.approx(
+        results_of(both[0])["perplexity"]["tokens"], rel=0.01
+    )
+
+
+def test_only_one_process_writes_and_speaks(both):
+    log = (both[1] / "output/tiny_w4a4/log.txt").read_text()
+    assert log.count("results: ") == 1
+    assert sorted(path.name for path in (both[1] / "ck/layers").iterdir()) == [
+        "layer_000.safetensors",
+        "layer_001.safetensors",
+    ]
+
+
+DIE = """
+import os, sys
+if os.environ.get("RANK") == "1":
+    import builtins
+    real = builtins.__import__
+    def patched(name, *arguments, **keywords):
+        module = real(name, *arguments, **keywords)
+        if name == "quantize.walk" and hasattr(module, "quantize_layer") and not hasattr(module, "patched"):
+            module.patched, quantize_layer = True, module.quantize_layer
+            def die(layer, index, *rest, **more):
+                if index == 1:
+                    os._exit(9)
+                return quantize_layer(layer, index, *rest, **more)
+            module.quantize_layer = die
+        return module
+    builtins.__import__ = patched
+"""
+
+
+def test_a_process_that_dies_ends_the_run_with_a_checkpoint_that_resumes(usual, both, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(DIE)
+    done = launch(tmp_path, *usual, *TRAINED, PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "--resume ck" in done.stderr
+    assert [path.name for path in (tmp_path / "ck/layers").iterdir()] == ["layer_000.safetensors"]
+    again = [flag for flag in TRAINED if flag not in ("--save_dir", "ck")]
+    done = launch(tmp_path, *usual, *again, "--resume", "ck")
+    assert done.returncode == 0, done.stderr
+    assert results_of(tmp_path)["perplexity"] == results_of(both[1])["perplexity"]
+
+
+def test_fewer_samples_than_processes_are_refused(usual, tmp_path):
+    done = launch(tmp_path, *usual, *FLAGS, "--nsamples", 1)
+    assert done.returncode != 0
+    assert "--nsamples 1" in done.stderr

@@ -38,7 +38,7 @@ def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
         refuse_for_saved(args)
     if setup.tokens is not None and len(setup.tokens) < world_size():
         raise InputError(
-            f"--nsamples {len(setup.tokens)}: fewer than the {world_size()} processes that share the samples"
+            f"--nsamples {len(setup.tokens)}: fewer than the {world_size()} processes that share them"
         )
     if args.save_model is not None:
         require_empty(args.save_model)

@@ -40,7 +40,8 @@ class PlacedLM(HFLM):
     def _loglikelihood_tokens(self, requests: list, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         longest = self.max_length + 1
         self._own_cut += sum(len(context) + len(continuation) > longest for _, context, continuation in requests)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        fitting = [(key, *last_tokens(context, continuation, longest)) for key, context, continuation in requests]
+        return super()._loglikelihood_tokens(fitting, *args, **kwargs)
 
     def _shared(self, answer: Callable, requests: list, disable_tqdm: bool) -> list:
         """Answers to all requests, in order; every process works on a contiguous part.
@@ -56,6 +57,17 @@ class PlacedLM(HFLM):
         parts = together(work)
         self.cut += sum(cut for _, cut in parts)
         return [result for results, _ in parts for result in results]
+
+
+def last_tokens(context: list[int], continuation: list[int], longest: int) -> tuple[list[int], list[int]]:
+    """The request as it is if its continuation fits; else the last `longest` tokens, the first of them as the context.
+
+    lm-eval cuts contexts itself, but stops the whole task at a continuation that is longer than the model's context.
+    """
+    if len(continuation) < longest:
+        return context, continuation
+    kept = continuation[-longest:]
+    return kept[:1], kept[1:]
 
 
 @contextlib.contextmanager

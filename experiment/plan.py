@@ -37,9 +37,7 @@ def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
         quant = setup.saved
         refuse_for_saved(args)
     if setup.tokens is not None and len(setup.tokens) < world_size():
-        raise InputError(
-            f"--nsamples {len(setup.tokens)}: fewer than the {world_size()} processes that share them"
-        )
+        raise InputError(f"--nsamples {len(setup.tokens)}: fewer than the {world_size()} processes that share them")
     if args.save_model is not None:
         require_empty(args.save_model)
     evaluations = plan_evaluations(args, setup)

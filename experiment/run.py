@@ -114,7 +114,8 @@ def activation_peaks(run: Run, model: nn.Module, measured: Measured, needed: boo
 
     None where nothing is smoothed, or no layer is left to be (`needed`).
     """
-    if not (run.quant.smooth and needed) and "smooth" not in run.args.baselines:
+    own = run.quant.smooth and needed and not run.quant.bits.untouched
+    if not own and "smooth" not in run.args.baselines:
         return None
     args, setup, origin = run.args, run.setup, run.setup.origin()
     path = args.act_scales or Path("act_scales") / f"{setup.net}.safetensors"

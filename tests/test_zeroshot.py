@@ -476,6 +476,18 @@ leave_group()
 """
 
 
+@pytest.mark.parametrize(
+    ("lengths", "kept"), [((5, 3), (5, 3)), ((0, 7), (0, 7)), ((5, 8), (1, 7)), ((5, 30), (1, 7)), ((0, 8), (1, 7))]
+)
+def test_a_continuation_longer_than_the_context_keeps_its_end(lengths, kept):
+    from evaluation.harness import last_tokens
+
+    context, continuation = list(range(lengths[0])), list(range(100, 100 + lengths[1]))
+    found = last_tokens(context, continuation, 8)
+    assert tuple(map(len, found)) == kept
+    assert [*context, *continuation][-sum(kept) :] == [*found[0], *found[1]]
+
+
 def test_items_shared_by_two_processes_give_what_one_alone_finds(bundled, data_dir, tmp_path):
     plan = check_tasks(["winogrande", "boolq"], data_dir)
     journal = Journal(tmp_path / "alone", plan.identity)

@@ -61,14 +61,12 @@ def task_rows(full: dict, quantized: dict, stock: dict) -> list[list[str]]:
     """A row per task: accuracies of all three."""
     rows = []
     for one, other in zip(full["zero_shot"]["scores"], quantized["zero_shot"]["scores"], strict=True):
-        theirs = {name: stock[one["task"]].get(f"{name},none") for name in METRICS}
         for metric in ("acc", "acc_norm"):
             if metric in one["metrics"]:
-                values = (one["metrics"][metric], theirs[metric], other["metrics"][metric])
-                error = one["metrics"][f"{metric}_stderr"]
-                rows.append(
-                    [f"{one['task']} {metric}", str(one["items"]), *(f"{v:.4f}" for v in values), f"{error:.4f}"]
-                )
+                theirs = stock.get(one["task"], {}).get(f"{metric},none")
+                values = (one["metrics"][metric], theirs, other["metrics"][metric], one["metrics"][f"{metric}_stderr"])
+                figures = ["stops" if value is None else f"{value:.4f}" for value in values]
+                rows.append([f"{one['task']} {metric}", str(one["items"]), *figures])
     return rows
 
 

@@ -1,6 +1,7 @@
 """Per-channel activation statistics of the full-precision model: computing them, and the files they are kept in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,13 @@ class ChannelStatistics:
     scales: dict[str, Tensor]
     shifts: dict[str, Tensor]
 
+    def on_host(self) -> "ChannelStatistics":
+        """The same with its tensors on the host."""
+        return ChannelStatistics(
+            {name: value.cpu() for name, value in self.scales.items()},
+            {name: value.cpu() for name, value in self.shifts.items()},
+        )
+
 
 @torch.no_grad()
 def channel_statistics(model: nn.Module, spec: DecoderSpec, tokens: Tensor, device: torch.device) -> ChannelStatistics:
@@ -37,23 +45,26 @@ def channel_statistics(model: nn.Module, spec: DecoderSpec, tokens: Tensor, devi
     statistics = ChannelStatistics({}, {})
     layers = spec.decoder_layers(model)
     for index, layer in enumerate(progress(layers, "activation statistics", unit="layer")):
-        handles = [
-            layer.get_submodule(path).register_forward_pre_hook(
-                _statistics_hook([spec.linear_key(index, linear) for linear in group.linears], statistics)
-            )
-            for group in spec.at(index).groups
-            for path in group.inputs
-        ]
-        try:
-            with on_device(layer, device):
-                advance_(layer, calls.hidden, calls.kwargs[index], device)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return ChannelStatistics(
-        {name: value.cpu() for name, value in statistics.scales.items()},
-        {name: value.cpu() for name, value in statistics.shifts.items()},
-    )
+        with on_device(layer, device), observed(layer, index, spec, statistics):
+            advance_(layer, calls.hidden, calls.kwargs[index], device)
+    return statistics.on_host()
+
+
+@contextmanager
+def observed(layer: nn.Module, index: int, spec: DecoderSpec, statistics: ChannelStatistics) -> Iterator[None]:
+    """Inside the block, what enters the linears of `layer`, number `index`, updates their `statistics`."""
+    handles = [
+        layer.get_submodule(path).register_forward_pre_hook(
+            _statistics_hook([spec.linear_key(index, linear) for linear in group.linears], statistics)
+        )
+        for group in spec.at(index).groups
+        for path in group.inputs
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _statistics_hook(

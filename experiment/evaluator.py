@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 class Evaluator:
     """Measures the models of one run; what they answered goes into `folder`.
 
-    `teachers`: what the full-precision model, measured first, gave before its head, by dataset label.
+    `teachers`: what the full-precision model, measured first, gave before its head, by dataset label. `travelled`: what
+    the last layer gave, by row and label, for windows that went through the layers in another way before `measure`.
     """
 
     plan: Evaluations
@@ -42,6 +43,7 @@ class Evaluator:
     folder: Path
     model_id: str
     teachers: dict[str, Tensor] = field(default_factory=dict)
+    travelled: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def require_own_answers(self, rows: Iterable[str]) -> None:
         """Raise InputError if there are answers to MT-Bench's questions that are not of these models."""
@@ -71,16 +73,34 @@ class Evaluator:
                     with self._attempt(measured, name, name):
                         evaluate(model, measured, row, title)
 
+    def travellers(self, row: str) -> dict[str, Tensor]:
+        """Windows of tokens, by label, that have to go through the layers for the perplexities of `row`."""
+        windows = self.plan.windows
+        return {label: windows[label] for label in windows if self._key(row, label) not in self.journal} | {
+            label: windows[label] for label in windows if self._is_teacher(row, label)
+        }
+
+    def batch_size(self, tokens: Tensor) -> BatchSize:
+        """How many of the windows [N, T] go through a layer at once."""
+        return BatchSize.choose(self.plan.batch_size, tokens.shape[1], self.setup.device)
+
+    def _key(self, row: str, label: str) -> str:
+        return f"{row}/perplexity/{label}/{data_fingerprint(self.plan.windows[label])}"
+
+    def _is_teacher(self, row: str, label: str) -> bool:
+        """Whether what `row` gives is still needed to compare the run's own model with."""
+        return self.plan.divergence and row == FULL and self._key(QUANTIZED, label) not in self.journal
+
     def _perplexity(self, model: nn.Module, row: str, label: str) -> Perplexity:
-        tokens, setup = self.plan.windows[label], self.setup
-        key, later = (f"{name}/perplexity/{label}/{data_fingerprint(tokens)}" for name in (row, QUANTIZED))
-        keep_hidden = self.plan.divergence and row == FULL and later not in self.journal
-        if key in self.journal and not keep_hidden:
+        tokens, setup, key = self.plan.windows[label], self.setup, self._key(row, label)
+        if key in self.journal and not self._is_teacher(row, label):
             return Perplexity(**self.journal.get(key))
-        batch_size = BatchSize.choose(self.plan.batch_size, tokens.shape[1], setup.device)
-        hidden = final_hidden(model, setup.spec, tokens, setup.device, f"{label} perplexity", batch_size)
+        hidden = self.travelled.pop((row, label), None)
+        if hidden is None:
+            batch_size = self.batch_size(tokens)
+            hidden = final_hidden(model, setup.spec, tokens, setup.device, f"{label} perplexity", batch_size)
         result = score(model, setup.spec, tokens, hidden, setup.device, self.teachers.get(label))
-        if keep_hidden:
+        if self._is_teacher(row, label):
             self.teachers[label] = hidden
         self.journal.keep(key, asdict(result))
         return result

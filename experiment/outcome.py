@@ -59,6 +59,7 @@ def write_results(run: Run, outcome: Outcome) -> None:
         "device": describe(run.setup.device),
         "dtype": str(run.setup.dtype).removeprefix("torch."),
         "processes": world_size(),
+        "streamed": run.shards is not None,
         "data": {} if tokens is None else {"calibration": data.data_fingerprint(tokens)},
         **outcome.measured.figures(),
         **peak_memory(run.setup.device),

@@ -1,12 +1,14 @@
 """One run, checked: what will be done, before any weight is loaded."""
 
 import argparse
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.evaluations import Evaluations, plan_evaluations
 from experiment.resuming import open_checkpoint
 from experiment.session import Setup, make_setup
+from models.shards import Shards, open_shards
 from quantize.checkpoint import Checkpoint
 from quantize.config import QuantConfig
 from quantize.export import require_empty
@@ -14,11 +16,18 @@ from quantize.statistics import load_scales
 from quantize.walk import check_shapes
 from utils.distributed import world_size
 from utils.errors import InputError
+from utils.memory import available_memory
+
+FILLED = 0.9  # of the free memory: the most that a model may take as a whole
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Flags, model and calibration data, the method's settings, what is measured, folder, checkpoint."""
+    """Flags, model and calibration data, the method's settings, what is measured, folder, checkpoint.
+
+    `shards`: where the weights are, if they are read layer by layer.
+    """
 
     args: argparse.Namespace
     setup: Setup
@@ -26,6 +35,7 @@ class Run:
     evaluations: Evaluations
     folder: Path
     checkpoint: Checkpoint | None
+    shards: Shards | None = None
 
 
 def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
@@ -43,8 +53,48 @@ def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
     evaluations = plan_evaluations(args, setup)
     if args.act_scales is not None:
         load_scales(args.act_scales, setup.origin(), setup.skeleton, setup.spec)
+    shards = open_shards(setup.source, setup.config, setup.skeleton) if must_stream(args, setup) else None
     folder = args.output_dir / f"{setup.net}_{quant.label}"
-    return Run(args, setup, quant, evaluations, folder, open_checkpoint(args, setup, quant))
+    return Run(args, setup, quant, evaluations, folder, open_checkpoint(args, setup, quant), shards)
+
+
+def must_stream(args: argparse.Namespace, setup: Setup) -> bool:
+    """Whether the model is read layer by layer: by `--stream`, or because the host's memory is too small for it whole.
+
+    Raises InputError if something needs the whole model.
+    """
+    needed, free = model_bytes(setup), available_memory()
+    if args.stream is None:
+        if setup.saved is not None or needed <= FILLED * free:
+            return False
+        reason = f"the model needs {needed / 1e9:.1f} GB of the host's memory and {free / 1e9:.1f} GB are free"
+        logger.info("%s: it is streamed", reason)
+        given = f"{reason}, so it must be streamed, layer by layer (or give --no-stream)"
+    else:
+        given = "--stream reads one layer at a time"
+    if args.stream is not False:
+        refuse_for_stream(args, setup, given)
+    return args.stream is not False
+
+
+def refuse_for_stream(args: argparse.Namespace, setup: Setup, given: str) -> None:
+    """Raise InputError for what needs the whole model at once; `given`: why it is not there."""
+    if setup.saved is not None:
+        raise InputError(f"--stream: {args.model} is quantized already and can only be loaded whole; drop the flag")
+    if world_size() > 1:
+        raise InputError(f"{given}, in a single process: start one, without a launcher")
+    whole = {"--tasks": args.tasks, "--eval_mmlu": args.eval_mmlu, "--eval_mtbench": args.eval_mtbench}
+    whole |= {"--prompt": args.prompt, "--save_model": args.save_model}
+    whole |= {f"--baselines {name}": name in args.baselines for name in ("rtn", "smooth")}
+    needing = [flag for flag, value in whole.items() if value]
+    if needing:
+        raise InputError(f"{given}, and {needing[0]} needs the whole model: drop one of the two")
+
+
+def model_bytes(setup: Setup) -> int:
+    """Host memory that the whole model takes, as `open_model` holds it."""
+    width = 4 if setup.device.type == "cpu" else setup.dtype.itemsize
+    return width * sum(parameter.numel() for parameter in setup.skeleton.parameters())
 
 
 def refuse_for_saved(args: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -16,13 +15,15 @@ from experiment.evaluator import Evaluator
 from experiment.measured import Measured
 from experiment.options import BASELINES
 from experiment.outcome import Outcome, completions_text, method_name, summary_table, write_results
+from experiment.peaks import keep_statistics, known_peaks, needs_peaks
 from experiment.plan import Run, prepare
 from experiment.resuming import finished_layers, resume_command
 from experiment.session import open_model
+from experiment.stream import execute_streamed
 from quantize.config import QuantConfig, SmoothConfig, Transform
 from quantize.export import save_model
 from quantize.state import FinishedLayer
-from quantize.statistics import channel_statistics, load_scales, same_calibration, save_statistics
+from quantize.statistics import channel_statistics
 from quantize.walk import quantize_model
 from utils.device import describe
 from utils.distributed import from_main, is_main, join_group, leave_group, make_equal_, world_size
@@ -83,6 +84,9 @@ def finish(run: Run, outcome: Outcome) -> None:
 
 def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
     """Load, quantize, evaluate, and the baselines; figures go into `outcome` as they are found."""
+    if run.shards is not None:
+        execute_streamed(run, outcome, evaluator)
+        return
     measured, baselines = outcome.measured, outcome.baselines
     title = f"{method_name(run.quant)} {run.quant.label.upper()}"
     with measured.timing("load"):
@@ -114,25 +118,14 @@ def activation_peaks(run: Run, model: nn.Module, measured: Measured, needed: boo
 
     None where nothing is smoothed, or no layer is left to be (`needed`).
     """
-    own = run.quant.smooth and needed and not run.quant.bits.untouched
-    if not own and "smooth" not in run.args.baselines:
+    if not needs_peaks(run, needed):
         return None
-    args, setup, origin = run.args, run.setup, run.setup.origin()
-    path = args.act_scales or Path("act_scales") / f"{setup.net}.safetensors"
-    if args.act_scales is not None or (path.exists() and same_calibration(path, origin)):
-        logger.info("activation statistics: %s", path)
-        return load_scales(path, origin, setup.skeleton, setup.spec)
+    known = known_peaks(run)
+    if known is not None:
+        return known
     with measured.timing("statistics"):
-        statistics = channel_statistics(model, setup.spec, setup.tokens, setup.device)
-    if path.exists():
-        logger.info("activation statistics: computed; %s is of another model or other data and was left alone", path)
-    elif is_main():
-        shifts = args.act_shifts or Path("act_shifts") / f"{setup.net}.safetensors"
-        try:
-            save_statistics(statistics, path, shifts, origin)
-            logger.info("activation statistics: computed, kept in %s", path)
-        except OSError as error:
-            logger.warning("activation statistics: computed, not kept (%s)", error)
+        statistics = channel_statistics(model, run.setup.spec, run.setup.tokens, run.setup.device)
+    keep_statistics(run, statistics)
     return statistics.scales
 
 

@@ -1,6 +1,7 @@
 """One decoder layer, from full precision to quantized: the story of the method."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,13 @@ class LayerReport:
     output_error: float
     groups: tuple[GroupReport, ...]
     training: TrainingReport | None = None
+    search_seconds: float = field(default=0.0, compare=False)
+
+    def figures(self) -> dict:
+        """As JSON; without the search's seconds, since two runs of one layer have the same figures."""
+        figures = asdict(self)
+        del figures["search_seconds"]
+        return figures
 
 
 def quantize_layer(
@@ -76,11 +84,13 @@ def quantize_layer(
     applied = fold_scales_(layer, spec, scales, config.smooth)
     attach_attention_quantizer_(layer.get_submodule(spec.attention), config, probe.device)
     generator = layer_generator(config.seed, index)
-    state, reports = LayerState(), []
+    state, reports, search_seconds = LayerState(), [], 0.0
     for group in spec.groups:
         x = capture_rows(layer, group.inputs, probe, inputs.kwargs)
         require_finite(x, spec.linear_key(index, group.linears[0]))
+        started = time.perf_counter()
         transform, report = find_transform(x, group, applied.get(group.name), config, generator)
+        search_seconds += time.perf_counter() - started
         reports.append(report)
         state.groups[group.name] = GroupState(scales.get(group.name), transform.rotations, transform.permutations)
         for path in group.linears:
@@ -97,7 +107,7 @@ def quantize_layer(
     if inputs.student is not None:
         advance_(layer, inputs.student, inputs.kwargs, probe.device)
     error = (inputs.probe - reference).float().norm() / reference.float().norm()
-    return state, LayerReport(index, error.item(), tuple(reports), training)
+    return state, LayerReport(index, error.item(), tuple(reports), training, search_seconds)
 
 
 def restore_layer(

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantize.quantizer import Quantizer
+
 
 class QuantLinear(nn.Module):
     """y = Q_x(T(x Λ⁻¹)) · Q_w(T(W Λ))ᵀ + b with a transform shared by the group and one quantizer for each side.
@@ -39,7 +41,10 @@ class QuantLinear(nn.Module):
     def bake_(self, dtype: torch.dtype) -> None:
         """Replace the weight by its quantized values in `dtype`; the weight quantizer is dropped."""
         if self.weight_quantizer is not None:
-            self.weight.data = self.weight_quantizer(self.weight).to(dtype)
+            if isinstance(self.weight_quantizer, Quantizer):
+                self.weight.data = self.weight_quantizer.rounded(self.weight, dtype)
+            else:
+                self.weight.data = self.weight.to(dtype)  # 16 bits
             self.weight_quantizer = None
         if self.bias is not None:
             self.bias.data = self.bias.to(dtype)

@@ -12,6 +12,7 @@ from quantize.spec import DecoderSpec
 from utils.batching import BatchSize
 from utils.device import to_device
 from utils.errors import InputError
+from utils.memory import Allocate, in_memory
 
 TOKENS_PER_FORWARD = 4096  # samples are batched up to this many tokens
 
@@ -57,23 +58,36 @@ def shell_on_device(model: nn.Module, spec: DecoderSpec, device: torch.device) -
 
 
 @torch.no_grad()
-def layer_calls(model: nn.Module, spec: DecoderSpec, tokens: Tensor, device: torch.device) -> LayerCalls:
-    """Run the model on `tokens` [N, T] with its layers left out, and record what they would have been given."""
+def layer_calls(
+    model: nn.Module, spec: DecoderSpec, tokens: Tensor, device: torch.device, allocate: Allocate = in_memory
+) -> LayerCalls:
+    """Run the model on `tokens` [N, T] with its layers left out, and record what they would have been given.
+
+    The layers need no weights. `hidden` is in a tensor that `allocate` makes.
+    """
     layers = spec.decoder_layers(model)
     recorded: dict[int, dict] = {}
-    hidden: list[Tensor] = []
+    hidden: list[Tensor] = []  # the one tensor, once its width is known
+    filled = 0
 
     def record(index: int, states: Tensor, **kwargs) -> Tensor:
         recorded.setdefault(index, to_device(kwargs, torch.device("cpu")))
         if index == 0:
-            hidden.append(states.cpu())
+            keep(states)
         return states
+
+    def keep(states: Tensor) -> None:
+        nonlocal filled
+        if not hidden:
+            hidden.append(allocate((len(tokens), *states.shape[1:]), states.dtype))
+        hidden[0][filled : filled + len(states)] = states
+        filled += len(states)
 
     with shell_on_device(model, spec, device), layers_replaced(layers, record):
         batches = [tokens[:1], *_batches(tokens[1:])]  # the first alone: its keyword arguments have batch size 1
         for batch in batches:
             model.get_decoder()(input_ids=batch.to(device), use_cache=False)
-    return LayerCalls(torch.cat(hidden), tuple(recorded[index] for index in range(len(layers))))
+    return LayerCalls(hidden[0], tuple(recorded[index] for index in range(len(layers))))
 
 
 @torch.no_grad()

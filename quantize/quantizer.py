@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from quantize.clipping import NoClip
 from quantize.config import UNQUANTIZED_BITS
 from quantize.formats import Codes, IntegerFormat
+from utils.batching import row_parts
 
 
 class Quantizer(nn.Module):
@@ -24,15 +25,28 @@ class Quantizer(nn.Module):
 
     def quantize(self, x: Tensor) -> Codes:
         """Codes of `x` [..., C], shaped [..., C] or [..., C/g, g]; scale and zero end in 1 and broadcast."""
+        x, low, high = self._ranges(x)
+        return self.format.quantize(x, low, high)
+
+    def _ranges(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`x` as its vectors, in at least float32, and the clipped range of each."""
         if self.group_size is not None:
             x = x.unflatten(-1, (-1, self.group_size))
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        low, high = self.clip(*torch.aminmax(x, dim=-1, keepdim=True))
-        return self.format.quantize(x, low, high)
+        return x, *self.clip(*torch.aminmax(x, dim=-1, keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake quantization: dequantize(quantize(x)), same shape and dtype as `x`."""
         return self.quantize(x).dequantize().view(x.shape).to(x.dtype)
+
+    @torch.no_grad()
+    def rounded(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `forward` gives for a weight [O, C], in `dtype`, some rows at a time: no other large tensors."""
+        x, low, high = self._ranges(weight)
+        result = torch.empty(x.shape, dtype=dtype, device=x.device)
+        for part in row_parts(x):
+            result[part] = self.format.quantize(x[part], low[part], high[part]).dequantize().to(weight.dtype)
+        return result.view(weight.shape)
 
     def extra_repr(self) -> str:
         """Show the format and the granularity."""

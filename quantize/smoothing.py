@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from utils.batching import row_parts
+
 PEAK_FLOOR = 1e-5
 SCALE_FLOOR = 1e-2
 
@@ -18,7 +20,8 @@ def smoothing_scale(activation_peak: Tensor, weight_peak: Tensor, alpha: float) 
 
 def column_peak(weights: Sequence[Tensor]) -> Tensor:
     """Largest magnitude per input channel over weights [O_i, C]: [C]."""
-    return torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
+    peaks = [weight[part].abs().amax(dim=0) for weight in weights for part in row_parts(weight)]
+    return torch.stack(peaks).amax(dim=0)
 
 
 def divide_norm_(norm: nn.Module, scale: Tensor, offset: float = 0.0) -> Tensor:
@@ -60,7 +63,7 @@ def divide_rows_(linear: nn.Linear, scale: Tensor, start: int = 0) -> Tensor:
     for parameter in (linear.weight, linear.bias):
         if parameter is not None:
             divided = parameter.detach().clone()
-            divided[rows] = divided[rows] / scale.to(divided).view(-1, *[1] * (divided.dim() - 1))
+            divided[rows].div_(scale.to(divided).view(-1, *[1] * (divided.dim() - 1)))
             parameter.data = divided
     return scale
 

@@ -1,15 +1,18 @@
 """Per-channel activation statistics of the full-precision model: computing them, and the files they are kept in."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from quantize.observe import advance_, layer_calls, require_finite
-from quantize.spec import DecoderSpec
+from quantize.spec import DecoderSpec, InputGroup
 from utils.device import on_device
+from utils.distributed import gather, own_part
 from utils.errors import InputError
 from utils.io import read_tensors, write_tensors
 from utils.log import progress
@@ -19,10 +22,32 @@ MIDPOINT_DECAY = 0.99
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Per linear, by its full name: `scales` [C], the largest |x|, and `shifts` [C], the running midpoint."""
+    """Per linear, by full name, on the host: `scales` [C], the largest |x|, and `shifts` [C], the running midpoint."""
 
     scales: dict[str, Tensor]
     shifts: dict[str, Tensor]
+
+
+@dataclass
+class Seen:
+    """What entered the linears of one group in one layer: the largest |x| [C], and each sample's midpoint [C]."""
+
+    peak: Tensor | None = None
+    midpoints: list[Tensor] = field(default_factory=list)
+
+    def observe(self, x: Tensor, name: str) -> None:
+        """Take in `x`: samples [batch, T, C], or rows [T, C] without their samples. `name` is for the error."""
+        samples = x[None] if x.dim() == 2 else x.flatten(1, -2)
+        low, high = torch.aminmax(samples.transpose(1, 2), dim=-1)  # [batch, C] each
+        require_finite(torch.cat([low, high]), name)
+        low, high = low.float(), high.float()
+        peak = torch.maximum(high, -low).amax(dim=0)
+        self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
+        self.midpoints.append((high + low) / 2)
+
+    def on_host(self) -> "Seen":
+        """The same with its tensors on the host."""
+        return Seen(self.peak.cpu(), [torch.cat(self.midpoints).cpu()]) if self.midpoints else self
 
 
 @torch.no_grad()
@@ -30,51 +55,52 @@ def channel_statistics(model: nn.Module, spec: DecoderSpec, tokens: Tensor, devi
     """Statistics of every linear's input over calibration `tokens` [N, T], one decoder layer on `device` at a time.
 
     The midpoint (max + min)/2 of each sample enters with weight 0.01, the first sample with weight 1. Rows that an
-    expert is given without their samples count as one sample. Linears of one group have the same statistics.
-    Raises InputError if an activation is not finite.
+    expert is given without their samples count as one sample. Linears of one group have the same statistics. Several
+    processes share the samples, and all have the statistics of all. Raises InputError if an activation is not finite.
     """
-    calls = layer_calls(model, spec, tokens, device)
+    calls = layer_calls(model, spec, own_part(tokens), device)
     statistics = ChannelStatistics({}, {})
     layers = spec.decoder_layers(model)
     for index, layer in enumerate(progress(layers, "activation statistics", unit="layer")):
-        handles = [
-            layer.get_submodule(path).register_forward_pre_hook(
-                _statistics_hook([spec.linear_key(index, linear) for linear in group.linears], statistics)
-            )
-            for group in spec.at(index).groups
-            for path in group.inputs
-        ]
-        try:
-            with on_device(layer, device):
-                advance_(layer, calls.hidden, calls.kwargs[index], device)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return ChannelStatistics(
-        {name: value.cpu() for name, value in statistics.scales.items()},
-        {name: value.cpu() for name, value in statistics.shifts.items()},
-    )
+        with on_device(layer, device), observed(layer, index, spec, statistics):
+            advance_(layer, calls.hidden, calls.kwargs[index], device)
+    return statistics
 
 
-def _statistics_hook(
-    names: list[str], statistics: ChannelStatistics
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A forward pre-hook that updates `statistics` of the linears `names`, which all read what this one reads."""
+@contextmanager
+def observed(layer: nn.Module, index: int, spec: DecoderSpec, statistics: ChannelStatistics) -> Iterator[None]:
+    """Behind the block, what entered the linears of `layer`, number `index`, on any process is in the `statistics`."""
+    groups = spec.at(index).groups
+    seen = {group.name: Seen() for group in groups}
 
-    def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        samples = args[0][None] if args[0].dim() == 2 else args[0].flatten(1, -2)  # [batch, T, C]
-        low, high = torch.aminmax(samples.transpose(1, 2), dim=-1)  # [batch, C] each
-        require_finite(torch.cat([low, high]), names[0])
-        low, high = low.float(), high.float()
-        peak = torch.maximum(high, -low).amax(dim=0)
-        scale, shift = statistics.scales.get(names[0]), statistics.shifts.get(names[0])
-        for midpoint in (high + low) / 2:
-            shift = midpoint if shift is None else MIDPOINT_DECAY * shift + (1 - MIDPOINT_DECAY) * midpoint
-        for name in names:
-            statistics.scales[name] = peak if scale is None else torch.maximum(scale, peak)
-            statistics.shifts[name] = shift
+    def watch(group: InputGroup, path: str) -> RemovableHandle:
+        name = spec.linear_key(index, group.linears[0])
+        return layer.get_submodule(path).register_forward_pre_hook(
+            lambda module, args: seen[group.name].observe(args[0], name)
+        )
 
-    return observe
+    handles = [watch(group, path) for group in groups for path in group.inputs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    everywhere = gather({name: each.on_host() for name, each in seen.items()})
+    for group in groups:
+        parts = [part[group.name] for part in everywhere if part[group.name].midpoints]
+        peak = torch.stack([part.peak for part in parts]).amax(dim=0)
+        shift = running_midpoint(torch.cat([part.midpoints[0] for part in parts]))
+        for linear in group.linears:
+            name = spec.linear_key(index, linear)
+            statistics.scales[name], statistics.shifts[name] = peak, shift
+
+
+def running_midpoint(midpoints: Tensor) -> Tensor:
+    """Exponential average over samples [N, C], the first of which enters with weight 1, the others with 0.01: [C]."""
+    average = midpoints[0]
+    for midpoint in midpoints[1:]:
+        average = MIDPOINT_DECAY * average + (1 - MIDPOINT_DECAY) * midpoint
+    return average
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from quantize.config import RotationConfig, Transform
 from quantize.greedy import greedy_rotation
 from quantize.permutation import zigzag_permutation
 from quantize.rotation import random_orthogonal, step_rotation
+from utils.batching import row_parts
 
 
 class DualTransform(nn.Module):
@@ -34,7 +35,17 @@ class DualTransform(nn.Module):
         return self._apply_orthogonal(x if self.scale is None else x / self.scale.to(x.dtype))
 
     def transform_weight(self, weight: Tensor) -> Tensor:
-        """T(W Λ) for a weight [O, C]."""
+        """T(W Λ) for a weight [O, C], some rows at a time: beside the result there are no other large tensors."""
+        parts = row_parts(weight)
+        if len(parts) == 1:
+            return self._transform_rows(weight)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        transformed = torch.empty(weight.shape, dtype=wide, device=weight.device)
+        for part in parts:
+            transformed[part] = self._transform_rows(weight[part])
+        return transformed
+
+    def _transform_rows(self, weight: Tensor) -> Tensor:
         weight = _widen(weight)
         return self._apply_orthogonal(weight if self.scale is None else weight * self.scale.to(weight.dtype))
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer
 from utils.device import on_device, to_device
 from utils.log import progress
+from utils.memory import Allocate, in_memory
 
 PROBE_SAMPLES = 4  # with `--probe sample`
 logger = logging.getLogger(__name__)
@@ -37,45 +37,91 @@ def quantize_model(
     `activation_peaks` (linear name → [C]) are needed when `config.smooth` is set. Layers in `finished` (by index) are
     reapplied; the others are computed, and `keep` is called with each.
     """
-    check_shapes(model, spec, config)
-    install(model)
-    layers, finished = spec.decoder_layers(model), finished or {}
-    missing = [index for index in range(len(layers)) if index not in finished]
-    flow = Flow(model, spec, tokens, config, device) if missing else None
-    figures = []
-    for index, layer in enumerate(progress(layers, "quantizing", unit="layer")):
+    steps = Quantization(model, spec, tokens, config, device, finished, keep)
+    for index, layer in enumerate(progress(spec.decoder_layers(model), "quantizing", unit="layer")):
         with on_device(layer, device):
-            # behind the last layer that is to be computed nothing needs to flow any more
-            inputs = flow.inputs(index) if missing and index <= missing[-1] else None
-            if index in finished:
-                done = finished[index]
-                restore_layer(layer, spec.at(index), inputs, done.state.to(device), config, model.dtype)
-                logger.info("layer %d: from the checkpoint", index)
-            else:
-                state, report = quantize_layer(layer, index, spec.at(index), inputs, activation_peaks, config)
-                done = FinishedLayer(state, asdict(report))
-                log_layer(report)
-                if keep is not None:
-                    keep(index, done)
-        figures.append(done.figures)
-    return figures
+            steps.quantize_(index, layer, activation_peaks)
+    return steps.figures
+
+
+class Quantization:
+    """What goes from layer to layer of `quantize_model`: its arguments, the flow, and the figures so far.
+
+    `model` may be without the weights of its decoder layers. `search_seconds`: spent on transforms until now.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: DecoderSpec,
+        tokens: Tensor,
+        config: QuantConfig,
+        device: torch.device,
+        finished: dict[int, FinishedLayer] | None = None,
+        keep: Callable[[int, FinishedLayer], None] | None = None,
+        allocate: Allocate = in_memory,
+    ):
+        check_shapes(model, spec, config)
+        install(model)
+        self.spec, self.config, self.device, self.dtype = spec, config, device, model.dtype
+        self.finished, self.keep = finished or {}, keep
+        missing = [index for index in range(len(spec.decoder_layers(model))) if index not in self.finished]
+        # behind the last layer that is to be computed nothing needs to flow any more
+        self.last = max(missing, default=-1)
+        self.flow = Flow(model, spec, tokens, config, device, allocate) if missing else None
+        self.figures: list[dict] = []
+        self.search_seconds = 0.0
+
+    @torch.no_grad()
+    def quantize_(self, index: int, layer: nn.Module, activation_peaks: dict[str, Tensor] | None) -> None:
+        """Quantize `layer`, the next one, in place; it is on the device."""
+        spec, config = self.spec.at(index), self.config
+        inputs = self.flow.inputs(index) if index <= self.last else None
+        if index in self.finished:
+            done = self.finished[index]
+            restore_layer(layer, spec, inputs, done.state.to(self.device), config, self.dtype)
+            logger.info("layer %d: from the checkpoint", index)
+        else:
+            state, report = quantize_layer(layer, index, spec, inputs, activation_peaks, config)
+            done = FinishedLayer(state, report.figures())
+            self.search_seconds += report.search_seconds
+            log_layer(report)
+            if self.keep is not None:
+                self.keep(index, done)
+        self.figures.append(done.figures)
 
 
 class Flow:
     """The activations that travel through the layers: the probe, and with learned clipping the training samples."""
 
-    def __init__(self, model: nn.Module, spec: DecoderSpec, tokens: Tensor, config: QuantConfig, device: torch.device):
-        self.calls = layer_calls(model, spec, tokens, device)
-        self.device = device
-        hidden, own = self.calls.hidden, own_samples(len(tokens), config.training.batch_size)
-        teacher = (hidden if len(own) == len(hidden) else hidden[own]) if config.clip.learned else None
-        student = teacher.clone() if config.clip.learned else None
-        self.current = LayerInputs(make_probe(hidden, config.probe).to(device), {}, teacher, student, len(tokens))
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: DecoderSpec,
+        tokens: Tensor,
+        config: QuantConfig,
+        device: torch.device,
+        allocate: Allocate = in_memory,
+    ):
+        calls = layer_calls(model, spec, tokens, device, allocate)
+        self.kwargs, self.device = calls.kwargs, device
+        teacher = own_part_of(calls.hidden, config, allocate) if config.clip.learned else None
+        student = allocate(teacher.shape, teacher.dtype).copy_(teacher) if config.clip.learned else None
+        probe = make_probe(calls.hidden, config.probe).to(device)
+        self.current = LayerInputs(probe, {}, teacher, student, len(tokens))
 
     def inputs(self, index: int) -> LayerInputs:
         """The inputs of layer `index`, after all layers before it have advanced them."""
-        self.current.kwargs = to_device(self.calls.kwargs[index], self.device)
+        self.current.kwargs = to_device(self.kwargs[index], self.device)
         return self.current
+
+
+def own_part_of(hidden: Tensor, config: QuantConfig, allocate: Allocate) -> Tensor:
+    """Of the calibration samples [N, T, C] those that this process trains on; alone, all of them, not copied."""
+    own = own_samples(len(hidden), config.training.batch_size)
+    if len(own) == len(hidden):
+        return hidden
+    return allocate((len(own), *hidden.shape[1:]), hidden.dtype).copy_(hidden[own])
 
 
 def make_probe(hidden: Tensor, kind: Probe) -> Tensor:

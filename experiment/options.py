@@ -181,7 +181,8 @@ def add_transform_options(parser: argparse.ArgumentParser) -> None:
         type=Transform,
         choices=list(Transform),
         default=Transform.DUAL,
-        help="dual is DuQuant, none no rotation at all",
+        help="dual is DuQuant; rotation_permutation, rotation and permutation are parts of it, hadamard is a Hadamard "
+        "matrix with random signs per block, none nothing at all",
     )
     group.add_argument(
         "--block_size", type=_block_size, default=128, help="channels per block; -1: the whole width; auto: at most 128"

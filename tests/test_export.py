@@ -65,6 +65,8 @@ CASES = {
     "biases": (settings(), {"attention_bias": True, "mlp_bias": True}),
     "no smoothing": (settings(smooth=None), {}),
     "no transform": (settings(transform=Transform.NONE), {}),
+    "rotation and permutation": (settings(transform=Transform.ROTATION_PERMUTATION), {}),
+    "Hadamard": (settings(transform=Transform.HADAMARD), {}),
     "groups, symmetric, lwc": (settings(bits=BitConfig(3, 6, 16, True), clip=ClipConfig(0.9, None, True)), {}),
     "two permutations": (settings(rotation=RotationConfig(16, 6, 2)), {}),
     "weights only": (settings(bits=BitConfig(4, 16)), {}),

@@ -46,7 +46,7 @@ def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
 
 def refuse_for_saved(args: argparse.Namespace) -> None:
     """Raise InputError for flags that make no sense for a model that is quantized already."""
-    given = {"--act-scales": args.act_scales, "--baselines": args.baselines, "--eval_kl": args.eval_kl}
+    given = {"--act-scales": args.act_scales, "--eval_kl": args.eval_kl}
     given |= {"--save_dir": args.save_dir, "--resume": args.resume, "--save_model": args.save_model}
     for flag, value in given.items():
         if value:

@@ -11,6 +11,7 @@ import pytest
 from conftest import random_tokens, run_script
 from safetensors.torch import save_file
 from test_cli import assert_refused, snapshot
+from test_evaluation_cli import FAIL_ONCE
 
 TINY = ("--block_size", 16, "--max_rotation_step", 20, "--wbits", 4, "--abits", 4, "--lac", 0.95, "--net", "tiny")
 FOLDER = "output/tiny_w4a4_compare"
@@ -205,6 +206,7 @@ def test_seeds_give_mean_and_sample_deviation_where_a_row_depends_on_them(usual,
         cell = f"{statistics.fmean(found):.3f} ± {statistics.stdev(found):.3f}"
         assert cell in (tmp_path / FOLDER / "table.md").read_text(encoding="utf-8")
     assert (table["rtn"]["tokens ppl std"], table["rtn"]["seeds"]) == ("", "")
+    assert done.stdout.count("activation statistics: ") == 3, "once for a seed, whatever the rows"
     assert "sample standard deviation over the seeds 2, 3, 4" in done.stdout
     alone = run_script("main.py", *usual, *more[:6], "--smooth", "--seed", 4, folder=tmp_path)
     assert alone.returncode == 0, alone.stderr
@@ -268,6 +270,25 @@ def test_a_row_that_fails_is_recorded_and_loses_no_other(usual, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("from an earlier run") == 2
     assert results_in(tmp_path / FOLDER)["error"] is None
+
+
+def test_an_evaluation_that_fails_leaves_its_row_unfinished_and_is_all_that_is_tried_again(usual, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
+    save_file({"test": random_tokens(5, 32, seed=9)}, tmp_path / "second.safetensors")
+    flags = ("--test_dataset", usual[5], "second.safetensors", "--rows", "rtn", "dual")
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "rtn: perplexity second (RuntimeError: no luck today)" in done.stderr.splitlines()[-1]
+    assert table_of(tmp_path)[0]["second ppl"] == ""
+    found = rows_of(tmp_path)["rtn"][0]["perplexity"]
+    assert list(found) == ["tokens"]
+    folder = tmp_path / FOLDER / "rows"
+    assert sorted(path.name for path in folder.iterdir()) == ["dual_seed2.json", "rtn.unfinished.jsonl"]
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["dual_seed2.json", "rtn.json"]
+    assert rows_of(tmp_path)["rtn"][0]["perplexity"]["tokens"] == found["tokens"]
+    assert float(table_of(tmp_path)[0]["second ppl"]) > 1
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from experiment.comparison_options import check_comparison, check_runs, parse_flags
 from experiment.options import check_evaluation, make_quant_config, run_script
+from utils.errors import InputError
 
 
 def main() -> None:
@@ -28,12 +29,16 @@ def compare_runs(args: argparse.Namespace) -> None:
     """Put finished runs side by side."""
     check_runs(args)
     from experiment.side_by_side import side_by_side
-    from utils.io import write_text
 
     text = side_by_side([Path(folder) for folder in args.runs])
-    print(text)
     if args.output is not None:
-        write_text(args.output, text)
+        from utils.io import write_text
+
+        try:
+            write_text(args.output, text)
+        except OSError as error:
+            raise InputError(f"--output {args.output}: cannot be written ({error.strerror})") from None
+    print(text)
 
 
 def compare_methods(args: argparse.Namespace) -> None:

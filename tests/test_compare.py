@@ -369,6 +369,8 @@ def test_folders_that_are_no_runs_are_refused(runs, whole, tmp_path):
     }.items():
         assert_refused(run_script("compare.py", run, folder, folder=tmp_path), words)
     assert_refused(run_script("compare.py", run, folder=tmp_path), "give two or more runs")
+    both = (run, runs / "b/tiny_w4a4", "--output", "broken")
+    assert_refused(run_script("compare.py", *both, folder=tmp_path), "--output broken: cannot be written")
     assert_refused(run_script("compare.py", run, run, "--abits", 4, folder=tmp_path), "--abits is for --model")
 
 

@@ -1,21 +1,19 @@
 #!/usr/bin/env bash
 # W4A4 DuQuant, without training.
 #
-#   bash run.sh                                     the bundled model against its baselines
-#   MODEL=meta-llama/Llama-2-7b-hf bash run.sh      the paper's experiment
-#   bash run.sh --wbits 8 --abits 8                 further arguments go to main.py, and win
+#   bash run.sh                                     the bundled model, beside other ways to quantize it (compare.py)
+#   MODEL=meta-llama/Llama-2-7b-hf bash run.sh      the paper's experiment (main.py)
+#   bash run.sh --wbits 8 --abits 8                 further arguments go to that script, and win
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/environment.sh
 
-if [ -z "${MODEL:-}" ]; then
-    data=(--model assets/tiny-llama --calib_dataset assets/stories/calibration.txt --test_dataset assets/stories/test.txt
-        --seqlen 512 --baselines full rtn smooth --tasks stories_qa)
-else
-    data=(--model "$MODEL" --calib_dataset wikitext2 --test_dataset wikitext2)
-fi
+settings=(--wbits 4 --abits 4 --smooth --alpha 0.6 --lac 0.9 --swc 0.8
+    --block_size 128 --max_rotation_step 256 --permutation_times 1 --eval_ppl)
 
-exec "$PYTHON" main.py "${data[@]}" \
-    --wbits 4 --abits 4 --smooth --alpha 0.6 --lac 0.9 --swc 0.8 \
-    --block_size 128 --max_rotation_step 256 --permutation_times 1 \
-    --eval_ppl "$@"
+if [ -z "${MODEL:-}" ]; then
+    exec "$PYTHON" compare.py --model assets/tiny-llama --calib_dataset assets/stories/calibration.txt \
+        --test_dataset assets/stories/test.txt --seqlen 512 "${settings[@]}" \
+        --rows full rtn smooth hadamard dual --tasks stories_qa "$@"
+fi
+exec "$PYTHON" main.py --model "$MODEL" --calib_dataset wikitext2 --test_dataset wikitext2 "${settings[@]}" "$@"

@@ -30,7 +30,7 @@ from utils.distributed import is_main
 from utils.errors import InputError
 from utils.placement import Memory, parse_memory
 
-FULL, QUANTIZED = "full", "quantized"  # rows: the full-precision model, the run's own; others are baselines
+FULL, QUANTIZED = "full", "quantized"  # rows: the full-precision model, main.py's own; others are compare.py's
 # Flags that say how a model is made; of those that follow from them, the content is compared and not the name.
 MAKING = (
     *("dtype", "attn_implementation", "nsamples", "seqlen", "seed", "wbits", "abits", "group_size", "symmetric"),

@@ -24,8 +24,6 @@ from quantize.config import (
 from utils.errors import Incomplete, InputError
 from utils.log import setup_console
 
-BASELINES = {"full": "full precision", "rtn": "round-to-nearest", "smooth": "smoothing only"}
-
 # A flag that does nothing without the other one.
 NEEDED_FLAGS = {
     "max_memory": "multigpu",
@@ -91,10 +89,10 @@ def _fail(message: str) -> int:
     return 2
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Which model, and where and how it runs."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help="local folder or hub id of a Hugging Face model")
+    group.add_argument("--model", required=required, help="local folder or hub id of a Hugging Face model")
     group.add_argument("--net", help="short name of the model, for files and folders (default: last part of --model)")
     group.add_argument(
         "--cache_dir", type=Path, default=Path("cache"), help="folder for token caches; hub files keep to HF_HOME"
@@ -195,8 +193,14 @@ def add_transform_options(parser: argparse.ArgumentParser) -> None:
         type=Transform,
         choices=list(Transform),
         default=Transform.DUAL,
-        help="dual is DuQuant, none no rotation at all",
+        help="dual is DuQuant; rotation_permutation, rotation and permutation are parts of it, hadamard is a Hadamard "
+        "matrix with random signs per block, none nothing at all",
     )
+    add_search_options(group)
+
+
+def add_search_options(group: argparse._ArgumentGroup) -> None:
+    """How a transform is searched."""
     group.add_argument(
         "--block_size", type=_block_size, default=128, help="channels per block; -1: the whole width; auto: at most 128"
     )
@@ -231,14 +235,6 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=int, help="only this many windows, items of a task, questions of a subject")
     group.add_argument(
         "--eval_batch_size", type=_batch_size, help="sequences at a time, or auto: what fits (default: auto)"
-    )
-    group.add_argument(
-        "--baselines",
-        nargs="+",
-        choices=list(BASELINES),
-        default=[],
-        help="measure these too, with the same data and quantizers, for the table at the end: the full-precision "
-        "model, round-to-nearest, smoothing without rotations",
     )
     group.add_argument(
         "--multigpu", action="store_true", help="spread the model over all GPUs for tasks, MMLU, MT-Bench and prompts"

@@ -85,7 +85,6 @@ def refuse_for_stream(args: argparse.Namespace, setup: Setup, given: str) -> Non
         raise InputError(f"{given}, in a single process: start one, without a launcher")
     whole = {"--tasks": args.tasks, "--eval_mmlu": args.eval_mmlu, "--eval_mtbench": args.eval_mtbench}
     whole |= {"--prompt": args.prompt, "--save_model": args.save_model}
-    whole |= {f"--baselines {name}": name in args.baselines for name in ("rtn", "smooth")}
     needing = [flag for flag, value in whole.items() if value]
     if needing:
         raise InputError(f"{given}, and {needing[0]} needs the whole model: drop one of the two")
@@ -99,7 +98,7 @@ def model_bytes(setup: Setup) -> int:
 
 def refuse_for_saved(args: argparse.Namespace) -> None:
     """Raise InputError for flags that make no sense for a model that is quantized already."""
-    given = {"--act-scales": args.act_scales, "--baselines": args.baselines, "--eval_kl": args.eval_kl}
+    given = {"--act-scales": args.act_scales, "--eval_kl": args.eval_kl}
     given |= {"--save_dir": args.save_dir, "--resume": args.resume, "--save_model": args.save_model}
     for flag, value in given.items():
         if value:

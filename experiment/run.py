@@ -5,7 +5,6 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -13,14 +12,14 @@ from evaluation.journal import Journal
 from experiment.evaluations import FULL, QUANTIZED
 from experiment.evaluator import Evaluator
 from experiment.measured import Measured
-from experiment.options import BASELINES
-from experiment.outcome import Outcome, completions_text, method_name, summary_table, write_results
+from experiment.outcome import Outcome, completions_text, summary_table, write_results
 from experiment.peaks import keep_statistics, known_peaks, needs_peaks
 from experiment.plan import Run, prepare
 from experiment.resuming import finished_layers, resume_command
-from experiment.session import open_model
+from experiment.rows import FULL_TITLE, method_name
+from experiment.session import Setup, open_model
 from experiment.stream import execute_streamed
-from quantize.config import QuantConfig, SmoothConfig, Transform
+from quantize.config import QuantConfig
 from quantize.export import save_model
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
@@ -42,7 +41,7 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
     run = prepare(args, quant)
     journal = Journal(run.folder / "unfinished.jsonl", run.evaluations.identity)
     evaluator = Evaluator(run.evaluations, run.setup, journal, run.folder, run.folder.name)
-    evaluator.require_own_answers([QUANTIZED, *args.baselines])
+    evaluator.require_own_answers([QUANTIZED])
     if is_main():
         add_log_file(run.folder / "log.txt")
     logger.info("%s", shlex.join(["python", *sys.argv]))
@@ -78,16 +77,17 @@ def finish(run: Run, outcome: Outcome) -> None:
     if not run.evaluations.empty:
         logger.info("\n%s\n", summary_table(run, outcome))
     if run.evaluations.prompts:
-        logger.info("%s\n", completions_text(run, outcome))
+        rows = [(title, measured.completions) for title, measured in outcome.rows(run.quant)]
+        logger.info("%s\n", completions_text(run.evaluations.prompts, rows))
     logger.info("results: %s", run.folder / "results.json")
 
 
 def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
-    """Load, quantize, evaluate, and the baselines; figures go into `outcome` as they are found."""
+    """Load, quantize, evaluate; figures go into `outcome` as they are found."""
     if run.shards is not None:
         execute_streamed(run, outcome, evaluator)
         return
-    measured, baselines = outcome.measured, outcome.baselines
+    measured = outcome.measured
     title = f"{method_name(run.quant)} {run.quant.label.upper()}"
     with measured.timing("load"):
         model = open_model(run.setup, run.args.attn_implementation)
@@ -96,41 +96,30 @@ def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
         evaluator.measure(model, measured, QUANTIZED, title)
         return
     finished = from_main(lambda: finished_layers(run.args.resume, run.checkpoint, run.setup, run.quant))
-    peaks = activation_peaks(run, model, measured, needed=len(finished) < run.setup.layers)
-    if "full" in run.args.baselines:
-        evaluator.measure(model, outcome.full, FULL, BASELINES["full"])
-        baselines["full"] = outcome.full
-    else:
-        evaluator.for_comparison().measure(model, outcome.full, FULL, BASELINES["full"])
-    quantize_(run, model, run.quant, peaks, measured, finished, run.checkpoint and run.checkpoint.keep)
+    peaks = None
+    if needs_peaks(run.quant, layers_left=len(finished) < run.setup.layers):
+        peaks = activation_peaks(run.args, run.setup, model, measured)
+    evaluator.for_comparison().measure(model, outcome.full, FULL, FULL_TITLE)
+    quantize_(run.setup, model, run.quant, peaks, measured, finished, run.checkpoint and run.checkpoint.keep)
     if run.args.save_model is not None and is_main():
         save_model(run.args.save_model, model, run.setup.tokenizer, run.setup.spec, run.quant)
         logger.info("model saved: %s", run.args.save_model)
     evaluator.measure(model, measured, QUANTIZED, title)
-    del model
-    for name in (name for name in ("rtn", "smooth") if name in run.args.baselines):
-        baselines[name] = Measured()
-        measure_baseline(run, name, peaks, evaluator, baselines[name])
 
 
-def activation_peaks(run: Run, model: nn.Module, measured: Measured, needed: bool) -> dict[str, Tensor] | None:
-    """Channel peaks for smoothing: from the file if it is of this model and data, else computed (and kept if new).
-
-    None where nothing is smoothed, or no layer is left to be (`needed`).
-    """
-    if not needs_peaks(run, needed):
-        return None
-    known = known_peaks(run)
+def activation_peaks(args: argparse.Namespace, setup: Setup, model: nn.Module, measured: Measured) -> dict[str, Tensor]:
+    """Channel peaks for smoothing: from the file if it is of this model and data, else computed (and kept if new)."""
+    known = known_peaks(args, setup)
     if known is not None:
         return known
     with measured.timing("statistics"):
-        statistics = channel_statistics(model, run.setup.spec, run.setup.tokens, run.setup.device)
-    keep_statistics(run, statistics)
+        statistics = channel_statistics(model, setup.spec, setup.tokens, setup.device)
+    keep_statistics(args, setup, statistics)
     return statistics.scales
 
 
 def quantize_(
-    run: Run,
+    setup: Setup,
     model: nn.Module,
     quant: QuantConfig,
     peaks: dict[str, Tensor] | None,
@@ -143,27 +132,5 @@ def quantize_(
         logger.info("16-bit weights and activations: nothing to quantize")
         return
     with measured.timing("quantize"):
-        setup = run.setup
         measured.layers = quantize_model(model, setup.spec, setup.tokens, peaks, quant, setup.device, finished, keep)
     make_equal_(model)
-
-
-def baseline_config(quant: QuantConfig, smooth: SmoothConfig | None) -> QuantConfig:
-    """The same quantizers without the transform, and without training."""
-    return replace(quant, transform=Transform.NONE, smooth=smooth, clip=replace(quant.clip, learned=False))
-
-
-def smoothing(args: argparse.Namespace) -> SmoothConfig:
-    """The settings of smoothing, whether or not the run itself smooths."""
-    return SmoothConfig(args.alpha, args.smooth_weight_peak, args.gqa_smooth)
-
-
-def measure_baseline(
-    run: Run, name: str, peaks: dict[str, Tensor] | None, evaluator: Evaluator, measured: Measured
-) -> None:
-    """Quantize a fresh copy of the model without the transform (and, for `rtn`, without smoothing), and measure it."""
-    smooth = None if name == "rtn" else run.quant.smooth or smoothing(run.args)
-    with measured.timing("load"):
-        model = open_model(run.setup, run.args.attn_implementation)
-    quantize_(run, model, baseline_config(run.quant, smooth), peaks, measured)
-    evaluator.measure(model, measured, name, BASELINES[name])

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from experiment.evaluations import FULL, QUANTIZED
 from experiment.evaluator import Evaluator
-from experiment.options import BASELINES
-from experiment.outcome import Outcome, method_name
+from experiment.outcome import Outcome
 from experiment.peaks import keep_statistics, known_peaks, needs_peaks
 from experiment.plan import Run
 from experiment.resuming import finished_layers
+from experiment.rows import FULL_TITLE, method_name
 from models.streaming import LayerReader, load_shell
 from quantize.observe import LayerCalls, advance_, layer_calls
 from quantize.state import FinishedLayer
@@ -39,8 +39,7 @@ def execute_streamed(run: Run, outcome: Outcome, evaluator: Evaluator, files: bo
     setup, measured = run.setup, outcome.measured
     with measured.timing("load"):
         model = open_shell(run)
-    in_table = "full" in run.args.baselines
-    full = evaluator if in_table else evaluator.for_comparison()
+    full = evaluator.for_comparison()
     windows = {FULL: full.travellers(FULL), QUANTIZED: evaluator.travellers(QUANTIZED)}
     walk = Walk(run, model, outcome, windows, evaluator, files)
     with LayerReader(model, setup.spec, run.shards, setup.dtype, setup.device) as reader:
@@ -50,9 +49,7 @@ def execute_streamed(run: Run, outcome: Outcome, evaluator: Evaluator, files: bo
             walk.pass_(index, layer)
             reader.drop_(layer)
     evaluator.travelled |= walk.finish()
-    if in_table:
-        outcome.baselines["full"] = outcome.full
-    full.measure(model, outcome.full, FULL, BASELINES["full"])
+    full.measure(model, outcome.full, FULL, FULL_TITLE)
     evaluator.measure(model, measured, QUANTIZED, f"{method_name(run.quant)} {run.quant.label.upper()}")
 
 
@@ -94,8 +91,8 @@ class Walk:
         self.run, self.outcome, setup = run, outcome, run.setup
         finished = finished_layers(run.args.resume, run.checkpoint, setup, run.quant)
         left = not run.quant.bits.untouched and len(finished) < setup.layers
-        self.peaks = known_peaks(run) if needs_peaks(run, left) else None
-        observing = needs_peaks(run, left) and self.peaks is None
+        self.peaks = known_peaks(run.args, setup) if needs_peaks(run.quant, left) else None
+        observing = needs_peaks(run.quant, left) and self.peaks is None
         flowing = left * (2 if run.quant.clip.learned else 1)
         tokens = (observing + flowing) * setup.tokens.numel()
         tokens += sum(each.numel() for labels in windows.values() for each in labels.values())
@@ -141,7 +138,7 @@ class Walk:
     def finish(self) -> dict[tuple[str, str], Tensor]:
         """Behind the last layer: note what was found, and return the hidden states by row and label."""
         if self.samples is not None:
-            keep_statistics(self.run, self.statistics)
+            keep_statistics(self.run.args, self.run.setup, self.statistics)
         if self.quantization is not None:
             self.outcome.measured.layers = self.quantization.figures
             self.outcome.measured.seconds["search"] = self.quantization.search_seconds

@@ -24,6 +24,7 @@ from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer, LayerState
 from utils.errors import InputError
 from utils.io import read_tensors, write_json, write_tensors
+from utils.results import differences
 
 FORMAT = 1
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Checkpoint:
         if saved.pop("format", None) != FORMAT:
             raise InputError(f"--resume {folder}: made by another version of this suite; quantize again")
         saved.pop("model", None)  # where it was then; its digests decide
-        different = _differences(saved, identity)
+        different = differences(saved, identity)
         if different:
             raise InputError(f"--resume {folder}: is of another run: {'; '.join(different)}")
         try:
@@ -177,9 +178,3 @@ def _digest(run: str, index: int, tensors: dict[str, Tensor], figures: str) -> s
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
-
-
-def _differences(saved: dict, now: dict) -> list[str]:
-    """What differs between two flat dicts, in words."""
-    keys = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
-    return [f"{key} was {saved.get(key)}, is {now.get(key)}" for key in keys]

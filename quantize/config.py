@@ -14,7 +14,16 @@ class Transform(StrEnum):
     """What is done to an activation beside smoothing; `quantize.transform.TRANSFORMS` has the builders."""
 
     DUAL = "dual"  # rotation, permutation, rotation: DuQuant
+    ROTATION_PERMUTATION = "rotation_permutation"  # DuQuant without the last rotation
+    ROTATION = "rotation"  # the greedy rotation alone
+    PERMUTATION = "permutation"  # the zigzag permutation alone
+    HADAMARD = "hadamard"  # a Hadamard matrix with random signs per block, not searched
     NONE = "none"  # nothing: round-to-nearest, or smoothing alone
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it has a rotation; then q and k get a Hadamard of the head too."""
+        return self not in (Transform.NONE, Transform.PERMUTATION)
 
 
 class SearchRule(StrEnum):

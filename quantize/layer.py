@@ -225,9 +225,9 @@ def fold_scales_(
 
 
 def attach_attention_quantizer_(attention: nn.Module, config: QuantConfig, device: torch.device) -> None:
-    """Quantize q, k (with a Hadamard of the head, unless the transform is the identity) and v of this layer."""
+    """Quantize q, k (with a Hadamard of the head, where the transform rotates) and v of this layer."""
     bits = config.bits
-    matrix = head_hadamard(attention.head_dim, device) if config.transform is not Transform.NONE else None
+    matrix = head_hadamard(attention.head_dim, device) if config.transform.rotates else None
     qk_quantizer = make_quantizer(bits.activation, False, fixed_clip(config.clip.activation_ratio))
     v_quantizer = make_quantizer(bits.activation, False, NoClip())
     attach_(attention, AttentionQuantizer(matrix, qk_quantizer, v_quantizer))

@@ -45,8 +45,8 @@ def read_original(path: Path, model: nn.Module, spec: DecoderSpec, config: Quant
 
 def layer_state(saved: dict[str, Tensor], layer: nn.Module, spec: DecoderSpec, config: QuantConfig) -> LayerState:
     """Our state of one layer, from the tensors of that layer in the file."""
-    if config.transform is Transform.NONE:
-        raise InputError("has rotations; leave out --transform none")
+    if config.transform is not Transform.DUAL:
+        raise InputError(f"is of the dual transformation; leave out --transform {config.transform}")
     state = LayerState()
     for group in spec.groups:
         state.groups[group.name] = group_state(saved, layer, group, config)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quantize.config import RotationConfig, Transform
 from quantize.greedy import greedy_rotation
 from quantize.permutation import zigzag_permutation
-from quantize.rotation import random_orthogonal, step_rotation
+from quantize.rotation import hadamard, random_orthogonal, step_rotation
 from utils.batching import row_parts
 
 
@@ -104,6 +104,49 @@ class TransformSearch:
 TransformBuilder = Callable[[Tensor, int, RotationConfig, torch.Generator], TransformSearch]
 
 
+class Trail:
+    """A probe on its way through rotations and permutations, and the record of what was done to it."""
+
+    def __init__(self, x: Tensor, block_size: int):
+        self.x, self.block_size = _widen(x), block_size
+        self.rotations: list[Tensor] = []
+        self.permutations: list[Tensor] = []
+        self.stages: list[Stage] = []
+        self.steps: list[int] = []
+
+    def rotate(self, name: str, rotation: Tensor) -> None:
+        """Multiply every block by `rotation` [B, B]."""
+        self.rotations.append(rotation)
+        self.x = rotate_blocks(self.x, rotation)
+        self.stages.append(measure_stage(name, self.x, self.block_size))
+
+    def rotate_greedily(self, config: RotationConfig, generator: torch.Generator) -> None:
+        """Search a rotation that lowers the peak, and apply it."""
+        step = step_rotation(random_orthogonal(self.block_size, generator), config.order)
+        search = greedy_rotation(self.x, step, config.steps, config.rule)
+        self.steps.append(len(search.exchanges))
+        self.rotate(f"rotation {len(self.steps)}", search.rotation)
+
+    def permute(self) -> None:
+        """Deal the channels to blocks in zigzag. Behind no rotation of its own it stands behind the identity."""
+        self._complete_rotations()
+        self.permutations.append(zigzag_permutation(channel_peak(self.x), self.block_size))
+        self.x = self.x[..., self.permutations[-1]]
+        name = f"permutation {len(self.permutations)}"
+        self.stages.append(measure_stage(name, self.x, self.block_size))
+
+    def found(self) -> TransformSearch:
+        """All of it."""
+        self._complete_rotations()
+        none = torch.empty(0, self.x.shape[-1], dtype=torch.int64, device=self.x.device)
+        permutations = torch.stack(self.permutations) if self.permutations else none
+        return TransformSearch(torch.stack(self.rotations), permutations, tuple(self.stages), tuple(self.steps))
+
+    def _complete_rotations(self) -> None:
+        if len(self.rotations) == len(self.permutations):
+            self.rotations.append(torch.eye(self.block_size, device=self.x.device))
+
+
 def search_dual_transform(
     x: Tensor, block_size: int, config: RotationConfig, generator: torch.Generator
 ) -> TransformSearch:
@@ -111,22 +154,53 @@ def search_dual_transform(
 
     Source: DuQuant, sec. 3.2 and 3.3.
     """
-    x = _widen(x)
-    rotations, permutations, stages, steps = [], [], [], []
-    for index in range(config.permutation_times + 1):
-        step = step_rotation(random_orthogonal(block_size, generator), config.order)
-        search = greedy_rotation(x, step, config.steps, config.rule)
-        rotations.append(search.rotation)
-        steps.append(len(search.exchanges))
-        x = rotate_blocks(x, search.rotation)
-        stages.append(measure_stage(f"rotation {index + 1}", x, block_size))
-        if index < config.permutation_times:
-            permutations.append(zigzag_permutation(channel_peak(x), block_size))
-            x = x[..., permutations[-1]]
-            stages.append(measure_stage(f"permutation {index + 1}", x, block_size))
-    none = torch.empty(0, x.shape[-1], dtype=torch.int64, device=x.device)
-    stacked = torch.stack(permutations) if permutations else none
-    return TransformSearch(torch.stack(rotations), stacked, tuple(stages), tuple(steps))
+    trail = Trail(x, block_size)
+    for _ in range(config.permutation_times):
+        trail.rotate_greedily(config, generator)
+        trail.permute()
+    trail.rotate_greedily(config, generator)
+    return trail.found()
+
+
+def search_rotation_permutation(
+    x: Tensor, block_size: int, config: RotationConfig, generator: torch.Generator
+) -> TransformSearch:
+    """The same pairs, at least one, without the last rotation. Same arguments as every builder."""
+    trail = Trail(x, block_size)
+    for _ in range(max(1, config.permutation_times)):
+        trail.rotate_greedily(config, generator)
+        trail.permute()
+    return trail.found()
+
+
+def search_rotation(x: Tensor, block_size: int, config: RotationConfig, generator: torch.Generator) -> TransformSearch:
+    """One greedy rotation. Same arguments as every builder."""
+    trail = Trail(x, block_size)
+    trail.rotate_greedily(config, generator)
+    return trail.found()
+
+
+def search_permutation(
+    x: Tensor, block_size: int, config: RotationConfig, generator: torch.Generator
+) -> TransformSearch:
+    """One zigzag permutation: without a rotation between them a second one has nothing to add. Same arguments."""
+    trail = Trail(x, block_size)
+    trail.permute()
+    return trail.found()
+
+
+def hadamard_transform(
+    x: Tensor, block_size: int, config: RotationConfig, generator: torch.Generator
+) -> TransformSearch:
+    """D·H in every block: the orthonormal Hadamard matrix behind random signs D. Same arguments as every builder.
+
+    It looks at nothing: the signs keep an activation that happens to be a row of H from becoming one large entry. Where
+    no Hadamard matrix of the block's size is at hand, `hadamard` says what stands in. Source: QuaRot, sec. 3.
+    """
+    signs = torch.randint(2, (block_size, 1), generator=generator) * 2.0 - 1.0
+    trail = Trail(x, block_size)
+    trail.rotate("Hadamard", (signs * hadamard(block_size)).to(x.device))
+    return trail.found()
 
 
 def no_transform(x: Tensor, block_size: int, config: RotationConfig, generator: torch.Generator) -> TransformSearch:
@@ -138,6 +212,10 @@ def no_transform(x: Tensor, block_size: int, config: RotationConfig, generator: 
 
 TRANSFORMS: dict[Transform, TransformBuilder] = {
     Transform.DUAL: search_dual_transform,
+    Transform.ROTATION_PERMUTATION: search_rotation_permutation,
+    Transform.ROTATION: search_rotation,
+    Transform.PERMUTATION: search_permutation,
+    Transform.HADAMARD: hadamard_transform,
     Transform.NONE: no_transform,
 }
 

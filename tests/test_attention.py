@@ -152,10 +152,12 @@ def test_hadamard_has_the_size_of_the_head_and_not_of_the_block(head_dim):
     torch.testing.assert_close(logits(model), before, atol=1e-5 * before.abs().max().item(), rtol=0)
 
 
-def test_no_transform_means_no_hadamard():
+@pytest.mark.parametrize("transform", Transform)
+def test_only_a_transform_that_rotates_brings_the_hadamard(transform):
     attention = make_model("sdpa").model.layers[0].self_attn
-    attach_attention_quantizer_(attention, QuantConfig(transform=Transform.NONE), torch.device("cpu"))
-    assert attention.qkv_quantizer.matrix is None
+    attach_attention_quantizer_(attention, QuantConfig(transform=transform), torch.device("cpu"))
+    rotated = transform not in (Transform.NONE, Transform.PERMUTATION)
+    assert (attention.qkv_quantizer.matrix is not None) == rotated
 
 
 def test_keys_and_values_of_shared_heads_are_quantized_once_per_kv_head():

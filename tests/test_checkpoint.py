@@ -111,6 +111,8 @@ CASES = {
     "two permutations": (settings(times=2), FOLDED),
     "groups": (settings(bits=BitConfig(3, 4, 16, True)), GQA),
     "no transform": (replace(settings(), transform=Transform.NONE), GQA),
+    "permutation alone": (replace(settings(), transform=Transform.PERMUTATION), GQA),
+    "Hadamard": (replace(settings(), transform=Transform.HADAMARD), FOLDED),
     "lwc": (settings(learned=True), GQA),
     "lwc, folded, groups": (settings(learned=True, bits=BitConfig(3, 4, 16)), FOLDED),
     "lwc, aug_loss": (replace(settings(learned=True), training=TrainingConfig(epochs=1, augmented=True)), GQA),

@@ -32,36 +32,30 @@ def results_of(folder, output="output", name="tiny_w4a4") -> dict:
 def whole(usual, tmp_path_factory) -> dict:
     """Results of a run that nothing disturbed, with everything this file asks for."""
     folder = tmp_path_factory.mktemp("whole")
-    flags = (
-        "--eval_ppl",
-        "--eval_kl",
-        "--prompt",
-        "w1 w2 w3",
-        "w5",
-        "--max_new_tokens",
-        6,
-        "--baselines",
-        "full",
-        "rtn",
-    )
+    flags = ("--eval_ppl", "--eval_kl", "--prompt", "w1 w2 w3", "w5", "--max_new_tokens", 6)
     done = run_script("main.py", *usual, *flags, folder=folder)
     assert done.returncode == 0, done.stderr
     assert not (folder / "output/tiny_w4a4/unfinished.jsonl").exists()
     return {**results_of(folder), "stdout": done.stdout}
 
 
-def test_divergence_is_measured_of_every_row_but_the_full_model_and_grows_with_the_error(whole):
-    details = {**whole["baselines"], "ours": whole}
-    divergence = {row: figures["perplexity_details"]["tokens"]["divergence"] for row, figures in details.items()}
-    assert divergence["full"] is None
-    assert 0 < divergence["ours"] < math.inf
-    assert divergence["rtn"] > 0
+def both_models(results: dict) -> dict[str, dict]:
+    """Figures of the full-precision and of the quantized model."""
+    return {"full": results["full_precision"], "ours": results}
+
+
+def test_divergence_is_measured_from_the_full_model_which_has_none(whole):
+    found = {
+        name: figures["perplexity_details"]["tokens"]["divergence"] for name, figures in both_models(whole).items()
+    }
+    assert found["full"] is None
+    assert 0 < found["ours"] < math.inf
     assert "tokens KL" in whole["stdout"]
     assert "nats" in whole["stdout"]
 
 
-def test_prompts_show_what_every_model_writes(whole):
-    written = {row: figures["completions"] for row, figures in {**whole["baselines"], "ours": whole}.items()}
+def test_prompts_show_what_both_models_write(whole):
+    written = {name: figures["completions"] for name, figures in both_models(whole).items()}
     assert {tuple(texts) for texts in written.values()} == {("w1 w2 w3", "w5")}
     assert all(len(text.split()) == 6 for texts in written.values() for text in texts.values())
     assert "“w1 w2 w3”" in whole["stdout"]
@@ -69,14 +63,9 @@ def test_prompts_show_what_every_model_writes(whole):
         assert any(line.startswith(f"    {title}") for line in whole["stdout"].splitlines())
 
 
-def test_divergence_and_prompts_bring_the_full_model_in_without_a_row(usual, whole, tmp_path):
-    flags = ("--eval_ppl", "--eval_kl", "--prompt", "w5", "--max_new_tokens", 6)
-    done = run_script("main.py", *usual, *flags, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    results = results_of(tmp_path)
-    assert results["baselines"] == {}
-    assert results["perplexity_details"] == whole["perplexity_details"]
-    assert results["full_precision"]["completions"]["w5"] == whole["baselines"]["full"]["completions"]["w5"]
+def test_a_full_model_that_is_only_compared_with_has_no_row(whole):
+    assert "| DuQuant |" in whole["stdout"].replace(" without smoothing", "")
+    assert "| full precision" not in whole["stdout"]
 
 
 def test_sixteen_bits_diverge_from_nothing(usual, tmp_path):
@@ -131,7 +120,7 @@ def test_other_flags_do_not_go_on_with_an_unfinished_evaluation(usual, tmp_path)
 
 
 def test_an_interrupted_evaluation_goes_on_behind_what_was_done(usual, whole, tmp_path):
-    flags = [str(flag) for flag in (*usual, "--eval_ppl", "--baselines", "full", "rtn")]
+    flags = [str(flag) for flag in (*usual, "--eval_ppl", "--eval_kl")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *flags],
@@ -153,7 +142,7 @@ def test_an_interrupted_evaluation_goes_on_behind_what_was_done(usual, whole, tm
     assert "an earlier run did not finish" in done.stdout
     results = results_of(tmp_path)
     assert results["perplexity"] == whole["perplexity"]
-    assert results["baselines"]["rtn"]["perplexity"] == whole["baselines"]["rtn"]["perplexity"]
+    assert results["perplexity_details"] == whole["perplexity_details"]
 
 
 def test_two_processes_find_what_one_finds(usual, whole, tmp_path):

@@ -65,6 +65,8 @@ CASES = {
     "biases": (settings(), {"attention_bias": True, "mlp_bias": True}),
     "no smoothing": (settings(smooth=None), {}),
     "no transform": (settings(transform=Transform.NONE), {}),
+    "rotation and permutation": (settings(transform=Transform.ROTATION_PERMUTATION), {}),
+    "Hadamard": (settings(transform=Transform.HADAMARD), {}),
     "groups, symmetric, lwc": (settings(bits=BitConfig(3, 6, 16, True), clip=ClipConfig(0.9, None, True)), {}),
     "two permutations": (settings(rotation=RotationConfig(16, 6, 2)), {}),
     "weights only": (settings(bits=BitConfig(4, 16)), {}),
@@ -169,7 +171,7 @@ def test_flags_that_quantize_again_are_refused_for_a_saved_model(exported, token
     done = run_script("main.py", *usual, "--save_dir", "d", folder=tmp_path)
     assert_refused(done, f"--save_dir: {exported[0] / 'saved'} is quantized already")
     assert list(tmp_path.iterdir()) == []
-    names = ("save_dir", "resume", "save_model", "baselines", "act_scales", "eval_kl")
+    names = ("save_dir", "resume", "save_model", "act_scales", "eval_kl")
     for name in names:
         flags = {**dict.fromkeys(names), name: ["full"], "model": "saved"}
         with pytest.raises(InputError, match=f"--{name.replace('act_', 'act-')}: saved is quantized already"):

@@ -84,17 +84,19 @@ def judge_url():
 
 @pytest.fixture(scope="module")
 def whole(data, judge_url, tmp_path_factory):
-    """Folder, results and output of a run with every evaluation, of both models."""
+    """Folder, results of both models and output of two runs with every evaluation."""
     folder = tmp_path_factory.mktemp("whole")
-    judge = ("--judge_base_url", judge_url, "--judge_model", "grader")
-    done = run_script("main.py", *USUAL, *asked(data), *judge, "--baselines", "full", folder=folder)
-    assert done.returncode == 0, done.stderr
-    return folder, results_of(folder), done.stdout
+    flags, printed = (*asked(data), "--judge_base_url", judge_url, "--judge_model", "grader"), []
+    for bits in (16, 4):
+        done = run_script("main.py", *USUAL, *flags, "--wbits", bits, "--abits", bits, folder=folder)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    return folder, [results_of(folder, name) for name in ("tiny_w4a4", "tiny_w16a16")], "".join(printed)
 
 
 def test_every_evaluation_of_both_models_is_in_the_results_and_the_table(whole):
     _, results, printed = whole
-    for figures in (results, results["baselines"]["full"]):
+    for figures in results:
         assert {score["task"]: score["items"] for score in figures["zero_shot"]["scores"]} == {
             "stories_qa": 6,
             "piqa": 6,
@@ -109,21 +111,17 @@ def test_every_evaluation_of_both_models_is_in_the_results_and_the_table(whole):
 
 
 def test_what_was_answered_is_left_in_files(whole):
-    folder, _, _ = whole
-    left = folder / "output/tiny_w4a4"
-    for row in ("full", "quantized"):
-        samples = (left / "samples" / row / "samples_piqa.jsonl").read_text().splitlines()
+    for name in ("tiny_w4a4", "tiny_w16a16"):
+        left = whole[0] / "output" / name
+        samples = (left / "samples/quantized/samples_piqa.jsonl").read_text().splitlines()
         assert len(samples) == 6
-        assert len((left / "mmlu" / row / "mmlu_answers_2shot.csv").read_text().splitlines()) == 1 + 12
-        assert (left / "mmlu" / row / "mmlu.csv").exists()
-    answers = sorted(path.name for path in (left / "mt_bench/model_answer").iterdir())
-    assert answers == ["tiny_w4a4.jsonl", "tiny_w4a4_full.jsonl"]
-    for name in answers:
-        lines = [json.loads(line) for line in (left / "mt_bench/model_answer" / name).read_text().splitlines()]
-        assert [line["question_id"] for line in lines] == [81, 111, 131]
-        assert all(len(line["choices"][0]["turns"]) == 2 for line in lines)
-    judgements = (left / "mt_bench/model_judgment/grader_tiny_w4a4.jsonl").read_text().splitlines()
-    assert [json.loads(line)["score"] for line in judgements] == [7] * 6
+        assert len((left / "mmlu/quantized/mmlu_answers_2shot.csv").read_text().splitlines()) == 1 + 12
+        assert (left / "mmlu/quantized/mmlu.csv").exists()
+        answers = [json.loads(line) for line in (left / f"mt_bench/model_answer/{name}.jsonl").read_text().splitlines()]
+        assert [line["question_id"] for line in answers] == [81, 111, 131]
+        assert all(len(line["choices"][0]["turns"]) == 2 for line in answers)
+        judgements = (left / f"mt_bench/model_judgment/grader_{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["score"] for line in judgements] == [7] * 6
 
 
 def without_clocks(figures: object) -> object:
@@ -144,7 +142,7 @@ def test_two_processes_find_what_one_finds(whole, data, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    results, (folder, expected, _) = results_of(tmp_path), whole
+    results, (folder, (expected, _), _) = results_of(tmp_path), whole
     for name in ("zero_shot", "mmlu"):
         assert without_clocks(results[name]) == without_clocks(expected[name])
     texts = [

@@ -81,8 +81,7 @@ def readable(results: dict) -> dict:
     for layer in results["layers"]:
         (layer["training"] or {}).pop("seconds", None)
     wanted = ("perplexity", "perplexity_details", "layers", "error", "failures")
-    rows = {name: row["perplexity_details"] for name, row in results["baselines"].items()}
-    return {key: results[key] for key in wanted} | rows | {"full": results["full_precision"]["perplexity_details"]}
+    return {key: results[key] for key in wanted} | {"full": results["full_precision"]["perplexity_details"]}
 
 
 CASES = {
@@ -101,7 +100,7 @@ CASES = {
 def test_a_streamed_run_has_the_bits_of_one_in_memory(name, model_folder, data, tmp_path):
     flags, changes = CASES[name]
     model = save_sharded(tiny_model(num_hidden_layers=3, **changes), tmp_path / "model", model_folder)
-    usual = ("--model", model, *data, *FLAGS, *flags, *MEASURED, "--baselines", "full", "--save_dir", "ck")
+    usual = ("--model", model, *data, *FLAGS, *flags, *MEASURED, "--save_dir", "ck")
     whole, streamed = tmp_path / "whole", tmp_path / "streamed"
     run_in(whole, *usual, "--no-stream")
     run_in(streamed, *usual, "--stream")
@@ -201,8 +200,6 @@ def test_a_weight_that_is_not_finite_stops_the_walk_with_its_name(sharded, data,
         ("--tasks", "stories_qa"),
         ("--prompt", "w1 w2"),
         ("--save_model", "saved"),
-        ("--baselines", "rtn"),
-        ("--baselines", "full", "smooth"),
     ],
     ids=lambda flags: " ".join(flags),
 )

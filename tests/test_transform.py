@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantize.config import RotationConfig, RotationOrder, SearchRule, Transform
+from quantize.permutation import zigzag_permutation
+from quantize.rotation import hadamard
 from quantize.transform import (
     TRANSFORMS,
     DualTransform,
@@ -178,6 +180,55 @@ def test_no_transform_is_the_identity():
 
 def test_every_transform_on_the_command_line_has_a_builder():
     assert set(TRANSFORMS) == set(Transform)
+
+
+def found_by(transform: Transform, x: Tensor | None = None, times: int = 1, seed: int = 7):
+    config = RotationConfig(block_size=BLOCK, steps=40, permutation_times=times)
+    x = outlier_probe() if x is None else x
+    return TRANSFORMS[transform](x, BLOCK, config, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("transform", Transform)
+@pytest.mark.parametrize("times", TIMES)
+def test_every_transform_preserves_linear_outputs_and_can_be_undone(transform, times):
+    found = found_by(transform, times=times)
+    assert len(found.rotations) == (0 if transform is Transform.NONE else len(found.permutations) + 1)
+    made, x = DualTransform(found.rotations, found.permutations, online_scale()), outlier_probe().double()
+    assert linear_output_error(made, torch.float64) < 3e-7
+    torch.testing.assert_close(made.inverse(made(x)), x, atol=1e-6 * x.abs().max().item(), rtol=0)
+
+
+def test_parts_of_the_dual_transformation_are_its_first_ones():
+    dual, pair, rotation = map(found_by, (Transform.DUAL, Transform.ROTATION_PERMUTATION, Transform.ROTATION))
+    identity = torch.eye(BLOCK)
+    assert torch.equal(pair.rotations, torch.stack([dual.rotations[0], identity]))
+    assert torch.equal(pair.permutations, dual.permutations)
+    assert torch.equal(rotation.rotations, dual.rotations[:1])
+    assert (pair.stages, rotation.stages) == (dual.stages[:2], dual.stages[:1])
+    assert (pair.steps, rotation.steps) == (dual.steps[:1], dual.steps[:1])
+
+
+def test_the_permutation_alone_moves_channels_and_nothing_else():
+    found, x = found_by(Transform.PERMUTATION), outlier_probe()
+    assert torch.equal(found.rotations, torch.eye(BLOCK).expand(2, BLOCK, BLOCK))
+    assert torch.equal(found.permutations[0], zigzag_permutation(channel_peak(x), BLOCK))
+    assert torch.equal(DualTransform(found.rotations, found.permutations)(x), x[..., found.permutations[0]])
+    assert found.stages[0].peak == x.abs().max()
+
+
+def test_the_hadamard_transform_has_entries_of_one_magnitude_and_signs_of_the_generator():
+    found = found_by(Transform.HADAMARD)
+    assert found.rotations.shape == (1, BLOCK, BLOCK)
+    torch.testing.assert_close(found.rotations.abs(), torch.full((1, BLOCK, BLOCK), BLOCK**-0.5))
+    assert torch.equal(found.rotations, found_by(Transform.HADAMARD, x=torch.randn(3, CHANNELS)).rotations)
+    assert not torch.equal(found.rotations, found_by(Transform.HADAMARD, seed=8).rotations)
+    assert found.stages[0].peak < measure_stage("input", outlier_probe(), BLOCK).peak
+
+
+def test_random_signs_keep_a_row_of_the_hadamard_matrix_from_becoming_one_entry():
+    row = hadamard(BLOCK)[3].repeat(CHANNELS // BLOCK)[None]
+    assert rotate_blocks(row, hadamard(BLOCK).T).max() == pytest.approx(1)
+    assert found_by(Transform.HADAMARD, row).stages[0].peak < 0.9
 
 
 @pytest.mark.parametrize("times", TIMES)

@@ -136,7 +136,7 @@ def test_smoothing_and_rotating_without_rounding_change_nothing(config, times):
         {"smooth": SmoothConfig(0.0)},
         {"smooth": SmoothConfig(1.0)},
         {"smooth": None},
-        {"transform": Transform.NONE},
+        *({"transform": transform} for transform in Transform if transform is not Transform.DUAL),
         {"transform": Transform.NONE, "smooth": None},
         {"probe": Probe.SAMPLE},
         {"rotation": RotationConfig(block_size=None, steps=8)},

@@ -14,6 +14,7 @@ from utils.errors import InputError
 
 Item = TypeVar("Item")
 FILE_FORMAT = "%(asctime)s %(message)s"
+LIBRARIES = ("transformers", "datasets", "huggingface_hub", "httpx", "urllib3", "fsspec", "filelock", "matplotlib")
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 
 
@@ -37,7 +38,7 @@ def setup_console(verbose: bool = True) -> None:
     root = logging.getLogger()
     root.handlers = [_ConsoleHandler()]
     root.setLevel(logging.ERROR if launched_as() else logging.INFO if verbose else logging.WARNING)
-    for library in ("transformers", "datasets", "huggingface_hub", "httpx", "urllib3", "fsspec", "filelock"):
+    for library in LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 

@@ -34,6 +34,12 @@ def plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def differences(saved: dict, now: dict) -> list[str]:
+    """What differs between two flat dicts, in words."""
+    keys = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+    return [f"{key} was {saved.get(key)}, is {now.get(key)}" for key in keys]
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns line up: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]

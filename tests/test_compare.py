@@ -1,0 +1,394 @@
+"""The real compare.py: rows of one model, and finished runs side by side."""
+
+import csv
+import json
+import math
+import shutil
+import statistics
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from conftest import random_tokens, run_script
+from safetensors.torch import save_file
+from test_cli import assert_refused, snapshot
+from test_evaluation_cli import FAIL_ONCE
+
+TINY = ("--block_size", 16, "--max_rotation_step", 20, "--wbits", 4, "--abits", 4, "--lac", 0.95, "--net", "tiny")
+FOLDER = "output/tiny_w4a4_compare"
+ROWS = {
+    "full": "full precision",
+    "rtn": "round-to-nearest",
+    "smooth": "smoothing only",
+    "hadamard": "smoothing + Hadamard rotation",
+    "rotation": "smoothing + rotation",
+    "permutation": "smoothing + permutation",
+    "rotation_permutation": "smoothing + rotation + permutation",
+    "dual": "DuQuant",
+}
+
+
+@pytest.fixture(scope="module")
+def usual(model_folder, token_file) -> tuple:
+    """Flags that compare.py and main.py share."""
+    data = ("--calib_dataset", token_file, "--test_dataset", token_file)
+    return ("--model", model_folder, *data, *TINY, "--eval_ppl")
+
+
+@pytest.fixture(scope="module")
+def whole(usual, tmp_path_factory):
+    """A comparison of all rows: the folder it ran in, and its process."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run_script("compare.py", *usual, "--swc", 0.9, "--eval_kl", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def runs(usual, tmp_path_factory):
+    """A folder with finished runs of main.py: `a/tiny_w4a4`, `b/tiny_w4a4` (other settings), `full/tiny_w16a16`."""
+    folder = tmp_path_factory.mktemp("runs")
+    ours = ("--smooth", "--swc", 0.9)
+    for name, flags in {"a": ours, "b": (*ours, "--lac", 0.8, "--seed", 5), "full": (*ours, "--wbits", 16)}.items():
+        more = ("--abits", 16) if name == "full" else ()
+        done = run_script("main.py", *usual, *flags, *more, "--eval_kl", "--output_dir", name, folder=folder)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def results_in(folder) -> dict:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def rows_of(folder) -> dict[str, list[dict]]:
+    """Rows of a comparison's results by name, one per seed."""
+    found: dict[str, list[dict]] = {}
+    for row in results_in(folder / FOLDER)["rows"]:
+        found.setdefault(row["row"], []).append(row)
+    return found
+
+
+def table_of(folder) -> list[dict[str, str]]:
+    with open(folder / FOLDER / "table.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_row_is_measured_in_the_order_of_the_table(whole):
+    rows = results_in(whole[0] / FOLDER)["rows"]
+    assert {row["row"]: row["title"] for row in rows} == ROWS
+    assert [row["row"] for row in rows] == list(ROWS)
+    assert [row["bits"] for row in rows] == ["–", *["W4A4"] * 7]
+    assert len({row["perplexity"]["tokens"] for row in rows}) == len(rows), "no two rows do the same"
+    table = [line.split("|")[1].strip() for line in whole[1].stdout.splitlines() if line.startswith("| ")]
+    assert table == ["", ":" + "-" * 33, *ROWS.values()]
+    assert results_in(whole[0] / FOLDER)["error"] is None
+
+
+def test_rows_have_the_transforms_they_are_named_after(whole):
+    stages = {
+        name: [stage["name"] for stage in row["layers"][0]["groups"][0]["stages"]] if row["layers"] else None
+        for name, [row] in rows_of(whole[0]).items()
+    }
+    smoothed = ["input", "smoothed"]
+    assert stages == {
+        "full": None,
+        "rtn": ["input"],
+        "smooth": smoothed,
+        "hadamard": [*smoothed, "Hadamard"],
+        "rotation": [*smoothed, "rotation 1"],
+        "permutation": [*smoothed, "permutation 1"],
+        "rotation_permutation": [*smoothed, "rotation 1", "permutation 1"],
+        "dual": [*smoothed, "rotation 1", "permutation 1", "rotation 2"],
+    }
+
+
+def test_rows_are_bit_for_bit_what_main_finds(whole, runs):
+    rows = rows_of(whole[0])
+    assert rows["full"][0]["perplexity"] == results_in(runs / "full/tiny_w16a16")["perplexity"]
+    ours = results_in(runs / "a/tiny_w4a4")
+    assert rows["dual"][0]["perplexity_details"] == ours["perplexity_details"]
+    assert rows["dual"][0]["layers"] == ours["layers"]
+    assert ours["perplexity_details"]["tokens"]["divergence"] > 0
+
+
+def test_the_activation_statistics_are_computed_once(whole):
+    assert whole[1].stdout.count("activation statistics: computed") == 1
+    assert sum("statistics" in row["seconds"] for row in results_in(whole[0] / FOLDER)["rows"]) == 1
+
+
+def test_csv_and_markdown_tell_the_same(whole):
+    rows, table = rows_of(whole[0]), table_of(whole[0])
+    markdown = (whole[0] / FOLDER / "table.md").read_text(encoding="utf-8")
+    assert markdown.strip() in whole[1].stdout
+    for row in table:
+        assert float(row["tokens ppl"]) == rows[row["row"]][0]["perplexity"]["tokens"]
+        assert f"{float(row['tokens ppl']):.3f}" in markdown
+        assert ROWS[row["row"]] == row["title"]
+    assert table[0]["tokens KL"] == ""
+    assert all(float(row["tokens KL"]) > 0 for row in table[1:])
+    assert "tokens ppl std" not in table[0], "one seed has no spread"
+
+
+def test_the_picture_names_every_row_and_figure(whole):
+    folder = whole[0] / FOLDER
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG\r\n")
+    svg = ElementTree.parse(folder / "comparison.svg")
+    written = [element.text for element in svg.iter() if element.tag.endswith("text")]
+    assert set(ROWS.values()) <= set(written)
+    assert "tokens ppl (lower is better)" in written
+    assert f"{rows_of(whole[0])['dual'][0]['perplexity']['tokens']:.3f}" in written
+
+
+def test_a_missing_row_is_all_that_the_same_command_computes(whole, usual, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    before = results_in(tmp_path / FOLDER)["rows"]
+    kept = snapshot(tmp_path / FOLDER / "rows")
+    (gone,) = (tmp_path / FOLDER / "rows").glob("rotation_seed*")
+    gone.unlink()
+    done = run_script("compare.py", *usual, "--swc", 0.9, "--eval_kl", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("from an earlier run") == len(ROWS) - 1
+    assert done.stdout.count("layer 1: relative output error") == 1
+    after = results_in(tmp_path / FOLDER)["rows"]
+    assert [row["perplexity_details"] for row in after] == [row["perplexity_details"] for row in before]
+    assert gone.exists()
+    assert {path: facts for path, facts in snapshot(gone.parent).items() if path != gone} == {
+        path: facts for path, facts in kept.items() if path != gone
+    }
+
+
+def test_a_damaged_row_is_measured_again(whole, usual, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / FOLDER / "rows/rtn.json").write_text('{"identity": {')
+    done = run_script("compare.py", *usual, "--swc", 0.9, "--eval_kl", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rtn.json: cannot be read" in done.stdout
+    assert rows_of(tmp_path)["rtn"][0]["perplexity"] == rows_of(whole[0])["rtn"][0]["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--swc", 0.8), "quantization.clip.weight_ratio was 0.9, is 0.8"),
+        (("--swc", 0.9, "--limit", 2), "--limit was None, is 2"),
+        (("--swc", 0.9, "--attn_implementation", "eager"), "--attn_implementation was sdpa, is eager"),
+    ],
+    ids=str,
+)
+def test_rows_of_another_comparison_are_refused_and_left_alone(flags, words, whole, usual):
+    before = snapshot(whole[0])
+    done = run_script("compare.py", *usual, "--eval_kl", *flags, folder=whole[0])
+    assert_refused(done, words)
+    assert "choose another --output_dir" in done.stderr
+    assert snapshot(whole[0]) == before
+
+
+def test_settings_that_a_row_does_not_use_do_not_matter_to_it(whole, usual, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    rows = ("--rows", "full", "rtn", "smooth", "--max_rotation_step", 30)
+    done = run_script("compare.py", *usual, "--swc", 0.9, "--eval_kl", *rows, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("from an earlier run") == 3
+
+
+def test_seeds_give_mean_and_sample_deviation_where_a_row_depends_on_them(usual, tmp_path):
+    (tmp_path / "text.txt").write_text(" ".join(f"w{(7 * n * n) % 96}" for n in range(900)))
+    more = ("--calib_dataset", "text.txt", "--nsamples", 3, "--seqlen", 32, "--rows", "rtn", "dual", "smooth")
+    done = run_script("compare.py", *usual, *more, "--seeds", 2, 3, 4, 3, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows, table = rows_of(tmp_path), {row["row"]: row for row in table_of(tmp_path)}
+    assert [row["seed"] for row in rows["dual"]] == [2, 3, 4]
+    assert [row["seed"] for row in rows["rtn"]] == [None]
+    for name in ("smooth", "dual"):
+        found = [row["perplexity"]["tokens"] for row in rows[name]]
+        assert len(set(found)) == 3
+        assert float(table[name]["tokens ppl"]) == pytest.approx(statistics.fmean(found))
+        assert float(table[name]["tokens ppl std"]) == pytest.approx(statistics.stdev(found))
+        cell = f"{statistics.fmean(found):.3f} ± {statistics.stdev(found):.3f}"
+        assert cell in (tmp_path / FOLDER / "table.md").read_text(encoding="utf-8")
+    assert (table["rtn"]["tokens ppl std"], table["rtn"]["seeds"]) == ("", "")
+    assert done.stdout.count("activation statistics: ") == 3, "once for a seed, whatever the rows"
+    assert "sample standard deviation over the seeds 2, 3, 4" in done.stdout
+    alone = run_script("main.py", *usual, *more[:6], "--smooth", "--seed", 4, folder=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert results_in(tmp_path / "output/tiny_w4a4")["perplexity"] == rows["dual"][2]["perplexity"]
+
+
+def test_lwc_adds_a_row_to_every_quantized_one(usual, tmp_path):
+    flags = ("--swc", 0.9, "--lwc", "--epochs", 1, "--rows", "full", "rtn", "dual")
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path)
+    assert list(rows) == ["full", "rtn", "rtn_lwc", "dual", "dual_lwc"]
+    assert [rows[name][0]["title"] for name in ("rtn_lwc", "dual_lwc")] == ["round-to-nearest + LWC", "DuQuant + LWC"]
+    assert rows["dual"][0]["layers"][0]["training"] is None
+    assert rows["rtn_lwc"][0]["layers"][0]["training"]["losses"]
+    alone = run_script("main.py", *usual, "--smooth", "--lwc", "--epochs", 1, folder=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert results_in(tmp_path / "output/tiny_w4a4")["perplexity"] == rows["dual_lwc"][0]["perplexity"]
+
+
+def test_without_smoothing_rows_say_so_by_their_names(usual, tmp_path):
+    flags = ("--no_smooth", "--rows", "hadamard", "dual", "--prompt", "w1 w2", "--max_new_tokens", 3)
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path)
+    assert [row["title"] for [row] in rows.values()] == ["Hadamard rotation", "DuQuant without smoothing"]
+    assert [row["layers"][0]["groups"][0]["scale"] for [row] in rows.values()] == ["none", "none"]
+    assert "“w1 w2”" in (tmp_path / FOLDER / "table.md").read_text(encoding="utf-8")
+
+
+FAIL_ROW = """
+import builtins, pathlib
+real = builtins.__import__
+def patched(name, *arguments, **keywords):
+    module = real(name, *arguments, **keywords)
+    if name == "experiment.run" and hasattr(module, "quantize_") and not hasattr(module, "patched"):
+        module.patched, quantize_ = True, module.quantize_
+        def fail(setup, model, quant, *rest):
+            if quant.transform == "hadamard" and not pathlib.Path("failed").exists():
+                pathlib.Path("failed").touch()
+                raise RuntimeError("no luck today")
+            return quantize_(setup, model, quant, *rest)
+        module.quantize_ = fail
+    return module
+builtins.__import__ = patched
+"""
+
+
+def test_a_row_that_fails_is_recorded_and_loses_no_other(usual, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(FAIL_ROW)
+    flags, environment = ("--rows", "rtn", "hadamard", "dual"), {"PYTHONPATH": str(tmp_path)}
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path, **environment)
+    assert done.returncode == 1
+    assert "hadamard_seed2: RuntimeError: no luck today; the other rows are kept" in done.stderr.splitlines()[-1]
+    rows = rows_of(tmp_path)
+    assert rows["hadamard"][0]["error"] == "RuntimeError: no luck today"
+    assert rows["dual"][0]["perplexity"]["tokens"] > 1
+    table = (tmp_path / FOLDER / "table.md").read_text(encoding="utf-8")
+    assert "Failed: smoothing + Hadamard rotation (hadamard_seed2): RuntimeError: no luck today" in table
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("from an earlier run") == 2
+    assert results_in(tmp_path / FOLDER)["error"] is None
+
+
+def test_an_evaluation_that_fails_leaves_its_row_unfinished_and_is_all_that_is_tried_again(usual, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
+    save_file({"test": random_tokens(5, 32, seed=9)}, tmp_path / "second.safetensors")
+    flags = ("--test_dataset", usual[5], "second.safetensors", "--rows", "rtn", "dual")
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "rtn: perplexity second (RuntimeError: no luck today)" in done.stderr.splitlines()[-1]
+    assert table_of(tmp_path)[0]["second ppl"] == ""
+    found = rows_of(tmp_path)["rtn"][0]["perplexity"]
+    assert list(found) == ["tokens"]
+    folder = tmp_path / FOLDER / "rows"
+    assert sorted(path.name for path in folder.iterdir()) == ["dual_seed2.json", "rtn.unfinished.jsonl"]
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["dual_seed2.json", "rtn.json"]
+    assert rows_of(tmp_path)["rtn"][0]["perplexity"]["tokens"] == found["tokens"]
+    assert float(table_of(tmp_path)[0]["second ppl"]) > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--rows", "best"), "--rows"),
+        (("--seeds", -1), "--seeds -1: must be between 0 and"),
+        (("--wbits", 16, "--abits", 16), "nothing is quantized"),
+        (("--no_smooth", "--rows", "smooth"), "--rows smooth is the row that only smooths"),
+        (("--output", "x.md"), "--output is for finished runs"),
+        (("somewhere",), "and not both"),
+        (("--block_size", 32), "try 4 or 8 or 16 or auto"),
+        (("--swc", 1.5), "--swc 1.5"),
+        (("--transform", "none"), "--transform"),
+        (("--limit", 0), "--limit 0"),
+        (("--model", "nowhere/at/all"), "no such folder"),
+    ],
+    ids=str,
+)
+def test_flags_that_cannot_be_are_named_in_one_line(flags, words, usual, tmp_path):
+    assert_refused(run_script("compare.py", *usual, *flags, folder=tmp_path), words)
+    assert list(tmp_path.iterdir()) == [] or not (tmp_path / "output").exists()
+
+
+def test_a_comparison_needs_a_measure_and_a_model(usual, tmp_path):
+    assert_refused(run_script("compare.py", *usual[:-1], folder=tmp_path), "nothing to compare by")
+    assert_refused(run_script("compare.py", "--abits", 4, folder=tmp_path), "give --model")
+
+
+def test_runs_side_by_side_show_all_figures_and_name_every_setting_that_differs(runs):
+    done = run_script("compare.py", "a/tiny_w4a4", "b/tiny_w4a4", "--output", "both.md", folder=runs)
+    assert done.returncode == 0, done.stderr
+    for name in "ab":
+        found = results_in(runs / name / "tiny_w4a4")
+        assert f"{found['perplexity']['tokens']:.3f}" in done.stdout
+        assert f"{found['perplexity_details']['tokens']['divergence']:.3f}" in done.stdout
+    different = done.stdout.split("What differs:")[1]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in different.strip().splitlines()]
+    assert cells[2:] == [["--seed", "2", "5"], ["--lac", "0.95", "0.8"]]
+    assert (runs / "both.md").read_text(encoding="utf-8").strip() == done.stdout.strip()
+
+
+def test_runs_that_differ_in_nothing_say_so_and_write_nothing(runs, tmp_path):
+    shutil.copytree(runs / "a", tmp_path / "a")
+    before = snapshot(tmp_path)
+    done = run_script("compare.py", runs / "a/tiny_w4a4", tmp_path / "a/tiny_w4a4", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "No setting differs." in done.stdout
+    assert snapshot(tmp_path) == before
+
+
+def test_half_finished_runs_are_reported_as_such(runs, tmp_path):
+    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
+    interrupted = results_in(tmp_path / "b/tiny_w4a4") | {"error": "KeyboardInterrupt", "perplexity_details": {}}
+    (tmp_path / "b/tiny_w4a4/results.json").write_text(json.dumps(interrupted))
+    (tmp_path / "full/tiny_w16a16/results.json").unlink()
+    done = run_script("compare.py", "a/tiny_w4a4", "b/tiny_w4a4", "full/tiny_w16a16", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2. b/tiny_w4a4 (unfinished: KeyboardInterrupt)" in done.stdout
+    assert "3. full/tiny_w16a16 (unfinished: no results.json" in done.stdout
+    header = next(line for line in done.stdout.splitlines() if line.startswith("|"))
+    assert [cell.strip() for cell in header.split("|")[2:5]] == ["run 1", "run 2 (unfinished)", "run 3 (unfinished)"]
+    (perplexity,) = (line for line in done.stdout.splitlines() if line.startswith("| tokens ppl"))
+    assert [cell.strip() for cell in perplexity.split("|")[3:5]] == ["–", "–"]
+
+
+def test_folders_that_are_no_runs_are_refused(runs, whole, tmp_path):
+    run = runs / "a/tiny_w4a4"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/results.json").write_text("{")
+    for folder, words in {
+        "nowhere": "nowhere: no such folder",
+        "empty": "empty: no run there",
+        "broken": "results.json: cannot be read",
+        whole[0] / FOLDER: "is a comparison with a table of its own",
+        run: "the same folder is named twice",
+    }.items():
+        assert_refused(run_script("compare.py", run, folder, folder=tmp_path), words)
+    assert_refused(run_script("compare.py", run, folder=tmp_path), "give two or more runs")
+    both = (run, runs / "b/tiny_w4a4", "--output", "broken")
+    assert_refused(run_script("compare.py", *both, folder=tmp_path), "--output broken: cannot be written")
+    assert_refused(run_script("compare.py", run, run, "--abits", 4, folder=tmp_path), "--abits is for --model")
+
+
+def test_a_saved_model_is_refused(usual, tmp_path):
+    flags = ("--save_model", "saved", "--output_dir", "made")
+    assert run_script("main.py", *usual, *flags, folder=tmp_path).returncode == 0
+    done = run_script("compare.py", *usual, "--model", "saved", folder=tmp_path)
+    assert_refused(done, "--model saved: is quantized already")
+
+
+def test_a_model_without_any_finite_figure_still_has_a_table(usual, model_folder, tmp_path):
+    save_file({"calibration": random_tokens(2, 8), "test": random_tokens(1, 8)}, tmp_path / "few.safetensors")
+    few = ("--calib_dataset", "few.safetensors", "--test_dataset", "few.safetensors", "--rows", "full", "rtn")
+    assert run_script("compare.py", *usual, *few, folder=tmp_path).returncode == 0
+    path = tmp_path / FOLDER / "rows/rtn.json"
+    saved = json.loads(path.read_text())
+    saved["figures"]["perplexity_details"]["few"]["perplexity"] = None  # as JSON has a perplexity that overflowed
+    path.write_text(json.dumps(saved))
+    done = run_script("compare.py", *usual, *few, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert math.isnan(float(table_of(tmp_path)[1]["few ppl"]))

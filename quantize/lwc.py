@@ -138,10 +138,10 @@ def distance(output: Tensor, targets: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def sample_losses(layer: nn.Module, samples: Samples, kwargs: dict, batch_size: int, device: torch.device) -> Tensor:
     """The training loss of every sample (the mean of its batch) with the logits as they are: [N], float64."""
-    losses: list[float] = []
+    losses: list[Tensor] = []
     for inputs, targets in samples.batches(batch_size, device):
-        losses += [distance(run(layer, inputs, kwargs), targets).item()] * len(inputs)
-    return torch.tensor(losses, dtype=torch.float64)
+        losses += [distance(run(layer, inputs, kwargs), targets)] * len(inputs)
+    return torch.stack(losses).cpu().double()  # one wait for the device, at the end
 
 
 def mean_or_none(values: Sequence[float]) -> float | None:

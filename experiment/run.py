@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from experiment.dry_run import dry_run
 from experiment.evaluations import FULL, QUANTIZED, open_journal
 from experiment.evaluator import Evaluator
 from experiment.measured import Measured
@@ -38,6 +39,11 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
     """
     join_group()
     run = prepare(args, quant)
+    if args.dry_run:
+        if is_main():
+            dry_run(run)
+        leave_group()
+        return
     if is_main():
         add_log_file(run.folder / "log.txt")
     logger.info("%s", shlex.join(["python", *sys.argv]))

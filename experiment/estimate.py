@@ -1,7 +1,8 @@
 """What a run will need, from the model's shapes alone: memory, disk, and the work behind an estimate of its time.
 
-Bytes everywhere. The sums follow the code that allocates (named beside each); `tests/test_estimate.py` and
-benchmarks/RESULTS.md compare them with real runs. A skeleton is the model on the meta device.
+Bytes everywhere. The sums follow the code that allocates; benchmarks/RESULTS.md compares them with real runs, which
+took four fifths of what is said here. A mixture's experts are counted as if every token went to all of them. A
+skeleton is the model on the meta device.
 """
 
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ PROCESS_BYTES = 10**9  # Python with torch and transformers, and what the alloca
 CONTEXT_BYTES = 10**9  # CUDA's context: on the device, and about as much on the host
 WEIGHT_COPIES = 3  # of the largest linear, while it is transformed and rounded
 SEARCH_COPIES = 5  # of the probe, while it is searched
+TRAINING_ACTIVATIONS = 10  # float32 copies of the widest activation that autograd keeps of a sample
 TRAINING_COPIES = 6  # of a layer's float32 weights: what autograd keeps of their rounding
 
 
@@ -83,15 +85,16 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, config: QuantConfig, plan: 
     hidden_size = skeleton.get_input_embeddings().weight.shape[-1]
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
     calibration, *tests = (plan.held * hidden_size * n * length for n, length in (plan.calibration, *plan.windows))
-    work = layer_work(skeleton, spec, config, plan)
+    work, evaluation = calibration_work(skeleton, spec, config, plan), evaluation_work(skeleton, spec, plan)
     logits = logits_bytes(vocabulary, plan)
+    # what works on a layer is on the GPU if there is one
     states = max(
-        hidden_peak(calibration, calibration_copies(config, plan.on_gpu), 0 if plan.on_gpu else work),
-        hidden_peak(max(tests, default=0), 1, 0 if plan.on_gpu else max(work, logits))
-        + (sum(tests) if plan.divergence else 0),
+        calibration_copies(config, plan.on_gpu) * calibration + (0 if plan.on_gpu else work),
+        max(tests, default=0) + (0 if plan.on_gpu else max(evaluation, logits)) + plan.divergence * sum(tests),
     )
     process = PROCESS_BYTES + (CONTEXT_BYTES if plan.on_gpu else 0)
-    on_device = max(layer_wide + work, shell + logits, parameters * plan.held + work if plan.whole else 0)
+    whole = parameters * plan.held + max(evaluation, logits) if plan.whole else 0
+    on_device = max(layer_wide + max(work, evaluation), shell + logits, whole)
     transforms = 0 if config.bits.untouched else bytes_needed(skeleton, spec, config)
     return Estimate(
         parameters=parameters,
@@ -126,27 +129,39 @@ def calibration_copies(config: QuantConfig, on_gpu: bool) -> int:
     return (1 + targets) * (2 if on_gpu and config.training.offload else 1)
 
 
-def hidden_peak(hidden: int, copies: int, work: int) -> int:
-    """The most that hidden states take with the work on them: twice their size when the batches are joined."""
-    return max(2 * hidden, copies * hidden + work)
-
-
-def layer_work(skeleton: nn.Module, spec: DecoderSpec, config: QuantConfig, plan: Plan) -> int:
-    """What works on one layer beside its weights: the largest linear's copies, the search, activations, training."""
-    linears = list(_linears(skeleton, spec))
-    weight = WIDE * max(linear.in_features * linear.out_features for linear in linears)
-    width = max(max(linear.in_features, linear.out_features) for linear in linears)
+def calibration_work(skeleton: nn.Module, spec: DecoderSpec, config: QuantConfig, plan: Plan) -> int:
+    """Bytes that work on one layer beside its weights while it is observed, quantized and trained."""
     samples, length = plan.calibration
+    linears = list(_linears(skeleton, spec))
+    width = widest(skeleton, spec)
     probe = length * min(samples, PROBE_SAMPLES if config.probe is Probe.SAMPLE else 1)
-    # gate, up, their product and its successor; beside it what is transformed and rounded, in float32
-    tokens = max(TOKENS_PER_FORWARD, length, *(length for _, length in plan.windows))
-    activations = tokens * width * (4 * plan.held + SEARCH_COPIES * WIDE)
-    search = SEARCH_COPIES * WIDE * probe * width
-    training = 0
+    work = [
+        WEIGHT_COPIES * WIDE * max(linear.in_features * linear.out_features for linear in linears),
+        SEARCH_COPIES * WIDE * probe * width,
+        activation_bytes(probe, width, plan.held, rounded=True),
+        activation_bytes(min(samples * length, max(TOKENS_PER_FORWARD, length)), width, plan.held, rounded=False),
+    ]
     if config.clip.learned:
         layer = WIDE * max(count(layer.parameters()) for layer in spec.decoder_layers(skeleton))
-        training = TRAINING_COPIES * layer + config.training.batch_size * length * width * 10 * WIDE
-    return max(WEIGHT_COPIES * weight, search, activations, training)
+        samples = TRAINING_ACTIVATIONS * WIDE * config.training.batch_size * length * width
+        work.append(TRAINING_COPIES * layer + samples)
+    return max(work)
+
+
+def evaluation_work(skeleton: nn.Module, spec: DecoderSpec, plan: Plan) -> int:
+    """Bytes that a batch of test windows takes in one layer; a GPU begins with more, and this is the least."""
+    width, batches = widest(skeleton, spec), [min(n * t, max(TOKENS_PER_FORWARD, t)) for n, t in plan.windows]
+    return activation_bytes(max(batches, default=0), width, plan.held, rounded=True)
+
+
+def widest(skeleton: nn.Module, spec: DecoderSpec) -> int:
+    """Channels of the widest activation that enters or leaves a linear."""
+    return max(max(linear.in_features, linear.out_features) for linear in _linears(skeleton, spec))
+
+
+def activation_bytes(tokens: int, width: int, held: int, rounded: bool) -> int:
+    """Gate, up, their product and its successor; where linears are `rounded`, their inputs' copies in float32 too."""
+    return tokens * width * (4 * held + (SEARCH_COPIES * WIDE if rounded else 0))
 
 
 def logits_bytes(vocabulary: int, plan: Plan) -> int:
@@ -160,10 +175,9 @@ def logits_bytes(vocabulary: int, plan: Plan) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds times two, by stage, and the steps of the search by width of the probe.
+    """What a run computes: multiplications and additions by stage, `layers` being the probe's passes and the weights.
 
-    `forward`, in order of `STAGES`: statistics, probe and weights, training, evaluation. `steps`: probe width → greedy
-    steps over the whole run. `moved`: bytes between host and GPU.
+    `steps`: width of the probe → greedy steps over the whole run. `moved`: bytes between host and GPU.
     """
 
     statistics: float

@@ -13,6 +13,7 @@ from quantize.rotation import random_orthogonal, step_rotation
 
 MATRIX = {"cpu": 1536, "cuda": 8192}  # sides of the matrices multiplied
 MEASURED_STEPS = 8
+MEASURED_BLOCK = 512  # above it a step is nothing but matrix products, and takes too long to try
 COPIED_BYTES = 2**26
 OVERHEAD = 1.5  # what is no matrix product (norms, attention's softmax, rounding), seen on a CPU
 
@@ -32,9 +33,16 @@ def measure_rates(
     device: torch.device, dtype: torch.dtype, widths: Iterable[int], tokens: int, config: RotationConfig
 ) -> Rates:
     """The `Rates` of `device` for weights in `dtype`, and probes [`tokens`, width] of the `widths`."""
-    matrix = torch.randn(2 * (MATRIX[device.type],), device=device, dtype=dtype if device.type == "cuda" else None)
+    side, kind = MATRIX[device.type], dtype if device.type == "cuda" else torch.float32
+    matrix = torch.randn(side, side, device=device, dtype=kind)
     operations = 2 * len(matrix) ** 3 / _seconds(lambda: matrix @ matrix, device)
-    steps = {width: _step_seconds(device, tokens, width, config) for width in widths}
+    steps = {}
+    for width in widths:
+        block = config.block_size_for(width)
+        if block <= MEASURED_BLOCK:
+            steps[width] = _step_seconds(device, tokens, width, config)
+        else:  # the rows', and that of the rotation itself, in float64
+            steps[width] = (2 * tokens * width * block + 2 * 2 * block**3) / operations
     if device.type != "cuda":
         return Rates(operations, steps)
     host = torch.empty(COPIED_BYTES, dtype=torch.uint8)

@@ -120,7 +120,8 @@ def test_operations_follow_the_linears_attention_and_the_head():
     assert work.statistics == 8 * 32 * per_token
     assert work.steps == {48: 2 * 2 * 2 * 20, 96: 2 * 2 * 20, 80: 2 * 2 * 20}  # layers × groups × rotations × steps
     assert work.moved == work.training == 0
-    assert work_of(SKELETON, SPEC, QUANT, GPU).moved > 0
+    # to the GPU and back: the layers for statistics, quantization and perplexity, and for statistics the states
+    assert work_of(SKELETON, SPEC, QUANT, GPU).moved == 2 * (3 * 2 * 2 * LAYER + 2 * 2 * 8 * 32 * 48)
 
 
 def test_what_is_not_done_takes_no_time():
@@ -147,6 +148,11 @@ def test_rates_are_measured_on_this_machine():
     assert rates.operations > 1e6
     assert set(rates.step) == {48, 80}
     assert rates.copied == float("inf")
+
+
+def test_a_step_on_very_large_blocks_is_not_tried_out():
+    rates = measure_rates(torch.device("cpu"), torch.float32, [30000], 32, RotationConfig(block_size=-1))
+    assert rates.step[30000] == pytest.approx((2 * 32 * 30000**2 + 4 * 30000**3) / rates.operations)
 
 
 def test_the_group_table_says_what_is_transformed_and_where_its_scale_goes():

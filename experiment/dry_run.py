@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from experiment.estimate import Estimate, Plan, estimate, work_of
+from experiment.estimate import Estimate, Plan, estimate, probe_tokens, work_of
 from experiment.plan import Run
 from experiment.rates import measure_rates, stage_seconds
 from quantize.config import QuantConfig, Transform
@@ -45,11 +45,15 @@ def dry_run(run: Run) -> None:
     found = estimate(setup.skeleton, setup.spec, run.quant, plan)
     logger.info("dry run: no weights are loaded, and nothing is written beside the token cache")
     logger.info(
-        "%s: %s, %d layers, %.3f B parameters, %s on %s; calibration on %d×%d tokens",
+        "%s: %s, %d layers, %.3f B parameters, %s on %s",
         *(setup.source.name, setup.config.model_type, found.layers, found.parameters / 1e9),
-        *(str(setup.dtype).removeprefix("torch."), describe(setup.device), *plan.calibration),
+        *(str(setup.dtype).removeprefix("torch."), describe(setup.device)),
     )
-    logger.info("%s\n\n%s\n", describe_bits(run.quant), group_table(setup.skeleton, setup.spec, run.quant))
+    if setup.saved is None:
+        logger.info("calibration on %d×%d tokens", *plan.calibration)
+        logger.info("%s\n\n%s\n", describe_bits(run.quant), group_table(setup.skeleton, setup.spec, run.quant))
+    else:
+        logger.info("quantized already (%s): it is only evaluated\n", run.quant.label)
     needs = memory_needs(found, plan.on_gpu, streamed, free_memory(), free_device_memory(setup.device))
     needs += disk_needs(found, {"--save_dir": args.save_dir, "--save_model": args.save_model})
     logger.info("%s\n", need_table(found, needs))
@@ -162,7 +166,7 @@ def time_table(run: Run, plan: Plan) -> str:
     """Seconds by stage at the rates this machine has now."""
     setup = run.setup
     work = work_of(setup.skeleton, setup.spec, run.quant, plan)
-    rates = measure_rates(setup.device, setup.dtype, work.steps, plan.calibration[1], run.quant.rotation)
+    rates = measure_rates(setup.device, setup.dtype, work.steps, probe_tokens(run.quant, plan), run.quant.rotation)
     seconds = stage_seconds(work, rates)
     rows = [[stage, duration(value)] for stage, value in {**seconds, "all": sum(seconds.values())}.items() if value]
     return format_table([f"time, rough ({rates.operations / 1e12:.2g} TFLOP/s)", "h:min:s"], rows)

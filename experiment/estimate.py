@@ -134,7 +134,7 @@ def calibration_work(skeleton: nn.Module, spec: DecoderSpec, config: QuantConfig
     samples, length = plan.calibration
     linears = list(_linears(skeleton, spec))
     width = widest(skeleton, spec)
-    probe = length * min(samples, PROBE_SAMPLES if config.probe is Probe.SAMPLE else 1)
+    probe = probe_tokens(config, plan)
     work = [
         WEIGHT_COPIES * WIDE * max(linear.in_features * linear.out_features for linear in linears),
         SEARCH_COPIES * WIDE * probe * width,
@@ -146,6 +146,12 @@ def calibration_work(skeleton: nn.Module, spec: DecoderSpec, config: QuantConfig
         samples = TRAINING_ACTIVATIONS * WIDE * config.training.batch_size * length * width
         work.append(TRAINING_COPIES * layer + samples)
     return max(work)
+
+
+def probe_tokens(config: QuantConfig, plan: Plan) -> int:
+    """Tokens of the activation that is searched on (see `quantize.walk.make_probe`)."""
+    samples, length = plan.calibration
+    return length * min(samples, PROBE_SAMPLES if config.probe is Probe.SAMPLE else 1)
 
 
 def evaluation_work(skeleton: nn.Module, spec: DecoderSpec, plan: Plan) -> int:
@@ -195,7 +201,7 @@ def work_of(skeleton: nn.Module, spec: DecoderSpec, config: QuantConfig, plan: P
     quantizes = samples > 0 and not config.bits.untouched
     once = forward_operations(skeleton, spec, length)
     evaluated = sum(n * forward_operations(skeleton, spec, tokens, head=True) * tokens for n, tokens in plan.windows)
-    probe = length * min(samples, PROBE_SAMPLES if config.probe is Probe.SAMPLE else 1)
+    probe = probe_tokens(config, plan)
     rotations = config.rotation.permutation_times + 1 if config.transform is not Transform.NONE else 0
     operations, steps = 0.0, {}
     for index, layer in enumerate(layers):

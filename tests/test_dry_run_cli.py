@@ -90,3 +90,17 @@ def test_a_run_for_which_the_bundled_model_is_planned_has_every_stage(tmp_path):
     for stage in ("activation statistics", "search, at most", "training the clipping", "evaluation", "all"):
         assert f"| {stage} " in done.stdout
     assert "clipping trained" in done.stdout
+
+
+def test_a_model_that_is_quantized_already_is_planned_for_evaluation_alone(model_folder, token_file, tmp_path):
+    data = ("--calib_dataset", token_file, "--test_dataset", token_file)
+    quantize = ("--block_size", 16, "--max_rotation_step", 2, "--save_model", "saved")
+    made = run_script("main.py", "--model", model_folder, *data, *quantize, folder=tmp_path)
+    assert made.returncode == 0, made.stderr
+    before = files(tmp_path)
+    done = run_script("main.py", "--model", "saved", *data, "--eval_ppl", "--dry_run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "it is only evaluated" in done.stdout
+    assert "| evaluation " in done.stdout
+    assert "| search" not in done.stdout
+    assert files(tmp_path) == before

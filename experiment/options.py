@@ -339,6 +339,12 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="go on with such a checkpoint (with the flags it was made with), or reapply a duquant_parameters.pth",
     )
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything and say what the run would do and need (memory, disk, time), without loading weights; "
+        "exit code 2 with the reason if it cannot work here",
+    )
 
 
 def check_evaluation(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiment.session import Setup
 from models.load import config_digest, weights_digest
-from quantize.checkpoint import Checkpoint, bytes_needed
+from quantize.checkpoint import Checkpoint, bytes_needed, require_new, require_same_run
 from quantize.config import QuantConfig
 from quantize.original import read_original
 from quantize.state import FinishedLayer
@@ -18,17 +18,30 @@ from utils.results import plain
 
 
 def open_checkpoint(args: argparse.Namespace, setup: Setup, quant: QuantConfig) -> Checkpoint | None:
-    """The checkpoint folder that `--resume` or `--save_dir` names, if any. Of several processes the main one has it."""
+    """The checkpoint folder that `--resume` or `--save_dir` names, if any. Of several processes the main one has it.
+
+    With `--dry_run` it is only looked at: None.
+    """
     if quant.bits.untouched and (args.resume or args.save_dir):
         raise InputError("--save_dir and --resume: 16-bit weights and activations leave nothing to keep; drop the flag")
     if not is_main():
         return None
+    if args.dry_run:
+        return check_checkpoint(args, setup)
     if args.resume is not None and not is_original(args.resume):
         return Checkpoint.resume(args.resume, identity(args, setup))
     if args.save_dir is not None:
         needed = bytes_needed(setup.skeleton, setup.spec, quant)
         return Checkpoint.create(args.save_dir, identity(args, setup), args.model, needed)
     return None
+
+
+def check_checkpoint(args: argparse.Namespace, setup: Setup) -> None:
+    """Raise InputError if the folder cannot be begun, or gone on with; it is left as it is."""
+    if args.resume is not None and not is_original(args.resume):
+        require_same_run(args.resume, identity(args, setup))
+    if args.save_dir is not None:
+        require_new(args.save_dir)
 
 
 def is_original(path: Path) -> bool:

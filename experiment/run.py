@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from evaluation.journal import Journal
+from experiment.dry_run import dry_run
 from experiment.evaluations import FULL, QUANTIZED
 from experiment.evaluator import Evaluator
 from experiment.measured import Measured
@@ -39,6 +40,11 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
     """
     join_group()
     run = prepare(args, quant)
+    if args.dry_run:
+        if is_main():
+            dry_run(run)
+        leave_group()
+        return
     journal = Journal(run.folder / "unfinished.jsonl", run.evaluations.identity)
     evaluator = Evaluator(run.evaluations, run.setup, journal, run.folder, run.folder.name)
     evaluator.require_own_answers([QUANTIZED])

@@ -47,10 +47,7 @@ class Checkpoint:
         Raises InputError, and changes nothing, if there is one already, if the folder cannot be written or is too
         small, or if another process is writing there.
         """
-        if (folder / "run.json").exists():
-            raise InputError(
-                f"--save_dir {folder}: holds a checkpoint; go on with --resume {folder}, or choose another"
-            )
+        require_new(folder)
         try:
             free = shutil.disk_usage(_nearest_existing(folder)).free
             if free < needed:
@@ -68,13 +65,7 @@ class Checkpoint:
 
         Raises InputError that names every difference, or says what is wrong with the folder.
         """
-        saved = read_run(folder)
-        if saved.pop("format", None) != FORMAT:
-            raise InputError(f"--resume {folder}: made by another version of this suite; quantize again")
-        saved.pop("model", None)  # where it was then; its digests decide
-        different = differences(saved, identity)
-        if different:
-            raise InputError(f"--resume {folder}: is of another run: {'; '.join(different)}")
+        require_same_run(folder, identity)
         try:
             lock = _lock(folder)
             # of a run that was killed while it wrote
@@ -121,6 +112,23 @@ class Checkpoint:
         if run != self.run:
             raise InputError(f"{path}: is of another run; move it away to have the layer computed")
         return FinishedLayer(LayerState.from_tensors(tensors, spec.at(index)), json.loads(figures))
+
+
+def require_new(folder: Path) -> None:
+    """Raise InputError if `folder` holds a checkpoint already."""
+    if (folder / "run.json").exists():
+        raise InputError(f"--save_dir {folder}: holds a checkpoint; go on with --resume {folder}, or choose another")
+
+
+def require_same_run(folder: Path, identity: dict) -> None:
+    """Raise InputError, naming every difference, unless the checkpoint in `folder` is of the run `identity` is of."""
+    saved = read_run(folder)
+    if saved.pop("format", None) != FORMAT:
+        raise InputError(f"--resume {folder}: made by another version of this suite; quantize again")
+    saved.pop("model", None)  # where it was then; its digests decide
+    different = differences(saved, identity)
+    if different:
+        raise InputError(f"--resume {folder}: is of another run: {'; '.join(different)}")
 
 
 def read_run(folder: Path) -> dict:

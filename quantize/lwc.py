@@ -174,11 +174,12 @@ def distance(output: Tensor, targets: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def sample_losses(layer: nn.Module, samples: Samples, kwargs: dict, batch_size: int, device: torch.device) -> Tensor:
     """The training loss of every sample (the mean of its batch) with the logits as they are: [N], float64."""
+    nothing = torch.zeros((), device=device)
     losses = [
-        batch.share * distance(run(layer, batch.inputs, kwargs), batch.targets).item() if batch.share > 0 else 0.0
+        batch.share * distance(run(layer, batch.inputs, kwargs), batch.targets) if batch.share > 0 else nothing
         for batch in samples.batches(batch_size, device)
     ]
-    of_batches = torch.tensor(losses, dtype=torch.float64)
+    of_batches = torch.stack(losses).cpu().double()  # one wait for the device, at the end
     sum_([of_batches])
     return of_batches.repeat_interleave(torch.tensor([whole for _, whole in own_batches(samples.total, batch_size)]))
 

@@ -229,7 +229,7 @@ def measure_stage(name: str, x: Tensor, block_size: int) -> Stage:
     """The figures of one stage for `x` [..., C]."""
     peaks = channel_peak(x).float()
     blocks = peaks.view(-1, block_size).mean(dim=1)
-    return Stage(name, peaks.max().item(), (blocks.max() / blocks.mean().clamp(min=1e-30)).item())
+    return Stage(name, *torch.stack([peaks.max(), blocks.max() / blocks.mean().clamp(min=1e-30)]).tolist())
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -247,3 +247,25 @@ def test_rows_leave_and_come_back_as_the_extremes_rise_and_fall(rule, active_row
         torch.testing.assert_close(found.peaks, peaks, atol=0, rtol=1e-11)
         torch.testing.assert_close(found.rotation, rotation.float(), atol=1e-6, rtol=0)
     assert min(changes) < 0 < max(changes)
+
+
+@pytest.mark.parametrize("rule", SearchRule)
+def test_no_step_waits_for_the_device(rule):
+    """On the meta device there are no values, so nothing that a step looks at can be read on the host."""
+    rows = torch.empty(40, 16, device="meta")
+    search = greedy._Search(rows, torch.empty(40, dtype=torch.int64, device="meta"), make_step(16, 0).to("meta"), rule)
+    ahead = search.advance(search.resize(search.start(), 24), 5)
+    assert ahead.rows.shape == (24, 16)
+    assert len(ahead.exchanges) == 5
+
+
+def test_steps_leave_the_rows_they_started_from_as_they_were():
+    rows = make_probe("normal", 16, 0).reshape(-1, 16)
+    search = greedy._Search(rows, torch.arange(len(rows)), make_step(16, 0), SearchRule.CHANNEL)
+    state = search.resize(search.start(), len(rows))
+    state = search.advance(state, 3)
+    before = state.rows.clone()
+    first, again = (search.advance(state, 4) for _ in range(2))
+    assert torch.equal(state.rows, before)
+    assert torch.equal(first.rows, again.rows)
+    assert not torch.equal(first.rows, before)

@@ -11,6 +11,7 @@ from experiment.options import (
     Parser,
     add_calibration_options,
     add_evaluation_options,
+    add_memory_options,
     add_model_options,
     add_output_options,
     add_quantization_options,
@@ -44,6 +45,7 @@ def parse_flags() -> argparse.Namespace:
     """The command line's flags."""
     parser = Parser(__doc__, EXAMPLES)
     add_model_options(parser)
+    add_memory_options(parser)
     add_calibration_options(parser)
     add_quantization_options(parser)
     add_smoothing_options(parser)

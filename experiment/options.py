@@ -108,13 +108,18 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
         "--attn_implementation", choices=["sdpa", "eager"], default="sdpa", help="attention of transformers to build on"
     )
     group.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that comes with the model (off: never)"
+    )
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """How much of the model is there at once."""
+    group = parser.add_argument_group("memory")
+    group.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
         help="read one decoder layer at a time from the safetensors files, quantize and measure it, and drop it; "
         "perplexity only (default: where the model does not fit into the host's memory)",
-    )
-    group.add_argument(
-        "--trust_remote_code", action="store_true", help="run Python code that comes with the model (off: never)"
     )
 
 

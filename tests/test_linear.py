@@ -9,7 +9,9 @@ from quantize.config import RotationConfig
 from quantize.formats import IntegerFormat
 from quantize.linear import QuantLinear
 from quantize.quantizer import Quantizer
+from quantize.smoothing import column_peak
 from quantize.transform import DualTransform, search_dual_transform
+from utils.batching import row_parts
 
 INPUTS, OUTPUTS, BLOCK = 24, 10, 8
 UNTOUCHED = nn.Identity()
@@ -147,6 +149,28 @@ def test_an_identity_transform_does_not_tie_the_weight_to_the_linear_it_was_made
     quantized.bake_(torch.float32)
     assert torch.equal(linear.weight, before)
     assert not torch.equal(quantized.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_a_weight_worked_on_in_parts_has_the_same_bits(dtype, group_size, monkeypatch):
+    linear, scale = make_linear(dtype=dtype), torch.rand(INPUTS, generator=generator(3)) + 0.5
+
+    def baked(clip: bool) -> tuple[Tensor, ...]:
+        ranges = LearnedClip((OUTPUTS, 1) if group_size is None else (OUTPUTS, INPUTS // group_size, 1))
+        ranges.high_logit.data.uniform_(0, 4, generator=generator(4))
+        quantizer = Quantizer(IntegerFormat(4), ranges if clip else None, group_size)
+        quantized = QuantLinear(linear, make_transform(scale), quantizer, UNTOUCHED)
+        transformed = quantized.weight.clone()
+        quantized.bake_(dtype)
+        assert torch.equal(quantized.weight, quantizer(transformed).to(dtype))
+        return transformed, quantized.weight, column_peak([linear.weight, transformed.to(dtype)])
+
+    whole = baked(False) + baked(True)
+    monkeypatch.setattr("utils.batching.PART_ELEMENTS", 3 * INPUTS + 5)
+    parts = baked(False) + baked(True)
+    assert len(row_parts(linear.weight)) == 4
+    assert all(torch.equal(first, second) for first, second in zip(whole, parts, strict=True))
 
 
 def test_learned_clipping_trains_through_the_linear():

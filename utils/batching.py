@@ -14,7 +14,7 @@ from utils.errors import InputError
 Result = TypeVar("Result")
 AUTO_TOKENS_CPU = 4096  # what keeps two cores busy and fits everywhere
 AUTO_TOKENS_GPU = 65536  # where `auto` begins on a GPU
-PART_ELEMENTS = 2**24  # of a large weight that are worked on at once
+PART_ELEMENTS = 2**20  # of a large weight that are worked on at once: small enough for caches and for reused memory
 
 logger = logging.getLogger(__name__)
 

@@ -160,7 +160,9 @@ def test_a_truncated_file_is_named(sharded, keep):
 def test_a_file_that_is_no_safetensors_is_named(sharded):
     source, folder = sharded
     path = shard_of(folder, VICTIM)
-    for content in (struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 4) + b"{{{{"):
+    entry = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}).encode()
+    too_long, negative = struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", len(entry)) + entry
+    for content in (too_long, negative, struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 4) + b"{{{{"):
         path.write_bytes(content)
         with pytest.raises(InputError, match=rf"{path.name}.*damaged"):
             opened(source)
@@ -226,12 +228,14 @@ def test_the_next_layer_is_read_while_one_is_in_use(sharded, device, monkeypatch
     source, _ = sharded
     _, spec, reader = shell_and_reader(source, device=torch.device(device))
     read = threading.Event()
-    names: list[str] = []
+    names, now = [], []
 
     def note(function):
         def noted(stored, *arguments):
             result = function(stored, *arguments)
-            if threading.current_thread() is not threading.main_thread():
+            if threading.current_thread() is threading.main_thread():
+                now.append(stored)
+            else:
                 names.append(stored)
                 if len(names) == len([name for name in reader.shards if name.startswith(f"{spec.layers}.1.")]):
                     read.set()
@@ -245,7 +249,9 @@ def test_the_next_layer_is_read_while_one_is_in_use(sharded, device, monkeypatch
         reader.open(0)
         assert read.wait(30)
         assert names == [stored for name, stored in reader.shards.items() if name.startswith(f"{spec.layers}.1.")]
+        now.clear()
         reader.open(1)
+        assert len(now) == (0 if device == "meta" else len(names)), "what was handed over is not read again"
 
 
 def test_closing_gives_up_what_is_read_ahead(sharded, monkeypatch):

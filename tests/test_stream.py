@@ -262,7 +262,13 @@ def test_hidden_states_in_files_change_nothing_and_leave_nothing(flags, sharded,
 
         return allocate_and_note
 
+    choose, expected = experiment.stream.choose_memory, []
     monkeypatch.setattr(experiment.stream, "on_disk", noted)
+    monkeypatch.setattr(
+        experiment.stream,
+        "choose_memory",
+        lambda run, needed, files: expected.append(needed) or choose(run, needed, files),
+    )
     for name, files in (("memory", False), ("files", True)):
         folder = tmp_path / name
         folder.mkdir()
@@ -272,7 +278,22 @@ def test_hidden_states_in_files_change_nothing_and_leave_nothing(flags, sharded,
         assert not list((folder / "cache").rglob("*"))
     # samples for statistics, two sets of windows in both networks, and the flow: teacher, and student if it is trained
     assert len(made) == 1 + 4 + (2 if flags else 1)
+    assert expected == [sum(4 * torch.Size(shape).numel() for shape in made)] * 2
     assert found["memory"] == found["files"]
+
+
+def test_windows_travel_in_batches_of_the_size_asked_for(sharded, data, tmp_path, monkeypatch):
+    _, run = planned(sharded, data, tmp_path, "--stream", "--eval_batch_size", 2)
+    sizes = []
+    advance = experiment.stream.advance_
+
+    def note(layer, hidden, kwargs, device, batch_size):
+        sizes.append(batch_size and batch_size.sequences)
+        advance(layer, hidden, kwargs, device, batch_size)
+
+    monkeypatch.setattr(experiment.stream, "advance_", note)
+    figures(run, None, tmp_path)
+    assert sizes == [None, 2, 2, 2, 2] * LAYERS  # statistics; two sets of windows in both networks
 
 
 def test_hidden_states_that_would_fill_the_memory_live_in_files(sharded, data, tmp_path, monkeypatch):

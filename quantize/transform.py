@@ -82,12 +82,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class TransformSearch:
-    """A transform found for a probe: T's parts, the stages the probe went through, and the steps each rotation kept."""
+    """A transform found for a probe: T's parts, the stages the probe went through, and the steps each rotation kept.
+
+    `peaks`: of every rotation's search, max − min at the start and after each step.
+    """
 
     rotations: Tensor
     permutations: Tensor
     stages: tuple[Stage, ...]
     steps: tuple[int, ...]
+    peaks: tuple[Tensor, ...] = ()
 
 
 TransformBuilder = Callable[[Tensor, int, RotationConfig, torch.Generator], TransformSearch]
@@ -101,12 +105,13 @@ def search_dual_transform(
     Source: DuQuant, sec. 3.2 and 3.3.
     """
     x = _widen(x)
-    rotations, permutations, stages, steps = [], [], [], []
+    rotations, permutations, stages, steps, peaks = [], [], [], [], []
     for index in range(config.permutation_times + 1):
         step = step_rotation(random_orthogonal(block_size, generator), config.order)
         search = greedy_rotation(x, step, config.steps, config.rule)
         rotations.append(search.rotation)
         steps.append(len(search.exchanges))
+        peaks.append(search.peaks)
         x = rotate_blocks(x, search.rotation)
         stages.append(measure_stage(f"rotation {index + 1}", x, block_size))
         if index < config.permutation_times:
@@ -115,7 +120,7 @@ def search_dual_transform(
             stages.append(measure_stage(f"permutation {index + 1}", x, block_size))
     none = torch.empty(0, x.shape[-1], dtype=torch.int64, device=x.device)
     stacked = torch.stack(permutations) if permutations else none
-    return TransformSearch(torch.stack(rotations), stacked, tuple(stages), tuple(steps))
+    return TransformSearch(torch.stack(rotations), stacked, tuple(stages), tuple(steps), tuple(peaks))
 
 
 def no_transform(x: Tensor, block_size: int, config: RotationConfig, generator: torch.Generator) -> TransformSearch:

@@ -11,6 +11,7 @@ from quantize.attention import install
 from quantize.config import Probe, QuantConfig, check_widths
 from quantize.layer import GroupReport, LayerInputs, LayerReport, quantize_layer, restore_layer
 from quantize.observe import layer_calls
+from quantize.record import Recorder
 from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer
 from utils.device import on_device, to_device
@@ -30,17 +31,20 @@ def quantize_model(
     device: torch.device,
     finished: dict[int, FinishedLayer] | None = None,
     keep: Callable[[int, FinishedLayer], None] | None = None,
+    recorder: Recorder | None = None,
 ) -> list[dict]:
     """Quantize every decoder layer of `model` in place, calibrated on `tokens` [N, T]; return the figures per layer.
 
     `activation_peaks` (linear name → [C]) are needed when `config.smooth` is set. Layers in `finished` (by index) are
-    reapplied; the others are computed, and `keep` is called with each.
+    reapplied; the others are computed, and `keep` is called with each. A `recorder` looks on, for the report.
     """
     check_shapes(model, spec, config)
     install(model)
     layers, finished = spec.decoder_layers(model), finished or {}
     missing = [index for index in range(len(layers)) if index not in finished]
     flow = Flow(model, spec, tokens, config, device) if missing else None
+    if recorder is not None and flow is not None:
+        recorder.start(flow.calls.hidden, device)
     figures = []
     for index, layer in enumerate(progress(layers, "quantizing", unit="layer")):
         with on_device(layer, device):
@@ -49,9 +53,13 @@ def quantize_model(
             if index in finished:
                 done = finished[index]
                 restore_layer(layer, spec.at(index), inputs, done.state.to(device), config, model.dtype)
+                if recorder is not None and inputs is not None:
+                    recorder.skip(layer, inputs.kwargs)
                 logger.info("layer %d: from the checkpoint", index)
             else:
-                state, report = quantize_layer(layer, index, spec.at(index), inputs, activation_peaks, config)
+                state, report = quantize_layer(
+                    *(layer, index, spec.at(index), inputs, activation_peaks, config, recorder)
+                )
                 done = FinishedLayer(state, asdict(report))
                 log_layer(report)
                 if keep is not None:

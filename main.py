@@ -14,6 +14,7 @@ from experiment.options import (
     add_model_options,
     add_output_options,
     add_quantization_options,
+    add_report_options,
     add_smoothing_options,
     add_transform_options,
     check_evaluation,
@@ -50,6 +51,7 @@ def parse_flags() -> argparse.Namespace:
     add_transform_options(parser)
     add_evaluation_options(parser)
     add_output_options(parser)
+    add_report_options(parser)
     return parser.parse_args()
 
 

@@ -11,6 +11,7 @@ from experiment.measured import Measured
 from experiment.options import BASELINES
 from experiment.plan import Run
 from quantize.config import QuantConfig, Transform
+from quantize.footprint import memory_footprint
 from utils import data
 from utils.device import describe, peak_memory
 from utils.distributed import is_main, world_size
@@ -53,6 +54,7 @@ def write_results(run: Run, outcome: Outcome) -> None:
     samples = {} if tokens is None else {"nsamples": len(tokens)}
     resolved = {**samples, "seqlen": run.setup.seqlen, "net": run.setup.net}
     results = {
+        "method": method_name(run.quant),
         "settings": {**vars(run.args), **resolved},
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions(),
@@ -62,6 +64,8 @@ def write_results(run: Run, outcome: Outcome) -> None:
         "data": {} if tokens is None else {"calibration": data.data_fingerprint(tokens)},
         **outcome.measured.figures(),
         **peak_memory(run.setup.device),
+        "model_layers": run.setup.layers,
+        "memory": memory_footprint(run.setup.skeleton, run.setup.spec, run.quant),
         "layers": outcome.measured.layers,
         "full_precision": outcome.full.figures(),
         "baselines": {name: baseline.figures() for name, baseline in outcome.baselines.items()},

@@ -35,6 +35,8 @@ def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
     else:
         quant = setup.saved
         refuse_for_saved(args)
+    if args.report:
+        check_report(args.report_layers, setup.layers, quant)
     if args.save_model is not None:
         require_empty(args.save_model)
     evaluations = plan_evaluations(args, setup)
@@ -44,9 +46,19 @@ def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
     return Run(args, setup, quant, evaluations, folder, open_checkpoint(args, setup, quant))
 
 
+def check_report(chosen: list[int] | None, layers: int, quant: QuantConfig) -> None:
+    """Raise InputError for a report that could not be drawn: of layers the model has not, or of no quantization."""
+    if quant.bits.untouched:
+        raise InputError("--report: 16-bit weights and activations leave nothing to show; drop the flag")
+    for layer in chosen or []:
+        if layer >= layers:
+            raise InputError(f"--report_layers {layer}: the model has layers 0 to {layers - 1}")
+
+
 def refuse_for_saved(args: argparse.Namespace) -> None:
     """Raise InputError for flags that make no sense for a model that is quantized already."""
     given = {"--act-scales": args.act_scales, "--baselines": args.baselines, "--eval_kl": args.eval_kl}
+    given |= {"--report": args.report}
     given |= {"--save_dir": args.save_dir, "--resume": args.resume, "--save_model": args.save_model}
     for flag, value in given.items():
         if value:

@@ -20,6 +20,7 @@ from experiment.resuming import finished_layers, resume_command
 from experiment.session import open_model
 from quantize.config import QuantConfig, SmoothConfig, Transform
 from quantize.export import save_model
+from quantize.record import Recorder
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics, load_scales, same_calibration, save_statistics
 from quantize.walk import quantize_model
@@ -70,11 +71,23 @@ def finish(run: Run, outcome: Outcome) -> None:
     failures = outcome.failures(run.quant)
     outcome.error = f"failed: {', '.join(failures)}" if failures else None
     write_results(run, outcome)
+    if run.args.report and is_main():
+        draw_report(run)
     if not run.evaluations.empty:
         logger.info("\n%s\n", summary_table(run, outcome))
     if run.evaluations.prompts:
         logger.info("%s\n", completions_text(run, outcome))
     logger.info("results: %s", run.folder / "results.json")
+
+
+def draw_report(run: Run) -> None:
+    """Draw report/index.html; a figure that fails costs the report, not the run."""
+    from reporting.page import write_report  # matplotlib loads for seconds
+
+    try:
+        logger.info("report: %s", write_report(run.folder, run.args.report_layers))
+    except Exception:
+        logger.exception("the report failed; results.json is whole")
 
 
 def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
@@ -94,7 +107,8 @@ def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
         baselines["full"] = outcome.full
     else:
         evaluator.for_comparison().measure(model, outcome.full, FULL, BASELINES["full"])
-    quantize_(run, model, run.quant, peaks, measured, finished, run.checkpoint and run.checkpoint.keep)
+    recorder = Recorder(run.folder / "report/data") if run.args.report and is_main() else None
+    quantize_(run, model, run.quant, peaks, measured, finished, run.checkpoint and run.checkpoint.keep, recorder)
     if run.args.save_model is not None and is_main():
         save_model(run.args.save_model, model, run.setup.tokenizer, run.setup.spec, run.quant)
         logger.info("model saved: %s", run.args.save_model)
@@ -139,6 +153,7 @@ def quantize_(
     measured: Measured,
     finished: dict[int, FinishedLayer] | None = None,
     keep: Callable[[int, FinishedLayer], None] | None = None,
+    recorder: Recorder | None = None,
 ) -> None:
     """Quantize `model` in place, unless 16 bits on both sides ask for nothing; the same on every process."""
     if quant.bits.untouched:
@@ -146,7 +161,15 @@ def quantize_(
         return
     with measured.timing("quantize"):
         setup = run.setup
-        measured.layers = quantize_model(model, setup.spec, setup.tokens, peaks, quant, setup.device, finished, keep)
+
+        def done(index: int, layer: FinishedLayer) -> None:
+            measured.layers.append(layer.figures)  # so that a run that ends early has the figures of what it did
+            if keep is not None:
+                keep(index, layer)
+
+        measured.layers = quantize_model(
+            *(model, setup.spec, setup.tokens, peaks, quant, setup.device, finished, done, recorder)
+        )
     make_equal_(model)
 
 

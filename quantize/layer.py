@@ -166,7 +166,7 @@ def bake_learned_(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Bake every linear with its trained clip; return the logits (low, high) by path."""
     logits = {}
-    for group, path in ((group, path) for group in spec.groups for path in group.linears):
+    for group, path in ((each, path) for each in spec.groups for path in each.linears):
         linear = layer.get_submodule(path)
         if recorder is not None:
             recorder.weight(group, path, linear)

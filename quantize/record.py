@@ -1,16 +1,19 @@
-"""Recording what quantization does to a layer: on one real sample, small enough to keep for every layer of a large model.
+"""Recording what quantization does to a layer, on one real sample, small enough to keep for all layers.
 
 Knows tensors, not pictures; `reporting/` draws what is written here. Nothing that is recorded changes a result.
 """
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantize.attention import QUANTIZER
 from quantize.clipping import INITIAL_LOGIT, LearnedClip
 from quantize.linear import QuantLinear
 from quantize.observe import capture_rows, run
@@ -19,6 +22,7 @@ from quantize.transform import DualTransform, channel_peak, rotate_blocks
 from utils.io import file_digest, write_tensors
 
 MOST_TOKENS, MOST_CHANNELS = 64, 256  # bins of a landscape
+ATTENTION, EVERYTHING = "queries, keys and values", "all activations"  # parts that can go unrounded
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of learned clip ratios
 
 
@@ -41,16 +45,24 @@ class Recorder:
 
     def begin(self, layer: nn.Module, index: int, spec: DecoderSpec, kwargs: dict) -> None:
         """Before anything is done to `layer`: its output in full precision, and its weights as they were."""
-        self.current = _Layer(index, run(layer, self.sample, kwargs))
+        self.current = _Layer(index, run(layer, self.sample, kwargs), spec)
         for group in spec.groups:
             weight = layer.get_submodule(shown_linear(group)).weight
             self.current.tensors[f"{group.name}/weight/original"] = landscape(weight)
-            self.current.groups[group.name] = {"linear": shown_linear(group), "weight_stages": [extreme(weight)]}
+            self.current.groups[group.name] = {
+                "linear": shown_linear(group),
+                "weight_shape": list(weight.shape),
+                "weight_stages": [extreme(weight)],
+            }
 
     def searched(self, group: InputGroup, peaks: tuple[Tensor, ...]) -> None:
         """The trajectory of every greedy search of a group: max − min of the probe at the start and after each step."""
         for number, trace in enumerate(peaks, start=1):
             self.current.tensors[f"{group.name}/search/rotation {number}"] = trace.float()
+        found = [
+            {"kept_step": int(trace.argmin()), "start": trace[0].item(), "kept": trace.min().item()} for trace in peaks
+        ]
+        self.current.groups[group.name]["searches"] = found
 
     def weight(self, group: InputGroup, path: str, linear: QuantLinear) -> None:
         """Right before baking: the transformed weight, its final clip, and the noise that rounding it adds."""
@@ -94,12 +106,29 @@ class Recorder:
         figures = {
             "output_error": relative_error(current.reference, output),
             "output_sqnr_db": sqnr_db(current.reference, output - current.reference),
+            "unrounded": self._unrounded(layer, kwargs),
             "groups": current.group_figures(),
         }
         self.sample, self.current = output, None
         path = self.folder / f"layer_{current.index:03d}.safetensors"
         write_tensors(path, current.tensors, {"layer": str(current.index), "figures": json.dumps(figures)})
         return {"file": path.name, "sha256": file_digest(path), **figures}
+
+    def _unrounded(self, layer: nn.Module, kwargs: dict) -> list[dict]:
+        """SQNR of the output if one part of the layer's activations were not rounded, and if none were: what is to blame.
+
+        What noise is left without any is the weights'.
+        """
+        spec, reference = self.current.spec, self.current.reference
+        groups = {f"inputs of {group.name}": group.linears for group in spec.groups}
+        parts = {name: (paths, False) for name, paths in groups.items()} | {ATTENTION: ((), True)}
+        parts[EVERYTHING] = (tuple(path for group in spec.groups for path in group.linears), True)
+        found = []
+        for name, (paths, attention) in parts.items():
+            with rounding_off(layer, paths, spec.attention if attention else None):
+                noise = run(layer, self.sample, kwargs) - reference
+            found.append({"part": name, "output_sqnr_db": sqnr_db(reference, noise)})
+        return found
 
     def skip(self, layer: nn.Module, kwargs: dict) -> None:
         """Advance the sample through a layer that was quantized earlier."""
@@ -113,8 +142,8 @@ class _Layer:
     largest and the mean channel peak of every block; `G/search/rotation N` [steps + 1]; `G/error/STAGE` [T].
     """
 
-    def __init__(self, index: int, reference: Tensor):
-        self.index, self.reference = index, reference
+    def __init__(self, index: int, reference: Tensor, spec: DecoderSpec):
+        self.index, self.reference, self.spec = index, reference, spec
         self.tensors: dict[str, Tensor] = {}
         self.groups: dict[str, dict] = {}
         self.ratios: dict[str, list[list[Tensor]]] = {}
@@ -140,6 +169,26 @@ class _Layer:
         points = torch.tensor(QUANTILES, dtype=torch.float64)
         found = {side: torch.quantile(ratios, points).tolist() for side, ratios in (("low", low), ("high", high))}
         return {"start": torch.tensor(INITIAL_LOGIT).sigmoid().item(), "quantiles": list(QUANTILES), **found}
+
+
+@contextmanager
+def rounding_off(layer: nn.Module, paths: tuple[str, ...], attention: str | None) -> Iterator[None]:
+    """Inside the block the inputs of the linears at `paths`, and q, k and v of `attention`, are not rounded."""
+    linears = [layer.get_submodule(path) for path in paths]
+    quantizers = [linear.input_quantizer for linear in linears]
+    module = None if attention is None else layer.get_submodule(attention)
+    qkv = getattr(module, QUANTIZER, None)
+    try:
+        for linear in linears:
+            linear.input_quantizer = nn.Identity()
+        if qkv is not None:
+            setattr(module, QUANTIZER, None)
+        yield
+    finally:
+        for linear, quantizer in zip(linears, quantizers, strict=True):
+            linear.input_quantizer = quantizer
+        if qkv is not None:
+            setattr(module, QUANTIZER, qkv)
 
 
 def shown_linear(group: InputGroup) -> str:

@@ -3,7 +3,6 @@
 Knows tensors, not pictures; `reporting/` draws what is written here. Nothing that is recorded changes a result.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,11 +110,11 @@ class Recorder:
         }
         self.sample, self.current = output, None
         path = self.folder / f"layer_{current.index:03d}.safetensors"
-        write_tensors(path, current.tensors, {"layer": str(current.index), "figures": json.dumps(figures)})
+        write_tensors(path, current.tensors, {"layer": str(current.index)})
         return {"file": path.name, "sha256": file_digest(path), **figures}
 
     def _unrounded(self, layer: nn.Module, kwargs: dict) -> list[dict]:
-        """SQNR of the output if one part of the layer's activations were not rounded, and if none were: what is to blame.
+        """SQNR of the output if one part of the layer's activations were not rounded, and if none were.
 
         What noise is left without any is the weights'.
         """

@@ -54,17 +54,17 @@ def overview(layers: list[dict]) -> Iterator[Drawing]:
     yield Drawing(
         "layers_output_error",
         "Error of each layer's output",
-        "‖ŷ − y‖ / ‖y‖: how far the quantized layer's output is from the full-precision layer's on the same input. On "
-        "the probe that the transforms were searched on, and on a real calibration sample; much more on the sample than "
-        "on the probe would mean that the search has fitted the probe.",
+        "‖ŷ − y‖ / ‖y‖: how far the quantized layer's output is from the full-precision one on the same input. On "
+        "the probe that the transforms were searched on, and on a real calibration sample; much more on the sample "
+        "than on the probe would mean that the search has fitted the probe.",
         over.output_error_figure(layers),
     )
     yield Drawing(
         "layers_activation_noise",
         "Signal to noise of the rounded activations",
-        "Per group of linears that read the same activation: energy of their output over the energy that rounding "
-        "their input adds to it. 6 dB are one bit. The dotted line is the whole layer, residual stream included, with all of "
-        "its noise.",
+        "Per group of linears that read the same activation: energy of their output over the energy that "
+        "rounding their input adds to it. 6 dB are one bit. The dotted line is the whole layer, residual stream "
+        "included, with all of its noise.",
         over.noise_figure(layers, names, "activations"),
     )
     yield Drawing(
@@ -116,9 +116,9 @@ def group(layer: int, found: dict, arrays: Arrays) -> Iterator[Drawing]:
     yield Drawing(
         f"{prefix}_landscape",
         f"Activation landscape, {label}",
-        f"|activation| over channels × {found['rows']}s of one calibration sample, stage by stage; every cell shows "
-        "the largest entry of the neighbours it stands for (max-pooled). The original has its own scale, the later stages "
-        "share one: a flat, even surface uses the quantization grid well, a spike wastes it.",
+        f"|activation| over channels × {found['rows']}s of one calibration sample, stage by stage; every cell "
+        "shows the largest entry of the neighbours it stands for (max-pooled). The original has its own scale, the "
+        "later stages share one: a flat, even surface uses the quantization grid well, a spike wastes it.",
         figures.landscape_figure(found, landscapes, found["stages"]),
         raster=True,
         wide=True,

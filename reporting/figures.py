@@ -25,7 +25,7 @@ def landscape_figure(
     they are pooled from. The first column has its own colour scale, the others share one.
     """
     count = len(stages)
-    figure = Figure(figsize=(3.4 * count + 0.6, 8.2))
+    figure = Figure(figsize=(2.9 * count + 0.5, 7.4))
     shared = max((each.max() for each in landscapes[1:]), default=1.0)
     rows_name, extent = group["rows"], (0, group["shape"][1], 0, group["shape"][0])
     width = 0.93 / count
@@ -62,11 +62,12 @@ def draw_surface(axis: Axes3D, values: np.ndarray, norm: Normalize, extent: tupl
         *mesh, values, rstride=1, cstride=1, cmap=MAP, norm=norm, shade=False, antialiased=False, rasterized=True
     )
     axis.set_zlim(0, norm.vmax)
+    axis.patch.set_alpha(0)  # numbers of its neighbour reach into it
     axis.view_init(elev=28, azim=-58)
     axis.set_box_aspect((1.25, 1, 0.8), zoom=0.9)
     for each in (axis.xaxis, axis.yaxis, axis.zaxis):
         each.set_major_locator(_few_ticks())
-        each.set_tick_params(labelsize=10, pad=-1)
+        each.set_tick_params(labelsize=11, pad=-1)
     axis.set_xlabel("channel", labelpad=1)
 
 
@@ -101,7 +102,7 @@ def blocks_figure(before: np.ndarray, after: np.ndarray) -> Figure:
                 axis.plot(place, values, color=COLOURS[1 - number], label=label, linewidth=1.3)
         axis.set_title(title + " per block")
         axis.set_xlabel("block of channels")
-        axis.xaxis.set_major_locator(_few_ticks(8))
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axis.set_ylim(bottom=0)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), handlelength=1.2)
     axes[0].set_ylabel("|activation|")

@@ -18,8 +18,10 @@ def output_error_figure(layers: Sequence[dict]) -> Figure:
     """Relative error of every layer's output, in per cent."""
     figure, axis = line_figure()
     numbers = [layer["layer"] for layer in layers]
-    axis.plot(numbers, [100 * layer["output_error"] for layer in layers], "o-", color=COLOURS[0], label="probe")
-    sample = [100 * layer["recorded"]["output_error"] if layer.get("recorded") else np.nan for layer in layers]
+    axis.plot(
+        numbers, [100 * _number(layer["output_error"]) for layer in layers], "o-", color=COLOURS[0], label="probe"
+    )
+    sample = [100 * _number(layer["recorded"]["output_error"]) for layer in layers]
     axis.plot(numbers, sample, "s--", color=COLOURS[1], label="calibration sample")
     axis.set_ylabel("relative output error (%)")
     axis.set_ylim(bottom=0)
@@ -62,7 +64,7 @@ def noise_figure(layers: Sequence[dict], names: Sequence[str], part: str) -> Fig
         found = [_look(layer, name, look) for layer in layers]
         axis.plot(numbers, found, "-", marker=MARKERS[number % len(MARKERS)], color=COLOURS[number % 6], label=name)
     if part == "activations":
-        output = [_number((layer.get("recorded") or {}).get("output_sqnr_db")) for layer in layers]
+        output = [_number(layer["recorded"]["output_sqnr_db"]) for layer in layers]
         axis.plot(numbers, output, ":", color="black", linewidth=2, label="layer output")
     axis.set_ylabel(f"SQNR of the {part} (dB)")
     low, high = axis.get_ylim()
@@ -151,7 +153,7 @@ def bars_figure(rows: Sequence[tuple[str, Sequence[float | None]]], labels: Sequ
 
 
 def _groups(layer: dict) -> list[dict]:
-    return (layer.get("recorded") or {}).get("groups", [])
+    return layer["recorded"]["groups"]
 
 
 def _look(layer: dict, name: str, look: Lookup) -> float:

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 
 from reporting import drawing, tables
 from reporting.run_data import read_run
-from reporting.style import styled
+from reporting.style import map_palette, styled
 from utils.io import write_atomically
 from utils.log import progress
 
-PNG_DPI, WIDE_DPI = 110, 80
+PNG_DPI, WIDE_DPI = 110, 95
 TEMPLATE = "page.html.j2"
 
 
@@ -115,6 +115,7 @@ def save(drawn: drawing.Drawing, folder: Path) -> Image:
     """Write a figure as PNG and SVG into `folder`; in the page, what is pixels anyway is a PNG."""
     dpi = WIDE_DPI if drawn.wide else PNG_DPI
     png = encoded(drawn.figure, "png", dpi)
+    png = in_map_colours(png) if drawn.raster else png
     svg = encoded(drawn.figure, "svg", dpi)
     write_atomically(folder / f"{drawn.name}.png", lambda temporary: temporary.write_bytes(png))
     write_atomically(folder / f"{drawn.name}.svg", lambda temporary: temporary.write_bytes(svg))
@@ -127,13 +128,16 @@ def encoded(figure: Figure, kind: str, dpi: int) -> bytes:
     """The figure as a file's content; without a date, so that the same data gives the same file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue() if kind == "svg" else with_palette(buffer)
+    return buffer.getvalue()
 
 
-def with_palette(png: io.BytesIO) -> bytes:
-    """The same picture in 256 colours, which is all a colour map has: a third of the size."""
+def in_map_colours(png: bytes) -> bytes:
+    """The same picture in the colours of the map and greys, which is all that a heat map has: a third of the size."""
+    palette = PIL.Image.new("P", (1, 1))
+    palette.putpalette(map_palette())
+    picture = PIL.Image.open(io.BytesIO(png)).convert("RGB")
     smaller = io.BytesIO()
-    PIL.Image.open(png).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE).save(smaller, "png", optimize=True)
+    picture.quantize(palette=palette, dither=PIL.Image.Dither.NONE).save(smaller, "png", optimize=True)
     return smaller.getvalue()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -33,6 +33,12 @@ SETTINGS = {
 def styled():
     """Inside the block figures are made and drawn in the report's style, whatever the user's matplotlibrc says."""
     return rc_context(SETTINGS)
+
+
+def map_palette() -> list[int]:
+    """224 colours of the map and 32 greys, as the 256 × 3 bytes of a palette."""
+    colours = [round(255 * part) for place in range(224) for part in colormaps[MAP](place / 223)[:3]]
+    return [*colours, *(round(255 * grey / 31) for grey in range(32) for _ in range(3))]
 
 
 def line_figure(width: float = 7.0, height: float = 4.2) -> tuple[Figure, Axes]:

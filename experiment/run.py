@@ -81,11 +81,13 @@ def finish(run: Run, outcome: Outcome) -> None:
 
 
 def draw_report(run: Run) -> None:
-    """Draw report/index.html; a figure that fails costs the report, not the run."""
+    """Draw report/index.html; whatever prevents that costs the report, not the run."""
     from reporting.page import write_report  # matplotlib loads for seconds
 
     try:
         logger.info("report: %s", write_report(run.folder, run.args.report_layers))
+    except InputError as error:
+        logger.error("no report: %s", error)
     except Exception:
         logger.exception("the report failed; results.json is whole")
 

@@ -38,7 +38,7 @@ def scores(results: dict) -> Iterator[Drawing]:
         yield Drawing(
             "accuracy",
             "Task accuracy",
-            "Fraction of questions answered correctly. Higher is better.",
+            "Fraction of questions answered correctly (acc_norm where a task has it). Higher is better.",
             over.bars_figure(rows, labels, "accuracy"),
         )
 
@@ -92,7 +92,7 @@ def overview(layers: list[dict]) -> Iterator[Drawing]:
             "layers_clipping",
             "Learned clipping of weights",
             "The factor on both ends of each weight range after training: median and middle half of a group's ranges. "
-            "The dashed line is where all of them started.",
+            "The dashed line is where all of them started; a layer that training does not improve goes back there.",
             over.clipping_figure(layers, names),
         )
     trained = [layer for layer in layers if (layer["training"] or {}).get("losses")]

@@ -148,12 +148,12 @@ def error_figure(errors: Sequence[tuple[str, np.ndarray]], rows: str) -> Figure:
 
 def weights_figure(landscapes: Sequence[np.ndarray], stages: Sequence[dict], shape: Sequence[int]) -> Figure:
     """Heat maps of |weight| [outputs, channels] before and after smoothing and rotation, with a scale each."""
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.8, 4.7), layout="constrained")
     axes = figure.subplots(1, len(landscapes), squeeze=False)[0]
-    names = ("original", "as quantized: smoothed and rotated")
+    names = ("original", "smoothed and rotated")
     for axis, values, stage, name in zip(axes, landscapes, stages, names, strict=False):
         mesh = draw_map(axis, values, Normalize(0, values.max()), (0, shape[1], 0, shape[0]))
-        axis.set_title(f"{name}\npeak {stage['peak']:.3g} · output {stage['row']} · channel {stage['channel']}")
+        axis.set_title(f"{name}\npeak {stage['peak']:.3g} at {stage['row']}, {stage['channel']}")
         axis.set_xlabel("input channel")
         figure.colorbar(mesh, ax=axis, label="|weight|, own scale")
     axes[0].set_ylabel("output channel")

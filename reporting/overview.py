@@ -7,6 +7,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from reporting.style import COLOURS, MARKERS, REFERENCE, layer_axis, legend_below, line_figure
 
@@ -120,6 +121,7 @@ def loss_figure(layers: Sequence[dict]) -> Figure:
     scale = ScalarMappable(Normalize(0, last / 0.9), "viridis")
     bar = figure.colorbar(scale, ax=axis, label="decoder layer", boundaries=np.linspace(-0.5, last + 0.5, last + 2))
     bar.set_ticks(sorted({0, last // 2, last}))
+    axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     axis.set_xlabel("epoch (0: before training)")
     axis.set_ylabel("loss / loss before training")
     return figure
@@ -135,7 +137,8 @@ def bars_figure(rows: Sequence[tuple[str, Sequence[float | None]]], labels: Sequ
     log = max(values) > 20 * min(values) > 0
     width = 0.8 / len(rows)
     for number, (name, found) in enumerate(rows):
-        colour = REFERENCE if number == 0 and len(rows) > 1 else COLOURS[(number - 1) % len(COLOURS)]
+        own = number == len(rows) - 1  # the run comes last, and full precision first
+        colour = COLOURS[0] if own else REFERENCE if number == 0 else COLOURS[number % len(COLOURS)]
         places = np.arange(len(labels)) + width * (number - (len(rows) - 1) / 2)
         heights = [_number(value) for value in found]
         bars = axis.bar(places, heights, 0.92 * width, color=colour, label=name)
@@ -148,7 +151,7 @@ def bars_figure(rows: Sequence[tuple[str, Sequence[float | None]]], labels: Sequ
     axis.set_ylabel(quantity + (" (log scale)" if log else ""))
     if len(labels) == 1:
         axis.set_xlim(-0.9, 0.9)
-    legend_below(figure, axis)
+    legend_below(figure, axis, 2)
     return figure
 
 

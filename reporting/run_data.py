@@ -67,14 +67,23 @@ def read_run(folder: Path) -> RunData:
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not a results.json of main.py") from None
     if not any(layer.get("recorded") for layer in layers):
-        early = f"the run ended early ({results['error']}), " if results.get("error") and not layers else ""
-        raise InputError(
-            f"{folder}: {early}it kept nothing to draw; main.py --report collects it, run it again with it"
-        )
+        raise InputError(f"{folder}: {why_nothing(results)}")
     run = RunData(folder, results, tuple(warnings_of(folder, results)))
     if not run.recorded:
-        raise InputError(f"{folder}/report/data: missing, or not of this run; run it again with --report")
+        raise InputError(
+            f"{folder}/report/data: what the run recorded is not there (another --output_dir?) or was written over; "
+            "run it again with --report"
+        )
     return run
+
+
+def why_nothing(results: dict) -> str:
+    """Why no layer of a run has figures, and what to do."""
+    if results.get("error") and not results["layers"]:
+        return f"the run ended early ({results['error']}) and finished no layer; run it again, with --report"
+    if results.get("settings", {}).get("report"):
+        return "all layers are from a checkpoint that was made without --report; run it again without --resume"
+    return "this run kept nothing to draw; main.py --report collects it, run it again with that flag"
 
 
 def warnings_of(folder: Path, results: dict) -> list[str]:

@@ -274,12 +274,21 @@ def test_layers_of_a_run_without_report_are_named(reported, tmp_path):
 
 
 def no_figures(results):
+    results["settings"]["report"] = False
     for layer in results["layers"]:
         layer["recorded"] = None
 
 
+def all_resumed(results):
+    no_figures(results)
+    results["settings"]["report"] = True
+
+
 def nothing_done(results):
     results.update(layers=[], error="RuntimeError: out of memory")
+
+
+CHANGES = (no_figures, all_resumed, nothing_done)  # of results.json; the others are of the folder
 
 
 @pytest.mark.parametrize(
@@ -290,13 +299,14 @@ def nothing_done(results):
         (lambda folder: (folder / "results.json").write_text("{"), "not a results.json of main.py"),
         (lambda folder: shutil.rmtree(folder / "report/data"), "run it again with --report"),
         (no_figures, "main.py --report collects it"),
+        (all_resumed, "a checkpoint that was made without --report"),
         (nothing_done, "ended early (RuntimeError: out of memory)"),
     ],
-    ids=["no folder", "killed", "broken", "no data", "no report", "nothing done"],
+    ids=["no folder", "killed", "broken", "no data", "no report", "resumed", "nothing done"],
 )
 def test_a_folder_that_cannot_be_drawn_gets_one_line_that_says_what_to_do(prepare, message, reported, tmp_path):
-    folder = copy_of(reported, tmp_path, prepare if prepare in (no_figures, nothing_done) else None)
-    if prepare not in (no_figures, nothing_done):
+    folder = copy_of(reported, tmp_path, prepare if prepare in CHANGES else None)
+    if prepare not in CHANGES:
         prepare(folder)
     done = run_script("report.py", folder, folder=tmp_path)
     assert done.returncode == 2

@@ -15,6 +15,7 @@ from experiment.options import (
     add_model_options,
     add_output_options,
     add_quantization_options,
+    add_report_options,
     add_smoothing_options,
     add_transform_options,
     check_evaluation,
@@ -52,6 +53,7 @@ def parse_flags() -> argparse.Namespace:
     add_transform_options(parser)
     add_evaluation_options(parser)
     add_output_options(parser)
+    add_report_options(parser)
     return parser.parse_args()
 
 

@@ -61,6 +61,7 @@ class Evaluations:
 
     windows: dict[str, Tensor]
     divergence: bool
+    compared: bool  # whether a report will show the perplexity beside the full-precision model's
     tasks: TaskPlan | None
     log_samples: bool
     subjects: tuple[Subject, ...]
@@ -77,7 +78,7 @@ class Evaluations:
 
     def for_comparison(self) -> "Evaluations":
         """The part that the full-precision model is needed for, whether or not it is in the table."""
-        windows = self.windows if self.divergence else {}
+        windows = self.windows if self.divergence or self.compared else {}
         return replace(self, windows=windows, tasks=None, subjects=(), conversations=None)
 
     @property
@@ -96,6 +97,7 @@ def plan_evaluations(args: argparse.Namespace, setup: Setup) -> Evaluations:
     return Evaluations(
         windows=test_windows(args, setup) if args.eval_ppl else {},
         divergence=args.eval_kl,
+        compared=args.report,
         tasks=tasks,
         log_samples=args.log_samples,
         subjects=subjects,

@@ -37,6 +37,7 @@ NEEDED_FLAGS = {
     "judge_base_url": "eval_mtbench",
     "judge_model": "judge_base_url",
     "judge_api_key_env": "judge_base_url",
+    "report_layers": "report",
 }
 
 
@@ -352,6 +353,27 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """The page with figures."""
+    group = parser.add_argument_group("report")
+    group.add_argument(
+        "--report",
+        action="store_true",
+        help="write report/index.html: what quantization did, layer by layer, in figures",
+    )
+    add_report_layers(group)
+
+
+def add_report_layers(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """`--report_layers`, of main.py and of report.py."""
+    parser.add_argument(
+        "--report_layers",
+        type=_layer_numbers,
+        metavar="N,N,…",
+        help="layers to draw one by one, as 0,1,15,31 (default: the five with the largest output error)",
+    )
+
+
 def check_evaluation(args: argparse.Namespace) -> None:
     """Raise InputError for flags of evaluation that cannot be, alone or together."""
     for flag in ("limit", "max_new_tokens"):
@@ -401,6 +423,13 @@ class _Flatten(argparse.Action):
 def _names(text: str) -> list[str]:
     """The parts of a comma-separated list; a path that exists is not split."""
     return [text] if Path(text).exists() else [name for name in text.split(",") if name]
+
+
+def _layer_numbers(text: str) -> list[int]:
+    """The numbers of a comma-separated list of layers, each once."""
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layer numbers like 0,1,15,31")
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def _batch_size(text: str) -> int | None:

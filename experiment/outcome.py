@@ -11,6 +11,7 @@ from experiment.measured import Measured
 from experiment.plan import Run
 from experiment.rows import FULL_TITLE, method_name, shown_bits
 from quantize.config import QuantConfig
+from quantize.footprint import memory_footprint
 from utils import data
 from utils.device import describe, peak_memory
 from utils.distributed import is_main, world_size
@@ -46,6 +47,7 @@ def write_results(run: Run, outcome: Outcome) -> None:
     samples = {} if tokens is None else {"nsamples": len(tokens)}
     resolved = {**samples, "seqlen": run.setup.seqlen, "net": run.setup.net}
     results = {
+        "method": method_name(run.quant),
         "settings": {**vars(run.args), **resolved},
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions(),
@@ -56,6 +58,8 @@ def write_results(run: Run, outcome: Outcome) -> None:
         "data": {} if tokens is None else {"calibration": data.data_fingerprint(tokens)},
         **outcome.measured.figures(),
         **peak_memory(run.setup.device),
+        "model_layers": run.setup.layers,
+        "memory": memory_footprint(run.setup.skeleton, run.setup.spec, run.quant),
         "layers": outcome.measured.layers,
         "full_precision": outcome.full.figures(),
         "error": outcome.error,

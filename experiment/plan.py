@@ -12,9 +12,10 @@ from models.shards import Shards, open_shards
 from quantize.checkpoint import Checkpoint
 from quantize.config import QuantConfig
 from quantize.export import require_empty
+from quantize.record import Recorder
 from quantize.statistics import load_scales
 from quantize.walk import check_shapes
-from utils.distributed import world_size
+from utils.distributed import is_main, world_size
 from utils.errors import InputError
 from utils.memory import available_memory
 
@@ -37,6 +38,10 @@ class Run:
     checkpoint: Checkpoint | None
     shards: Shards | None = None
 
+    def recorder(self) -> Recorder | None:
+        """What looks on while layers are quantized, if a report is to be drawn."""
+        return Recorder(self.folder / "report/data") if self.args.report and is_main() else None
+
 
 def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
     """Check the flags against the model's shapes and the data. Raises InputError for whatever is wrong."""
@@ -48,6 +53,8 @@ def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
         refuse_for_saved(args)
     if setup.tokens is not None and len(setup.tokens) < world_size():
         raise InputError(f"--nsamples {len(setup.tokens)}: fewer than the {world_size()} processes that share them")
+    if args.report:
+        check_report(args.report_layers, setup.layers, quant)
     if args.save_model is not None:
         require_empty(args.save_model)
     evaluations = plan_evaluations(args, setup)
@@ -96,9 +103,18 @@ def model_bytes(setup: Setup) -> int:
     return width * sum(parameter.numel() for parameter in setup.skeleton.parameters())
 
 
+def check_report(chosen: list[int] | None, layers: int, quant: QuantConfig) -> None:
+    """Raise InputError for a report that could not be drawn: of layers the model has not, or of no quantization."""
+    if quant.bits.untouched:
+        raise InputError("--report: 16-bit weights and activations leave nothing to show; drop the flag")
+    for layer in chosen or []:
+        if layer >= layers:
+            raise InputError(f"--report_layers {layer}: the model has layers 0 to {layers - 1}")
+
+
 def refuse_for_saved(args: argparse.Namespace) -> None:
     """Raise InputError for flags that make no sense for a model that is quantized already."""
-    given = {"--act-scales": args.act_scales, "--eval_kl": args.eval_kl}
+    given = {"--act-scales": args.act_scales, "--eval_kl": args.eval_kl, "--report": args.report}
     given |= {"--save_dir": args.save_dir, "--resume": args.resume, "--save_model": args.save_model}
     for flag, value in given.items():
         if value:

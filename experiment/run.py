@@ -22,6 +22,7 @@ from experiment.session import Setup, open_model
 from experiment.stream import execute_streamed
 from quantize.config import QuantConfig
 from quantize.export import save_model
+from quantize.record import Recorder
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
 from quantize.walk import quantize_model
@@ -80,12 +81,26 @@ def finish(run: Run, outcome: Outcome) -> None:
     failures = outcome.failures(run.quant)
     outcome.error = f"failed: {', '.join(failures)}" if failures else None
     write_results(run, outcome)
+    if run.args.report and is_main():
+        draw_report(run)
     if not run.evaluations.empty:
         logger.info("\n%s\n", summary_table(run, outcome))
     if run.evaluations.prompts:
         rows = [(title, measured.completions) for title, measured in outcome.rows(run.quant)]
         logger.info("%s\n", completions_text(run.evaluations.prompts, rows))
     logger.info("results: %s", run.folder / "results.json")
+
+
+def draw_report(run: Run) -> None:
+    """Draw report/index.html; whatever prevents that costs the report, not the run."""
+    from reporting.page import write_report  # matplotlib loads for seconds
+
+    try:
+        logger.info("report: %s", write_report(run.folder, run.args.report_layers))
+    except InputError as error:
+        logger.error("no report: %s", error)
+    except Exception:
+        logger.exception("the report failed; results.json is whole")
 
 
 def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
@@ -106,7 +121,8 @@ def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
     if needs_peaks(run.quant, layers_left=len(finished) < run.setup.layers):
         peaks = activation_peaks(run.args, run.setup, model, measured)
     evaluator.for_comparison().measure(model, outcome.full, FULL, FULL_TITLE)
-    quantize_(run.setup, model, run.quant, peaks, measured, finished, run.checkpoint and run.checkpoint.keep)
+    keep = run.checkpoint and run.checkpoint.keep
+    quantize_(run.setup, model, run.quant, peaks, measured, finished, keep, run.recorder())
     if run.args.save_model is not None and is_main():
         save_model(run.args.save_model, model, run.setup.tokenizer, run.setup.spec, run.quant)
         logger.info("model saved: %s", run.args.save_model)
@@ -132,11 +148,20 @@ def quantize_(
     measured: Measured,
     finished: dict[int, FinishedLayer] | None = None,
     keep: Callable[[int, FinishedLayer], None] | None = None,
+    recorder: Recorder | None = None,
 ) -> None:
     """Quantize `model` in place, unless 16 bits on both sides ask for nothing; the same on every process."""
     if quant.bits.untouched:
         logger.info("16-bit weights and activations: nothing to quantize")
         return
     with measured.timing("quantize"):
-        measured.layers = quantize_model(model, setup.spec, setup.tokens, peaks, quant, setup.device, finished, keep)
+
+        def done(index: int, layer: FinishedLayer) -> None:
+            measured.layers.append(layer.figures)  # so that a run that ends early has the figures of what it did
+            if keep is not None:
+                keep(index, layer)
+
+        measured.layers = quantize_model(
+            *(model, setup.spec, setup.tokens, peaks, quant, setup.device, finished, done, recorder)
+        )
     make_equal_(model)

@@ -115,7 +115,9 @@ class Walk:
             logger.info("16-bit weights and activations: nothing to quantize")
             return None
         keep = run.checkpoint and run.checkpoint.keep
-        return Quantization(model, setup.spec, setup.tokens, run.quant, setup.device, finished, keep, allocate)
+        return Quantization(
+            model, setup.spec, setup.tokens, run.quant, setup.device, finished, keep, allocate, run.recorder()
+        )
 
     def pass_(self, index: int, layer: nn.Module) -> None:
         """Use `layer`, number `index`, on the device: first as it is, then quantized, which it stays."""

@@ -13,6 +13,7 @@ from quantize.linear import QuantLinear
 from quantize.lwc import Samples, TrainingReport, train_clipping_
 from quantize.observe import advance_, capture_rows, require_finite, run
 from quantize.quantizer import Quantizer, make_quantizer
+from quantize.record import Recorder
 from quantize.smoothing import column_peak, scale_columns_, smoothing_scale
 from quantize.spec import Absorber, DecoderSpec, InputGroup, SharedRows
 from quantize.state import GroupState, LayerState
@@ -48,12 +49,16 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Figures of one layer; `output_error` is ‖ŷ − y‖/‖y‖ on the probe, quantized against full precision."""
+    """Figures of one layer; `output_error` is ‖ŷ − y‖/‖y‖ on the probe, quantized against full precision.
+
+    `recorded` are those that the report adds.
+    """
 
     layer: int
     output_error: float
     groups: tuple[GroupReport, ...]
     training: TrainingReport | None = None
+    recorded: dict | None = None
     search_seconds: float = field(default=0.0, compare=False)
 
     def figures(self) -> dict:
@@ -70,13 +75,16 @@ def quantize_layer(
     inputs: LayerInputs,
     activation_peaks: dict[str, Tensor] | None,
     config: QuantConfig,
+    recorder: Recorder | None = None,
 ) -> tuple[LayerState, LayerReport]:
     """Quantize `layer` in place and advance `inputs` through it; return what was decided, and the figures.
 
     `spec` is that of this layer. `activation_peaks` (by full linear name, [C]) are needed for smoothing. The result
-    depends on the arguments alone: the random rotations come from a generator of this layer.
+    depends on the arguments alone: the random rotations come from a generator of this layer. A `recorder` looks on.
     """
     probe, dtype = inputs.probe, inputs.probe.dtype
+    if recorder is not None:
+        recorder.begin(layer, index, spec, inputs.kwargs)
     reference = run(layer, probe, inputs.kwargs)
     targets = teacher_targets_(layer, inputs, config)
     widen_linears_(layer, spec)
@@ -89,25 +97,30 @@ def quantize_layer(
         x = capture_rows(layer, group.inputs, probe, inputs.kwargs)
         require_finite(x, spec.linear_key(index, group.linears[0]))
         started = time.perf_counter()
-        transform, report = find_transform(x, group, applied.get(group.name), config, generator)
+        transform, report = find_transform(x, group, applied.get(group.name), config, generator, recorder)
         search_seconds += time.perf_counter() - started
         reports.append(report)
         state.groups[group.name] = GroupState(scales.get(group.name), transform.rotations, transform.permutations)
         for path in group.linears:
             linear = replace_linear_(layer, path, transform, config)
             if not config.clip.learned:
+                if recorder is not None:
+                    recorder.weight(group, path, linear)
                 linear.bake_(dtype)
+        if recorder is not None:
+            folded = applied.get(group.name) if transform.scale is None else None
+            recorder.group(layer, group, inputs.kwargs, folded)
     training = None
     if config.clip.learned:
-        training = train_clipping_(
-            layer, Samples(inputs.student, targets, inputs.total), inputs.kwargs, config.training
-        )
-        state.clips = bake_learned_(layer, spec, dtype)
+        samples = Samples(inputs.student, targets, inputs.total)
+        training = train_clipping_(layer, samples, inputs.kwargs, config.training)
+        state.clips = bake_learned_(layer, spec, dtype, recorder)
     inputs.probe = run(layer, probe, inputs.kwargs)
     if inputs.student is not None:
         advance_(layer, inputs.student, inputs.kwargs, probe.device)
     error = (inputs.probe - reference).float().norm() / reference.float().norm()
-    return state, LayerReport(index, error.item(), tuple(reports), training, search_seconds)
+    recorded = None if recorder is None else recorder.finish(layer, inputs.kwargs)
+    return state, LayerReport(index, error.item(), tuple(reports), training, recorded, search_seconds)
 
 
 def restore_layer(
@@ -160,11 +173,15 @@ def teacher_targets_(layer: nn.Module, inputs: LayerInputs, config: QuantConfig)
     return inputs.teacher, own
 
 
-def bake_learned_(layer: nn.Module, spec: DecoderSpec, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+def bake_learned_(
+    layer: nn.Module, spec: DecoderSpec, dtype: torch.dtype, recorder: Recorder | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Bake every linear with its trained clip; return the logits (low, high) by path."""
     logits = {}
-    for path in (path for group in spec.groups for path in group.linears):
+    for group, path in ((each, path) for each in spec.groups for path in each.linears):
         linear = layer.get_submodule(path)
+        if recorder is not None:
+            recorder.weight(group, path, linear)
         if isinstance(linear.weight_quantizer, Quantizer):
             logits[path] = linear.weight_quantizer.clip.logits()
         linear.bake_(dtype)
@@ -234,7 +251,12 @@ def attach_attention_quantizer_(attention: nn.Module, config: QuantConfig, devic
 
 
 def find_transform(
-    x: Tensor, group: InputGroup, scale: Tensor | None, config: QuantConfig, generator: torch.Generator
+    x: Tensor,
+    group: InputGroup,
+    scale: Tensor | None,
+    config: QuantConfig,
+    generator: torch.Generator,
+    recorder: Recorder | None = None,
 ) -> tuple[DualTransform, GroupReport]:
     """The transform of one group for its input `x` [P, T, C], which a folded scale has already divided."""
     block_size = config.rotation.block_size_for(x.shape[-1]) if config.transform is not Transform.NONE else 1
@@ -246,6 +268,8 @@ def find_transform(
         stages = [measure_stage("input", original, block_size), measure_stage("smoothed", smoothed, block_size)]
     found = TRANSFORMS[config.transform](smoothed, block_size, config.rotation, generator)
     transform = DualTransform(found.rotations, found.permutations, None if folded else scale)
+    if recorder is not None:
+        recorder.searched(group, found.peaks)
     where = "none" if scale is None else describe_folding(folded)
     return transform, GroupReport(group.name, block_size, where, (*stages, *found.stages), found.steps)
 

@@ -93,12 +93,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class TransformSearch:
-    """A transform found for a probe: T's parts, the stages the probe went through, and the steps each rotation kept."""
+    """A transform found for a probe: T's parts, the stages the probe went through, and the steps each rotation kept.
+
+    `peaks`: of every rotation's search, max − min at the start and after each step.
+    """
 
     rotations: Tensor
     permutations: Tensor
     stages: tuple[Stage, ...]
     steps: tuple[int, ...]
+    peaks: tuple[Tensor, ...] = ()
 
 
 TransformBuilder = Callable[[Tensor, int, RotationConfig, torch.Generator], TransformSearch]
@@ -113,6 +117,7 @@ class Trail:
         self.permutations: list[Tensor] = []
         self.stages: list[Stage] = []
         self.steps: list[int] = []
+        self.peaks: list[Tensor] = []
 
     def rotate(self, name: str, rotation: Tensor) -> None:
         """Multiply every block by `rotation` [B, B]."""
@@ -125,6 +130,7 @@ class Trail:
         step = step_rotation(random_orthogonal(self.block_size, generator), config.order)
         search = greedy_rotation(self.x, step, config.steps, config.rule)
         self.steps.append(len(search.exchanges))
+        self.peaks.append(search.peaks)
         self.rotate(f"rotation {len(self.steps)}", search.rotation)
 
     def permute(self) -> None:
@@ -140,7 +146,8 @@ class Trail:
         self._complete_rotations()
         none = torch.empty(0, self.x.shape[-1], dtype=torch.int64, device=self.x.device)
         permutations = torch.stack(self.permutations) if self.permutations else none
-        return TransformSearch(torch.stack(self.rotations), permutations, tuple(self.stages), tuple(self.steps))
+        figures = (tuple(self.stages), tuple(self.steps), tuple(self.peaks))
+        return TransformSearch(torch.stack(self.rotations), permutations, *figures)
 
     def _complete_rotations(self) -> None:
         if len(self.rotations) == len(self.permutations):

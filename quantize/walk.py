@@ -11,6 +11,7 @@ from quantize.config import Probe, QuantConfig, check_widths
 from quantize.layer import GroupReport, LayerInputs, LayerReport, quantize_layer, restore_layer
 from quantize.lwc import own_samples
 from quantize.observe import layer_calls
+from quantize.record import Recorder
 from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer
 from utils.device import on_device, to_device
@@ -31,13 +32,14 @@ def quantize_model(
     device: torch.device,
     finished: dict[int, FinishedLayer] | None = None,
     keep: Callable[[int, FinishedLayer], None] | None = None,
+    recorder: Recorder | None = None,
 ) -> list[dict]:
     """Quantize every decoder layer of `model` in place, calibrated on `tokens` [N, T]; return the figures per layer.
 
     `activation_peaks` (linear name → [C]) are needed when `config.smooth` is set. Layers in `finished` (by index) are
-    reapplied; the others are computed, and `keep` is called with each.
+    reapplied; the others are computed, and `keep` is called with each. A `recorder` looks on, for the report.
     """
-    steps = Quantization(model, spec, tokens, config, device, finished, keep)
+    steps = Quantization(model, spec, tokens, config, device, finished, keep, recorder=recorder)
     for index, layer in enumerate(progress(spec.decoder_layers(model), "quantizing", unit="layer")):
         with on_device(layer, device):
             steps.quantize_(index, layer, activation_peaks)
@@ -60,15 +62,16 @@ class Quantization:
         finished: dict[int, FinishedLayer] | None = None,
         keep: Callable[[int, FinishedLayer], None] | None = None,
         allocate: Allocate = in_memory,
+        recorder: Recorder | None = None,
     ):
         check_shapes(model, spec, config)
         install(model)
         self.spec, self.config, self.device, self.dtype = spec, config, device, model.dtype
-        self.finished, self.keep = finished or {}, keep
+        self.finished, self.keep, self.recorder = finished or {}, keep, recorder
         missing = [index for index in range(len(spec.decoder_layers(model))) if index not in self.finished]
         # behind the last layer that is to be computed nothing needs to flow any more
         self.last = max(missing, default=-1)
-        self.flow = Flow(model, spec, tokens, config, device, allocate) if missing else None
+        self.flow = Flow(model, spec, tokens, config, device, allocate, recorder) if missing else None
         self.figures: list[dict] = []
         self.search_seconds = 0.0
 
@@ -80,9 +83,11 @@ class Quantization:
         if index in self.finished:
             done = self.finished[index]
             restore_layer(layer, spec, inputs, done.state.to(self.device), config, self.dtype)
+            if self.recorder is not None and inputs is not None:
+                self.recorder.skip(layer, inputs.kwargs)
             logger.info("layer %d: from the checkpoint", index)
         else:
-            state, report = quantize_layer(layer, index, spec, inputs, activation_peaks, config)
+            state, report = quantize_layer(layer, index, spec, inputs, activation_peaks, config, self.recorder)
             done = FinishedLayer(state, report.figures())
             self.search_seconds += report.search_seconds
             log_layer(report)
@@ -102,8 +107,11 @@ class Flow:
         config: QuantConfig,
         device: torch.device,
         allocate: Allocate = in_memory,
+        recorder: Recorder | None = None,
     ):
         calls = layer_calls(model, spec, tokens, device, allocate)
+        if recorder is not None:
+            recorder.start(calls.hidden, device)
         self.kwargs, self.device = calls.kwargs, device
         teacher = own_part_of(calls.hidden, config, allocate) if config.clip.learned else None
         student = allocate(teacher.shape, teacher.dtype).copy_(teacher) if config.clip.learned else None

@@ -83,7 +83,7 @@ def test_a_run_for_which_the_bundled_model_is_planned_has_every_stage(tmp_path):
     done = run_script(
         *("main.py", "--model", ROOT / "assets/tiny-llama", "--calib_dataset", stories / "calibration.txt"),
         *("--test_dataset", stories / "test.txt", "--nsamples", 4, "--seqlen", 128, "--eval_ppl", "--dry_run"),
-        *("--wbits", 4, "--abits", 4, "--lwc", "--epochs", 1, "--baselines", "full", "smooth"),
+        *("--wbits", 4, "--abits", 4, "--smooth", "--lwc", "--epochs", 1),
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr

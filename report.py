@@ -1,0 +1,28 @@
+"""Draw the report of a finished run, from what main.py --report saved in its folder.
+
+Writes RUN_DIR/report/index.html, one page with everything in it, and its figures as PNG and SVG beside it.
+"""
+
+from pathlib import Path
+
+from experiment.options import Parser, add_report_layers, run_script
+
+EXAMPLES = """examples:
+  python report.py output/tiny-llama_w4a4
+  python report.py output/Llama-2-7b-hf_w4a4 --report_layers 0,1,15,31
+"""
+
+
+def main() -> None:
+    """Read the flags and draw."""
+    parser = Parser(__doc__, EXAMPLES)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder with results.json, as main.py wrote it")
+    add_report_layers(parser)
+    args = parser.parse_args()
+    from reporting.page import write_report  # matplotlib loads for seconds: not for --help or a wrong flag
+
+    print(write_report(args.run_dir, args.report_layers))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,59 @@
+"""How every figure looks: fonts that survive a narrow page, colours that colour-blind readers can tell apart."""
+
+from collections.abc import Sequence
+
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, darkest contrast first; black and grey are for reference lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+REFERENCE = "#555555"
+MAP = "viridis"
+SETTINGS = {
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.labelsize": 12,
+    "legend.fontsize": 11,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "report",  # the same data gives the same file
+}
+
+
+def styled():
+    """Inside the block figures are made and drawn in the report's style, whatever the user's matplotlibrc says."""
+    return rc_context(SETTINGS)
+
+
+def map_palette() -> list[int]:
+    """224 colours of the map and 32 greys, as the 256 × 3 bytes of a palette."""
+    colours = [round(255 * part) for place in range(224) for part in colormaps[MAP](place / 223)[:3]]
+    return [*colours, *(round(255 * grey / 31) for grey in range(32) for _ in range(3))]
+
+
+def line_figure(width: float = 7.0, height: float = 4.2) -> tuple[Figure, Axes]:
+    """A figure with one axis."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def layer_axis(axis: Axes, layers: Sequence[int]) -> None:
+    """Name the x axis, with a tick at whole layers only."""
+    step = max(1, -(-len(layers) // 12))
+    axis.set_xticks(list(layers)[::step])
+    axis.set_xlabel("decoder layer")
+
+
+def legend_below(figure: Figure, axis: Axes, columns: int = 4) -> None:
+    """The legend outside, where it hides no data."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)

@@ -156,7 +156,7 @@ def run_main(folder: Path, args: argparse.Namespace) -> tuple[dict, int]:
     flags += ["--calib_dataset", folder / "tokens.safetensors", "--test_dataset", folder / "tokens.safetensors"]
     flags += ["--dtype", "float16", "--device", "cpu", "--wbits", 4, "--abits", 4, "--lac", 0.9, "--swc", 0.8]
     flags += ["--smooth", "--alpha", 0.6, "--max_rotation_step", args.max_rotation_step]
-    flags += ["--eval_ppl", "--eval_kl", "--baselines", "full", "--output_dir", folder / "output"]
+    flags += ["--eval_ppl", "--eval_kl", "--output_dir", folder / "output"]
     command = [sys.executable, str(ROOT / "main.py"), *map(str, flags)]
     process = subprocess.Popen(command, cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     _, status, usage = os.wait4(process.pid, 0)

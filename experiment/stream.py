@@ -115,9 +115,8 @@ class Walk:
             logger.info("16-bit weights and activations: nothing to quantize")
             return None
         keep = run.checkpoint and run.checkpoint.keep
-        return Quantization(
-            model, setup.spec, setup.tokens, run.quant, setup.device, finished, keep, allocate, run.recorder()
-        )
+        how = (run.quant, setup.device, finished, keep, allocate, run.recorder())
+        return Quantization(model, setup.spec, setup.tokens, *how)
 
     def pass_(self, index: int, layer: nn.Module) -> None:
         """Use `layer`, number `index`, on the device: first as it is, then quantized, which it stays."""

@@ -2,19 +2,15 @@
 
 from collections.abc import Iterable
 
-NOT_MEASURED = "not measured: add --baselines full"
-TITLES = {"full": "full precision", "rtn": "round-to-nearest", "smooth": "smoothing only"}
+NOT_MEASURED = "not measured here; compare.py puts both side by side"
 HALF_THE_NOISE = 3.01  # dB
 Rows = list[tuple[str, list[float | None]]]
 
 
 def ways(results: dict) -> list[tuple[str, dict]]:
-    """(title, figures) of full precision, the baselines and the run itself."""
-    baselines = results.get("baselines") or {}
-    measured = {key: value for key, value in (results.get("full_precision") or {}).items() if value}
-    full = {**baselines.get("full", {}), **measured}
-    others = [(TITLES.get(name, name), found) for name, found in baselines.items() if name != "full"]
-    return [("full precision", full), *others, (f"{results['method']} {bits(results)}", results)]
+    """(title, figures) of full precision and of the run itself."""
+    full = results.get("full_precision") or {}
+    return [("full precision", full), (f"{results['method']} {bits(results)}", results)]
 
 
 def bits(results: dict) -> str:

@@ -118,7 +118,7 @@ def test_the_page_opens_with_what_a_reader_wants_first(page, results):
         results["peak_memory_bytes"],
     ):
         assert f'<data value="{value!r}">' in opening
-    assert "tiny, DuQuant W4A4" in opening
+    assert "tiny, DuQuant + LWC W4A4" in opening
     assert results["command"] in opening
 
 

@@ -152,8 +152,9 @@ def bytes_needed(model: nn.Module, spec: DecoderSpec, config: QuantConfig) -> in
             linears = [layer.get_submodule(path) for path in group.linears]
             channels = linears[0].in_features
             if config.transform is not Transform.NONE:
-                total += 4 * (config.rotation.permutation_times + 1) * config.rotation.block_size_for(channels) ** 2
-                total += 4 * config.rotation.permutation_times * channels
+                permutations = config.transform.permutations(config.rotation.permutation_times)
+                total += 4 * (permutations + 1) * config.rotation.block_size_for(channels) ** 2
+                total += 4 * permutations * channels
             total += 4 * channels if config.smooth else 0
             if config.clip.learned:
                 groups = channels // (config.bits.group_size or channels)

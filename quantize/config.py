@@ -25,6 +25,11 @@ class Transform(StrEnum):
         """Whether it has a rotation; then q and k get a Hadamard of the head too."""
         return self not in (Transform.NONE, Transform.PERMUTATION)
 
+    def permutations(self, times: int) -> int:
+        """How many permutations it has under `--permutation_times`; around them are matrices, one more."""
+        found = {Transform.DUAL: times, Transform.ROTATION_PERMUTATION: max(1, times), Transform.PERMUTATION: 1}
+        return found.get(self, 0)
+
 
 class SearchRule(StrEnum):
     """Which index the greedy search exchanges with index 0 before it applies the base rotation."""

@@ -193,6 +193,7 @@ def found_by(transform: Transform, x: Tensor | None = None, times: int = 1, seed
 def test_every_transform_preserves_linear_outputs_and_can_be_undone(transform, times):
     found = found_by(transform, times=times)
     assert len(found.rotations) == (0 if transform is Transform.NONE else len(found.permutations) + 1)
+    assert len(found.permutations) == transform.permutations(times)
     made, x = DualTransform(found.rotations, found.permutations, online_scale()), outlier_probe().double()
     assert linear_output_error(made, torch.float64) < 3e-7
     torch.testing.assert_close(made.inverse(made(x)), x, atol=1e-6 * x.abs().max().item(), rtol=0)

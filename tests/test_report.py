@@ -203,7 +203,8 @@ def test_bars_have_the_scores_heights_and_a_far_one_makes_the_axis_logarithmic()
     axis = overview.bars_figure([("full precision", [5.5]), ("DuQuant", [6.5])], ["wikitext2"], "perplexity").axes[0]
     assert [patch.get_height() for patch in axis.patches] == [5.5, 6.5]
     assert axis.get_yscale() == "linear"
-    axis = overview.bars_figure([("full precision", [5.5]), ("rtn", [650])], ["wikitext2"], "perplexity").axes[0]
+    rows = [("full precision", [5.5]), ("rtn", [650])]
+    axis = overview.bars_figure(rows, ["wikitext2"], "perplexity", may_be_log=True).axes[0]
     assert axis.get_yscale() == "log"
     assert "log" in axis.get_ylabel()
 

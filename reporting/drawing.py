@@ -159,8 +159,8 @@ def group(layer: int, found: dict, arrays: Arrays) -> Iterator[Drawing]:
     yield Drawing(
         f"{prefix}_weight",
         f"Weight of {found['linear']}, {label}",
-        "|weight| over output × input channels (max-pooled), before, and as it is when it is rounded: the inverse of "
-        "what smoothing and rotations do to the activation.",
+        "|weight| over output × input channels (max-pooled), before, and as it is when it is rounded: smoothing "
+        "multiplies the channels that it divides in the activation, and rotations turn both alike.",
         figures.weights_figure(weights, found["weight_stages"], found["weight_shape"]),
         raster=True,
     )

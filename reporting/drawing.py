@@ -10,6 +10,8 @@ from reporting import overview as over
 from reporting.run_data import Arrays
 from reporting.tables import accuracies, group_names, perplexities
 
+MOST_NARROW = 3  # datasets or tasks whose bars fit into half of the page
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -31,7 +33,8 @@ def scores(results: dict) -> Iterator[Drawing]:
             "perplexity",
             "Perplexity",
             "exp of the mean loss per token on the test text. Lower is better.",
-            over.bars_figure(rows, labels, "perplexity"),
+            over.bars_figure(rows, labels, "perplexity", may_be_log=True),
+            wide=len(labels) > MOST_NARROW,
         )
     rows, labels = accuracies(results)
     if labels:
@@ -40,6 +43,7 @@ def scores(results: dict) -> Iterator[Drawing]:
             "Task accuracy",
             "Fraction of questions answered correctly (acc_norm where a task has it). Higher is better.",
             over.bars_figure(rows, labels, "accuracy"),
+            wide=len(labels) > MOST_NARROW,
         )
 
 
@@ -137,8 +141,8 @@ def group(layer: int, found: dict, arrays: Arrays) -> Iterator[Drawing]:
         yield Drawing(
             f"{prefix}_search",
             f"Greedy search, {label}",
-            "Every step rotates the channel with the largest entry of its block into the others; peak − valley of the "
-            "probe goes down and up again, and the steps up to the lowest point (star) are kept.",
+            "Every step rotates the channel with the largest entry of its block into the others. max − min of the "
+            "probe falls at first and then wanders; the steps up to its lowest point (star) are kept.",
             figures.search_figure(traces),
         )
     noise = [(each, arrays[f"{name}/error/{each}"]) for each in ("original", "transformed")]
@@ -155,8 +159,8 @@ def group(layer: int, found: dict, arrays: Arrays) -> Iterator[Drawing]:
     yield Drawing(
         f"{prefix}_weight",
         f"Weight of {found['linear']}, {label}",
-        "|weight| over output × input channels (max-pooled), before, and as it is when it is rounded: the inverse of "
-        "what smoothing and rotations do to the activation.",
+        "|weight| over output × input channels (max-pooled), before, and as it is when it is rounded: smoothing "
+        "multiplies the channels that it divides in the activation, and rotations turn both alike.",
         figures.weights_figure(weights, found["weight_stages"], found["weight_shape"]),
         raster=True,
     )

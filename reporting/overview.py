@@ -9,7 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reporting.style import COLOURS, MARKERS, REFERENCE, layer_axis, legend_below, line_figure
+from reporting.style import COLOURS, MARKERS, REFERENCE, layer_axis, legend_below, line_figure, marker_size
 
 LEAST_SPAN = 6.0  # dB
 Lookup = Callable[[dict], float | None]  # a group's recorded figures → the number to draw
@@ -20,13 +20,18 @@ def output_error_figure(layers: Sequence[dict]) -> Figure:
     figure, axis = line_figure()
     numbers = [layer["layer"] for layer in layers]
     axis.plot(
-        numbers, [100 * _number(layer["output_error"]) for layer in layers], "o-", color=COLOURS[0], label="probe"
+        numbers,
+        [100 * _number(layer["output_error"]) for layer in layers],
+        "o-",
+        markersize=marker_size(layers),
+        color=COLOURS[0],
+        label="probe",
     )
     sample = [100 * _number(layer["recorded"]["output_error"]) for layer in layers]
-    axis.plot(numbers, sample, "s--", color=COLOURS[1], label="calibration sample")
+    axis.plot(numbers, sample, "s--", markersize=marker_size(layers), color=COLOURS[1], label="calibration sample")
     axis.set_ylabel("relative output error (%)")
     axis.set_ylim(bottom=0)
-    layer_axis(axis, numbers)
+    layer_axis(axis)
     legend_below(figure, axis)
     return figure
 
@@ -44,6 +49,7 @@ def group_figure(layers: Sequence[dict], names: Sequence[str], label: str, *look
                 found,
                 style,
                 marker=MARKERS[number % len(MARKERS)],
+                markersize=marker_size(layers),
                 color=COLOURS[number % len(COLOURS)],
                 markerfacecolor="white" if dashed else None,
                 label=None if dashed else name,
@@ -51,7 +57,7 @@ def group_figure(layers: Sequence[dict], names: Sequence[str], label: str, *look
     if log:
         axis.set_yscale("log")
     axis.set_ylabel(label)
-    layer_axis(axis, numbers)
+    layer_axis(axis)
     legend_below(figure, axis)
     return figure
 
@@ -63,7 +69,15 @@ def noise_figure(layers: Sequence[dict], names: Sequence[str], part: str) -> Fig
     look = NOISE[part]
     for number, name in enumerate(names):
         found = [_look(layer, name, look) for layer in layers]
-        axis.plot(numbers, found, "-", marker=MARKERS[number % len(MARKERS)], color=COLOURS[number % 6], label=name)
+        axis.plot(
+            numbers,
+            found,
+            "-",
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=marker_size(layers),
+            color=COLOURS[number % 6],
+            label=name,
+        )
     if part == "activations":
         output = [_number(layer["recorded"]["output_sqnr_db"]) for layer in layers]
         axis.plot(numbers, output, ":", color="black", linewidth=2, label="layer output")
@@ -71,7 +85,7 @@ def noise_figure(layers: Sequence[dict], names: Sequence[str], part: str) -> Fig
     low, high = axis.get_ylim()
     if high - low < LEAST_SPAN:  # tenths of a decibel should not look like a finding
         axis.set_ylim((low + high - LEAST_SPAN) / 2, (low + high + LEAST_SPAN) / 2)
-    layer_axis(axis, numbers)
+    layer_axis(axis)
     legend_below(figure, axis, 5)
     return figure
 
@@ -100,10 +114,19 @@ def clipping_figure(layers: Sequence[dict], names: Sequence[str]) -> Figure:
                 store.append(value)
         reach = [np.subtract(middles, lows), np.subtract(highs, middles)]
         marker, colour = MARKERS[number % len(MARKERS)], COLOURS[number % len(COLOURS)]
-        axis.errorbar(places, middles, reach, fmt=marker, color=colour, capsize=3, label=name)
+        axis.errorbar(
+            places,
+            middles,
+            reach,
+            fmt=marker,
+            markersize=marker_size(layers),
+            color=colour,
+            capsize=marker_size(layers) / 2,
+            label=name,
+        )
     axis.axhline(start, color=REFERENCE, linestyle="--", label="start")
     axis.set_ylabel("clip ratio (of the range's ends)")
-    layer_axis(axis, [layer["layer"] for layer in layers])
+    layer_axis(axis)
     legend_below(figure, axis, 5)
     return figure
 
@@ -127,14 +150,17 @@ def loss_figure(layers: Sequence[dict]) -> Figure:
     return figure
 
 
-def bars_figure(rows: Sequence[tuple[str, Sequence[float | None]]], labels: Sequence[str], quantity: str) -> Figure:
+def bars_figure(
+    rows: Sequence[tuple[str, Sequence[float | None]]], labels: Sequence[str], quantity: str, may_be_log: bool = False
+) -> Figure:
     """Bars of every row (a way to run the model) side by side for every label (a dataset or task), each with its value.
 
-    A bar that is far above the others would hide them: then the axis is logarithmic, and says so.
+    A bar that is far above the others would hide them: if it `may_be_log` the axis is logarithmic then, and says so.
     """
-    figure, axis = line_figure(max(7.0, 1.2 * len(labels) * len(rows) + 1.5), 4.2)
+    figure, axis = line_figure(max(7.0, 0.75 * len(labels) * len(rows) + 2), 4.2)
     values = [value for _, found in rows for value in found if value is not None]
-    log = max(values) > 20 * min(values) > 0
+    form = ".3f" if max(values) <= 1 else ".4g"
+    log = may_be_log and max(values) > 20 * min(values) > 0
     width = 0.8 / len(rows)
     for number, (name, found) in enumerate(rows):
         own = number == len(rows) - 1  # the run comes last, and full precision first
@@ -142,7 +168,7 @@ def bars_figure(rows: Sequence[tuple[str, Sequence[float | None]]], labels: Sequ
         places = np.arange(len(labels)) + width * (number - (len(rows) - 1) / 2)
         heights = [_number(value) for value in found]
         bars = axis.bar(places, heights, 0.92 * width, color=colour, label=name)
-        axis.bar_label(bars, [f"{value:.4g}" if value is not None else "" for value in found], padding=2)
+        axis.bar_label(bars, [f"{value:{form}}" if value is not None else "" for value in found], padding=2)
     axis.set_xticks(range(len(labels)), labels)
     axis.grid(False, axis="x")
     axis.margins(y=0.12)

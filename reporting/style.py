@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette, darkest contrast first; black and grey are for reference lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -47,11 +48,15 @@ def line_figure(width: float = 7.0, height: float = 4.2) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def layer_axis(axis: Axes, layers: Sequence[int]) -> None:
+def layer_axis(axis: Axes) -> None:
     """Name the x axis, with a tick at whole layers only."""
-    step = max(1, -(-len(layers) // 12))
-    axis.set_xticks(list(layers)[::step])
+    axis.xaxis.set_major_locator(MaxNLocator(12, integer=True, steps=[1, 2, 5, 10]))
     axis.set_xlabel("decoder layer")
+
+
+def marker_size(layers: Sequence) -> float:
+    """Of one point per layer: smaller where there are many."""
+    return 6.0 if len(layers) <= 24 else 3.0
 
 
 def legend_below(figure: Figure, axis: Axes, columns: int = 4) -> None:

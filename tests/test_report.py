@@ -203,8 +203,10 @@ def test_bars_have_the_scores_heights_and_a_far_one_makes_the_axis_logarithmic()
     axis = overview.bars_figure([("full precision", [5.5]), ("DuQuant", [6.5])], ["wikitext2"], "perplexity").axes[0]
     assert [patch.get_height() for patch in axis.patches] == [5.5, 6.5]
     assert axis.get_yscale() == "linear"
-    axis = overview.bars_figure([("full precision", [5.5]), ("rtn", [650])], ["wikitext2"], "perplexity").axes[0]
+    rows = [("full precision", [5.5]), ("rtn", [650])]
+    axis = overview.bars_figure(rows, ["wikitext2"], "perplexity", may_be_log=True).axes[0]
     assert axis.get_yscale() == "log"
+    assert [text.get_text() for text in axis.texts] == ["5.5", "650"]
     assert "log" in axis.get_ylabel()
 
 
@@ -367,3 +369,10 @@ def unsortable(page: str) -> int:
     """How many column headings stand in tables that are not sorted."""
     parts = re.findall(r"<table>(.*?)</table>", page, re.DOTALL)
     return sum(len(re.findall(r"<th[ >]", part)) for part in parts)
+
+
+def test_the_help_explains_what_is_read_and_written(tmp_path):
+    done = run_script("report.py", "--help", folder=tmp_path)
+    assert done.returncode == 0
+    assert "RUN_DIR" in done.stdout
+    assert "--report_layers" in done.stdout

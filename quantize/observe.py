@@ -71,7 +71,8 @@ def layer_calls(
     filled = 0
 
     def record(index: int, states: Tensor, **kwargs) -> Tensor:
-        recorded.setdefault(index, to_device(kwargs, torch.device("cpu")))
+        if index not in recorded:
+            recorded[index] = to_device(kwargs, torch.device("cpu"))
         if index == 0:
             keep(states)
         return states

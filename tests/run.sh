@@ -6,4 +6,4 @@ source tools/environment.sh
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"

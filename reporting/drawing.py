@@ -128,7 +128,7 @@ def group(layer: int, found: dict, arrays: Arrays) -> Iterator[Drawing]:
         "later stages share one: a flat, even surface uses the quantization grid well, a spike wastes it.",
         figures.landscape_figure(found, landscapes, found["stages"]),
         raster=True,
-        wide=True,
+        wide=len(landscapes) > 2,
     )
     if f"{name}/blocks/permutation 1" in arrays:
         yield Drawing(

@@ -63,20 +63,23 @@ def overview(layers: list[dict]) -> Iterator[Drawing]:
         "than on the probe would mean that the search has fitted the probe.",
         over.output_error_figure(layers),
     )
-    yield Drawing(
-        "layers_activation_noise",
-        "Signal to noise of the rounded activations",
-        "Per group of linears that read the same activation: energy of their output over the energy that "
-        "rounding their input adds to it. 6 dB are one bit. The dotted line is the whole layer, residual stream "
-        "included, with all of its noise.",
-        over.noise_figure(layers, names, "activations"),
-    )
-    yield Drawing(
-        "layers_weight_noise",
-        "Signal to noise of the rounded weights",
-        "Energy of the transformed weights of a group over the energy of their rounding errors, clipping included.",
-        over.noise_figure(layers, names, "weights"),
-    )
+    groups = [group for layer in layers for group in layer["recorded"]["groups"]]
+    if any(over.NOISE["activations"](group) is not None for group in groups):
+        yield Drawing(
+            "layers_activation_noise",
+            "Signal to noise of the rounded activations",
+            "Per group of linears that read the same activation: energy of their output over the energy that "
+            "rounding their input adds to it. 6 dB are one bit. The dotted line is the whole layer, residual stream "
+            "included, with all of its noise.",
+            over.noise_figure(layers, names, "activations"),
+        )
+    if any(over.NOISE["weights"](group) is not None for group in groups):
+        yield Drawing(
+            "layers_weight_noise",
+            "Signal to noise of the rounded weights",
+            "Energy of the transformed weights of a group over the energy of their rounding errors, clipping included.",
+            over.noise_figure(layers, names, "weights"),
+        )
     yield Drawing(
         "layers_peak",
         "Largest activation of each group",
@@ -91,7 +94,7 @@ def overview(layers: list[dict]) -> Iterator[Drawing]:
         "range an ordinary value can use. Gaussian noise of the same size has 6 to 8.",
         over.group_figure(layers, names, "peak / median |activation| (log scale)", *_ends("peak_to_median"), log=True),
     )
-    if any(group["clip"] for layer in layers for group in layer["recorded"]["groups"]):
+    if any(group["clip"] for group in groups):
         yield Drawing(
             "layers_clipping",
             "Learned clipping of weights",
@@ -125,7 +128,7 @@ def group(layer: int, found: dict, arrays: Arrays) -> Iterator[Drawing]:
         "later stages share one: a flat, even surface uses the quantization grid well, a spike wastes it.",
         figures.landscape_figure(found, landscapes, found["stages"]),
         raster=True,
-        wide=True,
+        wide=len(landscapes) > 2,
     )
     if f"{name}/blocks/permutation 1" in arrays:
         yield Drawing(

@@ -25,13 +25,14 @@ def landscape_figure(
     they are pooled from. The first column has its own colour scale, the others share one.
     """
     count = len(stages)
-    figure = Figure(figsize=(2.9 * count + 0.5, 7.4))
+    inches = 2.9 * count + 0.5
+    figure, margin = Figure(figsize=(inches, 7.4)), 0.7 / inches
     shared = max((each.max() for each in landscapes[1:]), default=1.0)
     rows_name, extent = group["rows"], (0, group["shape"][1], 0, group["shape"][0])
-    width = 0.93 / count
+    width = (0.98 - margin) / count
     for column, (stage, values) in enumerate(zip(stages, landscapes, strict=True)):
         norm = Normalize(0, values.max() if column == 0 else shared)
-        left = 0.045 + column * width
+        left = margin + column * width
         surface = figure.add_axes((left - 0.06 * width, 0.53, 0.98 * width, 0.38), projection="3d")
         draw_surface(surface, values, norm, extent)
         surface.set_ylabel(rows_name, labelpad=1)

@@ -376,3 +376,14 @@ def test_the_help_explains_what_is_read_and_written(tmp_path):
     assert done.returncode == 0
     assert "RUN_DIR" in done.stdout
     assert "--report_layers" in done.stdout
+
+
+def test_a_run_that_rounds_only_weights_blames_no_activation(model_folder, token_file, tmp_path):
+    flags = ("--abits", 16, "--report", "--report_layers", 0)
+    done = run_script("main.py", *common(model_folder, token_file), *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "output/tiny_w4a16/report/index.html").read_text(encoding="utf-8")
+    assert "no activation is rounded" in page
+    assert "cost most" not in page
+    assert "figures/layers_activation_noise.png" not in page
+    assert "_error.png" not in page.replace("layers_output_error.png", "")

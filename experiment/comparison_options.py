@@ -23,6 +23,7 @@ EXAMPLES = """examples:
 """
 MEASURING = ("eval_ppl", "tasks", "eval_mmlu", "eval_mtbench", "prompt")  # a comparison needs one of them
 NOT_FOR_ROWS = {"transform": Transform.DUAL, "save_dir": None, "resume": None, "save_model": None}
+NOT_FOR_ROWS |= {"report": False, "report_layers": None}
 
 
 def make_parser(description: str) -> Parser:

@@ -171,7 +171,7 @@ def test_flags_that_quantize_again_are_refused_for_a_saved_model(exported, token
     done = run_script("main.py", *usual, "--save_dir", "d", folder=tmp_path)
     assert_refused(done, f"--save_dir: {exported[0] / 'saved'} is quantized already")
     assert list(tmp_path.iterdir()) == []
-    names = ("save_dir", "resume", "save_model", "act_scales", "eval_kl")
+    names = ("save_dir", "resume", "save_model", "act_scales", "eval_kl", "report")
     for name in names:
         flags = {**dict.fromkeys(names), name: ["full"], "model": "saved"}
         with pytest.raises(InputError, match=f"--{name.replace('act_', 'act-')}: saved is quantized already"):

@@ -6,7 +6,8 @@ positions are needed, and a prompt gets what it would get alone, up to the order
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -146,5 +147,24 @@ def _run_rows(model: nn.Module, rows: list[_Row], reads: int, cache: Cache | Non
     if cache is not None:
         cache = copy.deepcopy(cache)  # the model adds to it
         cache.batch_repeat_interleave(len(rows))
-    output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=positions)
+    with _reading(model, positions):
+        output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
     return output.logits.float().log_softmax(dim=-1)
+
+
+@contextmanager
+def _reading(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Inside the block the head gets only the hidden states at `positions` [rows, reads], each row its own.
+
+    `logits_to_keep` does that too, but only in the newest versions of transformers.
+    """
+
+    def pick(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        states = args[0]
+        return (states.gather(1, positions.to(states.device)[..., None].expand(-1, -1, states.shape[-1])),)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()

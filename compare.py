@@ -12,7 +12,8 @@ import argparse
 from pathlib import Path
 
 from experiment.comparison_options import check_comparison, check_runs, parse_flags
-from experiment.options import check_evaluation, make_quant_config, run_script
+from experiment.evaluation_options import check_evaluation
+from experiment.options import make_quant_config, run_script
 from utils.errors import InputError
 
 

@@ -7,10 +7,10 @@ OUTPUT_DIR/<net>_w<wbits>a<abits>/.
 
 import argparse
 
+from experiment.evaluation_options import add_evaluation_options, check_evaluation
 from experiment.options import (
     Parser,
     add_calibration_options,
-    add_evaluation_options,
     add_memory_options,
     add_model_options,
     add_output_options,
@@ -18,7 +18,6 @@ from experiment.options import (
     add_report_options,
     add_smoothing_options,
     add_transform_options,
-    check_evaluation,
     make_quant_config,
     run_script,
 )

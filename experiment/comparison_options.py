@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
+from experiment.evaluation_options import add_evaluation_options
 from experiment.options import (
     Parser,
     add_calibration_options,
-    add_evaluation_options,
     add_model_options,
     add_quantization_options,
     add_search_options,

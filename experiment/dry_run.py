@@ -13,9 +13,10 @@ from experiment.rates import measure_rates, stage_seconds
 from quantize.config import QuantConfig, Transform
 from quantize.layer import absorbers, describe_folding
 from quantize.spec import DecoderSpec
-from utils.capacity import free_device_memory, free_disk, free_memory
+from utils.capacity import free_device_memory, free_disk
 from utils.device import describe
 from utils.errors import InputError
+from utils.memory import available_memory
 from utils.results import format_table
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def dry_run(run: Run) -> None:
         logger.info("%s\n\n%s\n", describe_bits(run.quant), group_table(setup.skeleton, setup.spec, run.quant))
     else:
         logger.info("quantized already (%s): it is only evaluated\n", run.quant.label)
-    needs = memory_needs(found, plan.on_gpu, streamed, free_memory(), free_device_memory(setup.device))
+    needs = memory_needs(found, plan.on_gpu, streamed, available_memory(), free_device_memory(setup.device))
     needs += disk_needs(found, {"--save_dir": args.save_dir, "--save_model": args.save_model})
     logger.info("%s\n", need_table(found, needs))
     logger.info("%s\n", time_table(run, plan))

@@ -70,18 +70,18 @@ def must_stream(args: argparse.Namespace, setup: Setup) -> bool:
 
     Raises InputError if something needs the whole model.
     """
-    needed, free = model_bytes(setup), available_memory()
+    if args.stream is False:
+        return False
+    given = "--stream reads one layer at a time"
     if args.stream is None:
+        needed, free = model_bytes(setup), available_memory()
         if setup.saved is not None or needed <= FILLED * free:
             return False
         reason = f"the model needs {needed / 1e9:.1f} GB of the host's memory and {free / 1e9:.1f} GB are free"
         logger.info("%s: it is streamed", reason)
         given = f"{reason}, so it must be streamed, layer by layer (or give --no-stream)"
-    else:
-        given = "--stream reads one layer at a time"
-    if args.stream is not False:
-        refuse_for_stream(args, setup, given)
-    return args.stream is not False
+    refuse_for_stream(args, setup, given)
+    return True
 
 
 def refuse_for_stream(args: argparse.Namespace, setup: Setup, given: str) -> None:

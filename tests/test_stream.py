@@ -18,8 +18,9 @@ from test_resume_cli import kill_at, layer_content
 import experiment.plan
 import experiment.stream
 from evaluation.journal import Journal
+from experiment.evaluation_options import check_evaluation
 from experiment.evaluator import Evaluator
-from experiment.options import check_evaluation, make_quant_config
+from experiment.options import make_quant_config
 from experiment.outcome import Outcome
 from experiment.plan import must_stream, prepare
 from experiment.run import execute

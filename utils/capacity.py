@@ -1,28 +1,10 @@
-"""How much memory and disk there is."""
+"""How much there is left on a GPU and on disks; for host memory see `utils.memory`."""
 
 import os
 import shutil
 from pathlib import Path
 
 import torch
-
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def free_memory() -> int | None:
-    """Bytes of host memory that this process can still take, a container's limit counted in; None where unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    try:
-        limit, used = ((CGROUP / f"memory.{name}").read_text(encoding="utf-8").strip() for name in ("max", "current"))
-    except OSError:
-        limit = "max"
-    if limit != "max":
-        found.append(int(limit) - int(used))
-    return min(found, default=None)
 
 
 def free_device_memory(device: torch.device) -> int | None:

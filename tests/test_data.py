@@ -258,7 +258,7 @@ def local_copy(kind, folder):
     else:
         write_json_lines(path, LOCAL_DOCUMENTS)
         if kind.endswith(".gz"):
-            path.write_bytes(gzip.compress(path.read_bytes()))
+            path.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
         elif kind.endswith(".zst"):
             content = path.read_bytes()
             with pytest.importorskip("pyarrow").output_stream(str(path), compression="zstd") as file:
@@ -440,7 +440,7 @@ def test_a_missing_path_names_path_and_flag(tokenizer, tmp_path):
         ("a.jsonl", b'{"text": "w1"}\n{"text": "\xff"}\n', "line 2: not UTF-8 text"),
         ("a.json", b'[\n{"text": "w1"}]\n', "line 1: not JSON"),
         ("a.json.gz", b"plain", "cannot be read (BadGzipFile"),
-        ("a.json.gz", gzip.compress(b'{"text": "w1"}\n' * 9)[:-9], "damaged or cut off"),
+        ("a.json.gz", gzip.compress(b'{"text": "w1"}\n' * 9, mtime=0)[:-9], "damaged or cut off"),
         ("a.csv", b"text\nw1\n", "unknown kind of file"),
     ],
 )

@@ -17,9 +17,8 @@ from experiment.options import make_quant_config, run_script
 from utils.errors import InputError
 
 
-def main() -> None:
-    """Read the flags and compare what they name."""
-    args = parse_flags(__doc__)
+def main(args: argparse.Namespace) -> None:
+    """Compare what the flags name."""
     if args.runs:
         compare_runs(args)
     else:
@@ -53,4 +52,4 @@ def compare_methods(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: parse_flags(__doc__), main)

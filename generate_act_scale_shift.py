@@ -5,6 +5,7 @@ For every linear of every decoder layer: the largest magnitude of each input cha
 do it once for many experiments.
 """
 
+import argparse
 import time
 from pathlib import Path
 
@@ -12,15 +13,19 @@ from experiment.options import Parser, add_calibration_options, add_model_option
 from utils.errors import InputError
 
 
-def main() -> None:
-    """Parse the flags, compute, write."""
+def parse_flags() -> argparse.Namespace:
+    """The command line's flags."""
     parser = Parser(__doc__)
     add_model_options(parser)
     add_calibration_options(parser)
     group = parser.add_argument_group("output")
     for flag, folder in (("--scales-output-path", "act_scales"), ("--shifts-output-path", "act_shifts")):
         group.add_argument(flag, type=Path, default=Path(folder), help="folder of <net>.safetensors")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compute and write."""
     # torch and transformers load for seconds: not for --help or a wrong flag
     from experiment.session import make_setup, open_model
     from quantize.statistics import channel_statistics, save_statistics
@@ -41,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(parse_flags, main)

@@ -3,6 +3,7 @@
 Optional: main.py builds every size it needs in milliseconds. The file is for looking at them and for other programs.
 """
 
+import argparse
 from pathlib import Path
 
 from experiment.options import Parser, run_script
@@ -12,8 +13,8 @@ from utils.log import progress
 LARGEST = 4096
 
 
-def main() -> None:
-    """Parse the flags, build, write."""
+def parse_flags() -> argparse.Namespace:
+    """The command line's flags."""
     parser = Parser(__doc__)
     powers = [2**k for k in range(1, LARGEST.bit_length())]
     target = Path("rotations/base_rotations.safetensors")
@@ -21,7 +22,11 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=powers, help="block sizes to write (default: all powers of two to 4096)"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build and write."""
     for size in args.sizes:
         if size < 2:
             raise InputError(f"--sizes {size}: a rotation needs at least 2 channels")
@@ -38,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(parse_flags, main)

@@ -31,9 +31,8 @@ EXAMPLES = """examples:
 """
 
 
-def main() -> None:
-    """Read the flags and run the experiment they describe."""
-    args = parse_flags()
+def main(args: argparse.Namespace) -> None:
+    """Run the experiment that the flags describe."""
     quant = make_quant_config(args)
     check_evaluation(args)
     from experiment.run import run_experiment  # torch and transformers load for seconds: not for --help or a wrong flag
@@ -57,4 +56,4 @@ def parse_flags() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(parse_flags, main)

@@ -3,6 +3,7 @@
 Writes RUN_DIR/report/index.html, one page with everything in it, and its figures as PNG and SVG beside it.
 """
 
+import argparse
 from pathlib import Path
 
 from experiment.options import Parser, add_report_layers, run_script
@@ -13,16 +14,20 @@ EXAMPLES = """examples:
 """
 
 
-def main() -> None:
-    """Read the flags and draw."""
+def parse_flags() -> argparse.Namespace:
+    """The command line's flags."""
     parser = Parser(__doc__, EXAMPLES)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder with results.json, as main.py wrote it")
     add_report_layers(parser)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draw what the flags name."""
     from reporting.page import write_report  # matplotlib loads for seconds: not for --help or a wrong flag
 
     print(write_report(args.run_dir, args.report_layers))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(parse_flags, main)

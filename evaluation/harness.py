@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,32 +11,33 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 
 from utils.distributed import own_part, together
+from utils.log import meter
 
 
 class PlacedLM(HFLM):
     """A model as it is, on `device` or spread from there; all processes answer its requests together.
 
     Each process must be asked the same. `cut` counts the requests so far that were longer than the model's context and
-    lost their beginning.
+    lost their beginning. The main process shows on `screen` how many of its requests for `label` are answered.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, device: torch.device, batch_size: int | str):
         with _weights_left_alone(model):
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         self._device = device
-        self.cut = 0
+        self.cut, self.label, self.screen = 0, "requests", sys.stderr
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation, whether it is the greedy one) of every (context, continuation)."""
-        return self._shared(super().loglikelihood, requests, disable_tqdm)
+        return self._shared(super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of every text."""
-        return self._shared(super().loglikelihood_rolling, requests, disable_tqdm)
+        return self._shared(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """The continuation of every context, up to its stop words."""
-        return self._shared(super().generate_until, requests, disable_tqdm)
+        return self._shared(super().generate_until, requests)
 
     def _loglikelihood_tokens(self, requests: list, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         longest = self.max_length + 1
@@ -43,7 +45,7 @@ class PlacedLM(HFLM):
         fitting = [(key, *last_tokens(context, continuation, longest)) for key, context, continuation in requests]
         return super()._loglikelihood_tokens(fitting, *args, **kwargs)
 
-    def _shared(self, answer: Callable, requests: list, disable_tqdm: bool) -> list:
+    def _shared(self, answer: Callable, requests: list) -> list:
         """Answers to all requests, in order; every process works on a contiguous part.
 
         Neighbours often share a context, whose logits are then computed once.
@@ -52,11 +54,24 @@ class PlacedLM(HFLM):
 
         def work() -> tuple[list, int]:
             self._own_cut = 0
-            return answer(own, disable_tqdm=disable_tqdm) if own else [], self._own_cut
+            with meter(len(own), self.label, "request", stream=self.screen) as bar:
+                self.set_cache_hook(_Counting(bar.update))
+                return answer(own, disable_tqdm=True) if own else [], self._own_cut
 
         parts = together(work)
         self.cut += sum(cut for _, cut in parts)
         return [result for results, _ in parts for result in results]
+
+
+class _Counting:
+    """Stands where lm-eval has a cache that is told of every answer, and counts them."""
+
+    def __init__(self, count: Callable[[], object]):
+        self.count = count
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        """An answer is there."""
+        self.count()
 
 
 def last_tokens(context: list[int], continuation: list[int], longest: int) -> tuple[list[int], list[int]]:

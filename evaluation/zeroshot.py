@@ -25,6 +25,7 @@ from utils.distributed import gather, is_main, together
 from utils.documents import in_short
 from utils.errors import InputError
 from utils.io import write_atomically
+from utils.log import shows_bars
 from utils.results import plain
 
 if TYPE_CHECKING:
@@ -99,10 +100,11 @@ def _evaluate_unit(
     from lm_eval.evaluator import evaluate
 
     started = time.monotonic()
-    lm.cut = 0
-    with _quiet():
-        loaded: dict = {}
+    lm.cut, lm.label, lm.screen = 0, unit, sys.stderr
+    loaded: dict = {}
+    with _quiet(bars=shows_bars()):  # of downloads
         together(lambda: loaded.update(_load(manager, unit, plan)))  # nobody begins if somebody could not load
+    with _quiet():
         _seed_(loaded["tasks"].values(), plan.num_fewshot)
         results = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=log_samples is not None)
     if log_samples is not None and is_main():
@@ -192,12 +194,11 @@ def _as_json(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval from talking: only errors, and bars only on the main process's terminal.
+def _quiet(bars: bool = False) -> Iterator[None]:
+    """Keep lm-eval, and what it calls, from talking: only errors, and `bars` if they are wanted.
 
     It prints and draws wherever it runs, so both streams are set aside; nothing of ours may be logged inside.
     """
-    bars = is_main() and sys.stderr.isatty()
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_logger("lm_eval"))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))

@@ -71,7 +71,7 @@ def parse_flags(description: str) -> argparse.Namespace:
 def check_runs(args: argparse.Namespace) -> None:
     """Raise InputError for flags that finished runs have no use for."""
     for name in args.given:
-        if name not in ("runs", "output"):
+        if name not in ("runs", "output", "quiet"):
             raise InputError(f"--{name} is for --model: finished runs are only read; drop the flag")
 
 

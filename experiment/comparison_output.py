@@ -12,6 +12,7 @@ from experiment.figures import SECONDS, figure_values, headings, show
 from experiment.outcome import completions_text
 from experiment.rows import Row
 from utils.io import write_json, write_text
+from utils.log import RESULT
 from utils.results import format_table, plain
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def write_outputs(folder: Path, finished: Sequence[Finished], facts: dict, promp
     write_text(folder / "table.csv", csv_table(rows))
     draw(rows, f"{facts['settings']['net']}, {rows[-1].bits}", folder)
     write_json(folder / "results.json", plain(facts | {"rows": [row_facts(each) for each in finished]}))
-    logger.info("\n%s\n", "\n\n".join(parts))
+    logger.log(RESULT, "\n%s\n", "\n\n".join(parts))
     logger.info("results: %s", folder)
 
 

@@ -16,6 +16,7 @@ from quantize.spec import DecoderSpec
 from utils.capacity import free_device_memory, free_disk
 from utils.device import describe
 from utils.errors import InputError
+from utils.log import RESULT
 from utils.memory import available_memory
 from utils.results import format_table
 
@@ -44,21 +45,22 @@ def dry_run(run: Run) -> None:
     setup, args, streamed = run.setup, run.args, run.shards is not None
     plan = make_plan(run)
     found = estimate(setup.skeleton, setup.spec, run.quant, plan)
-    logger.info("dry run: no weights are loaded, and nothing is written beside the token cache")
-    logger.info(
+    logger.log(RESULT, "dry run: no weights are loaded, and nothing is written beside the token cache")
+    logger.log(
+        RESULT,
         "%s: %s, %d layers, %.3f B parameters, %s on %s",
         *(setup.source.name, setup.config.model_type, found.layers, found.parameters / 1e9),
         *(str(setup.dtype).removeprefix("torch."), describe(setup.device)),
     )
     if setup.saved is None:
-        logger.info("calibration on %d×%d tokens", *plan.calibration)
-        logger.info("%s\n\n%s\n", describe_bits(run.quant), group_table(setup.skeleton, setup.spec, run.quant))
+        logger.log(RESULT, "calibration on %d×%d tokens", *plan.calibration)
+        logger.log(RESULT, "%s\n\n%s\n", describe_bits(run.quant), group_table(setup.skeleton, setup.spec, run.quant))
     else:
-        logger.info("quantized already (%s): it is only evaluated\n", run.quant.label)
+        logger.log(RESULT, "quantized already (%s): it is only evaluated\n", run.quant.label)
     needs = memory_needs(found, plan.on_gpu, streamed, available_memory(), free_device_memory(setup.device))
     needs += disk_needs(found, {"--save_dir": args.save_dir, "--save_model": args.save_model})
-    logger.info("%s\n", need_table(found, needs))
-    logger.info("%s\n", time_table(run, plan))
+    logger.log(RESULT, "%s\n", need_table(found, needs))
+    logger.log(RESULT, "%s\n", time_table(run, plan))
     refuse(needs)
 
 
@@ -73,7 +75,7 @@ def make_plan(run: Run) -> Plan:
         calibration=(0, setup.seqlen) if setup.tokens is None else tuple(setup.tokens.shape),
         windows=tuple(tuple(windows.shape) for windows in evaluations.windows.values()),
         statistics=setup.saved is None and statistics,
-        models=2 if evaluations.divergence else 1,
+        models=2 if evaluations.divergence or evaluations.compared else 1,
         divergence=evaluations.divergence,
         whole=bool(placed) and not evaluations.spread,
     )

@@ -7,20 +7,17 @@ SECONDS = ("quantize s", "evaluate s")
 EVALUATIONS = ("perplexity", "zero-shot", "MMLU", "MT-Bench", "prompts")  # stages that count as evaluating
 
 
-def figure_values(
-    figures: dict, most_tasks: int | None = None, metrics: Sequence[str] | None = ("acc",)
-) -> dict[str, float]:
+def figure_values(figures: dict, metrics: Sequence[str] | None = ("acc",)) -> dict[str, float]:
     """Heading → value of everything in `figures` (`Measured.figures()`, or those read from a file).
 
-    More than `most_tasks` tasks have no columns of their own; a task has one for each of `metrics` (None: for all).
-    What was not finite is NaN.
+    A task has one for each of `metrics` (None: for all). What was not finite is NaN.
     """
     values: dict[str, float] = {}
     for label, found in (figures.get("perplexity_details") or {}).items():
         values[f"{label} ppl"] = math.nan if found["perplexity"] is None else found["perplexity"]
         if found.get("divergence") is not None:
             values[f"{label} KL"] = found["divergence"]
-    values |= _task_values(figures.get("zero_shot") or {}, most_tasks, metrics)
+    values |= _task_values(figures.get("zero_shot") or {}, metrics)
     for result in (figures.get("mmlu") or {}).values():
         values[f"MMLU {result['shots']}-shot"] = result["accuracy"]
     score = ((figures.get("mt_bench") or {}).get("scores") or {}).get("average")
@@ -34,13 +31,12 @@ def figure_values(
     return values
 
 
-def _task_values(zero_shot: dict, most_tasks: int | None, metrics: Sequence[str] | None) -> dict[str, float]:
+def _task_values(zero_shot: dict, metrics: Sequence[str] | None) -> dict[str, float]:
     values = {}
     asked = [score for score in zero_shot.get("scores", ()) if score["group"] is None]
-    if most_tasks is None or len(asked) <= most_tasks:
-        for score in asked:
-            chosen = metrics or [name for name in score["metrics"] if "_stderr" not in name]
-            values |= {f"{score['task']} {name}": score["metrics"][name] for name in chosen if name in score["metrics"]}
+    for score in asked:
+        chosen = metrics or [name for name in score["metrics"] if "_stderr" not in name]
+        values |= {f"{score['task']} {name}": score["metrics"][name] for name in chosen if name in score["metrics"]}
     if zero_shot.get("average") is not None:
         values["mean of six acc_norm"] = zero_shot["average"]["acc_norm"]
     return values

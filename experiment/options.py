@@ -34,22 +34,33 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit with code 2. Flags must be written out in full."""
+    """An argument parser whose errors are one line and exit with code 2. Flags must be written out in full.
+
+    It has the one flag that every script has, `--quiet`.
+    """
 
     def __init__(self, description: str, epilog: str | None = None):
         super().__init__(description=description, epilog=epilog, formatter_class=_HelpFormatter, allow_abbrev=False)
+        self.add_argument(
+            "--quiet", action="store_true", help="say only results and what goes wrong; log.txt has everything"
+        )
 
     def error(self, message: str):
         """Print one line on stderr and exit with code 2."""
         raise SystemExit(_fail(f"{message}; see {self.prog} --help"))
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; wrong input ends it with one line on stderr and exit code 2, Ctrl-C with 130."""
+def run_script(parse_flags: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
+    """Run a script: `main` on its flags.
+
+    Wrong input ends it with one line on stderr and exit code 2, Ctrl-C with 130, any other failure with 1.
+    """
     setup_console()
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        main()
+        args = parse_flags()
+        setup_console(args.quiet)
+        main(args)
     except InputError as error:
         sys.exit(_fail(str(error)))
     except Incomplete as error:
@@ -244,7 +255,8 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--report",
         action="store_true",
-        help="write report/index.html: what quantization did, layer by layer, in figures",
+        help="write report/index.html: what quantization did, layer by layer, in figures; the full-precision model is "
+        "measured too (not on MT-Bench)",
     )
     add_report_layers(group)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from experiment.figures import figure_values, headings, show
+from experiment.figures import SECONDS, figure_values, headings, show
 from experiment.measured import Measured
 from experiment.plan import Run
 from experiment.rows import FULL_TITLE, method_name, shown_bits
@@ -17,8 +17,6 @@ from utils.device import describe, peak_memory
 from utils.distributed import is_main, world_size
 from utils.io import write_json
 from utils.results import format_table, plain, versions
-
-MOST_TASK_COLUMNS = 3  # in the summary; the tasks' own table has all
 
 
 @dataclass
@@ -69,11 +67,13 @@ def write_results(run: Run, outcome: Outcome) -> None:
 
 
 def summary_table(run: Run, outcome: Outcome) -> str:
-    """Figures and seconds of the run, as a Markdown table."""
-    values = figure_values(outcome.measured.figures(), MOST_TASK_COLUMNS)
-    columns = headings([values])
-    row = [method_name(run.quant), shown_bits(run.quant), *(show(heading, values[heading]) for heading in columns)]
-    return format_table(["", "bits", *columns], [row])
+    """Every figure and the seconds of the run, as Markdown; beside the full-precision model's where it was measured."""
+    title = method_name(run.quant) if run.quant.bits.untouched else f"{method_name(run.quant)} {shown_bits(run.quant)}"
+    found = {FULL_TITLE: outcome.full} | {title: outcome.measured}
+    values = {title: figure_values(measured.figures(), metrics=None) for title, measured in found.items()}
+    values = {title: each for title, each in values.items() if set(each) - set(SECONDS)}
+    rows = [[each, *(show(each, column.get(each)) for column in values.values())] for each in headings(values.values())]
+    return format_table(["", *values], rows)
 
 
 def completions_text(prompts: Sequence[str], rows: Sequence[tuple[str, dict[str, str]]]) -> str:

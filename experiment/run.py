@@ -29,7 +29,7 @@ from quantize.walk import quantize_model
 from utils.device import describe
 from utils.distributed import from_main, is_main, join_group, leave_group, make_equal_, world_size
 from utils.errors import Incomplete, InputError
-from utils.log import add_log_file
+from utils.log import RESULT, add_log_file
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +84,10 @@ def finish(run: Run, outcome: Outcome) -> None:
     if run.args.report and is_main():
         draw_report(run)
     if not run.evaluations.empty:
-        logger.info("\n%s\n", summary_table(run, outcome))
+        logger.log(RESULT, "\n%s\n", summary_table(run, outcome))
     if run.evaluations.prompts:
         rows = [(title, measured.completions) for title, measured in outcome.rows(run.quant)]
-        logger.info("%s\n", completions_text(run.evaluations.prompts, rows))
+        logger.log(RESULT, "%s\n", completions_text(run.evaluations.prompts, rows))
     logger.info("results: %s", run.folder / "results.json")
 
 

@@ -8,7 +8,8 @@ from experiment.figures import figure_values, flatten, headings, show
 from utils.errors import InputError
 from utils.results import format_table
 
-WHERE = ("output_dir", "cache_dir", "save_dir", "resume", "save_model", "net", "eval_batch_size")  # changes no figure
+WHERE = ("output_dir", "cache_dir", "save_dir", "resume", "save_model", "net", "eval_batch_size")
+WHERE += ("quiet", "track")  # changes no figure, all of it
 COMPARED = ("settings", "versions", "device", "dtype", "processes", "data")
 
 

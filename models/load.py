@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from models import COMPOSITES, decoder_spec, require_supported
 from quantize.experts import unfuse_experts_
 from utils.errors import InputError
+from utils.log import shows_bars
 
 SAMPLED_BYTES = 1 << 20  # of each weights file that enter a fingerprint
 DEFAULT_SEQLEN = 2048
@@ -199,5 +200,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _quieten() -> None:
+    """Let transformers report errors, and draw bars where ours are drawn; they vanish as ours do."""
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    if shows_bars():
+        transformers.logging.enable_progress_bar()
+        transformers.logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **{**kwargs, "leave": False}))
+    else:
+        transformers.logging.disable_progress_bar()

@@ -14,7 +14,7 @@ from quantize.clipping import LearnedClip
 from quantize.config import TrainingConfig
 from quantize.observe import run
 from utils.distributed import own_batches, sum_, world_size
-from utils.log import inner_progress
+from utils.log import meter
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,22 @@ def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: Tr
     losses, norms, restored, sound = [], [], 0, initial
     for parameter in logits:
         parameter.requires_grad_(True)
-    epochs = inner_progress(range(config.epochs), "clipping", unit="epoch")
-    for _ in epochs:
-        steps = []
-        for batch in samples.batches(config.batch_size, device):
-            current = copies(logits)
-            step = train_step(layer, batch, kwargs, logits, optimizer, scaler)
-            if step is None:
-                restore_(logits, sound)
-                restored += 1
-            else:
-                sound = current
-                steps.append(step)
-        losses.append(mean_or_none([loss for loss, _ in steps]))
-        norms.append(mean_or_none([norm for _, norm in steps]))
-        epochs.set_postfix_str(f"loss {losses[-1]:.3e}" if steps else "no finite loss")
+    with meter(config.epochs, "clipping", "epoch", inner=True) as bar:
+        for _ in range(config.epochs):
+            steps = []
+            for batch in samples.batches(config.batch_size, device):
+                current = copies(logits)
+                step = train_step(layer, batch, kwargs, logits, optimizer, scaler)
+                if step is None:
+                    restore_(logits, sound)
+                    restored += 1
+                else:
+                    sound = current
+                    steps.append(step)
+            losses.append(mean_or_none([loss for loss, _ in steps]))
+            norms.append(mean_or_none([norm for _, norm in steps]))
+            bar.set_postfix_str(f"loss {losses[-1]:.3e}" if steps else "no finite loss")
+            bar.update()
     for parameter in logits:
         parameter.requires_grad_(False)
     after = sample_losses(layer, samples, kwargs, config.batch_size, device)[counted].mean().item()

@@ -65,6 +65,33 @@ def test_console_and_log_file_tell_the_same_and_end_with_the_table(finished):
     assert done.stderr.strip() == ""
 
 
+def test_quiet_prints_the_results_alone_and_logs_everything(finished, model_folder, token_file):
+    folder, talking = finished
+    flags = (*common(model_folder, token_file), *TINY, "--wbits", 4, "--abits", 4, "--eval_ppl", "--prompt", "w1")
+    done = run_script("main.py", *flags, "--net", "quiet", "--quiet", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = [line for line in done.stdout.splitlines() if line]
+    assert lines[0].split() == ["|", "|", "DuQuant", "without", "smoothing", "W4A4", "|"]
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["tokens ppl", "quantize s", "evaluate s"]
+    assert lines[5].startswith("“w1”")
+    assert len(lines) == 8  # the prompt's two completions are the last
+    log = (folder / "output/quiet_w4a4/log.txt").read_text()
+    assert "layer 1: relative output error" in log
+    assert all(line in log for line in done.stdout.splitlines())
+    assert "layer 1: relative output error" in talking.stdout
+
+
+def test_quiet_keeps_what_goes_wrong(tmp_path):
+    done = run_script("main.py", "--model", "nowhere/at/all", "--quiet", folder=tmp_path)
+    assert_refused(done, "nowhere/at/all")
+
+
+@pytest.mark.parametrize("script", ["main.py", "compare.py", "report.py", "get_rot.py", "generate_act_scale_shift.py"])
+def test_every_script_can_be_quiet(script, tmp_path):
+    assert "--quiet" in run_script(script, "--help", folder=tmp_path).stdout
+
+
 def test_a_second_run_gives_the_same_figures_from_the_kept_statistics(finished, model_folder, token_file):
     folder, _ = finished
     flags = ("--wbits", 4, "--abits", 4, "--smooth", "--lac", 0.95, "--swc", 0.9, "--eval_ppl", "--net", "tiny")

@@ -156,12 +156,22 @@ def test_a_missing_row_is_all_that_the_same_command_computes(whole, usual, tmp_p
     }
 
 
+def test_quiet_prints_the_table_alone(whole, usual, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    done = run_script("compare.py", *usual, "--swc", 0.9, "--eval_kl", "--quiet", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.strip() == (tmp_path / FOLDER / "table.md").read_text().strip()
+    runs = [tmp_path / FOLDER / "rows", tmp_path]
+    assert "error: " in run_script("compare.py", *runs, "--quiet", folder=tmp_path).stderr
+
+
 def test_a_damaged_row_is_measured_again(whole, usual, tmp_path):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / FOLDER / "rows/rtn.json").write_text('{"identity": {')
     done = run_script("compare.py", *usual, "--swc", 0.9, "--eval_kl", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "rtn.json: cannot be read" in done.stdout
+    assert "rtn.json: cannot be read" in done.stderr
     assert rows_of(tmp_path)["rtn"][0]["perplexity"] == rows_of(whole[0])["rtn"][0]["perplexity"]
 
 

@@ -63,9 +63,13 @@ def test_prompts_show_what_both_models_write(whole):
         assert any(line.startswith(f"    {title}") for line in whole["stdout"].splitlines())
 
 
-def test_a_full_model_that_is_only_compared_with_has_no_row(whole):
-    assert "| DuQuant |" in whole["stdout"].replace(" without smoothing", "")
-    assert "| full precision" not in whole["stdout"]
+def test_the_summary_shows_every_figure_beside_the_full_models(whole):
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in whole["stdout"].splitlines() if "|" in line]
+    rows = {first: rest for first, *rest in lines}
+    assert rows[""] == ["full precision", "DuQuant without smoothing W4A4"]
+    found = both_models(whole).values()
+    assert rows["tokens ppl"] == [f"{figures['perplexity']['tokens']:.3f}" for figures in found]
+    assert rows["tokens KL"] == ["–", f"{whole['perplexity_details']['tokens']['divergence']:.3f}"]
 
 
 def test_sixteen_bits_diverge_from_nothing(usual, tmp_path):

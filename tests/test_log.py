@@ -3,6 +3,7 @@
 import io
 import itertools
 import logging
+import os
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 
 from utils import log
 from utils.errors import InputError
-from utils.log import add_log_file, progress, setup_console
+from utils.log import RESULT, add_log_file, meter, progress, setup_console, shows_bars
 
 
 @pytest.fixture(autouse=True)
@@ -84,14 +85,87 @@ def test_progress_passes_exceptions_of_the_loop_on():
         loop()
 
 
-def test_errors_go_to_stderr_and_everything_else_to_stdout(capsys):
+def test_progress_takes_longer_between_lines_the_longer_the_work_lasts(monkeypatch, capsys):
+    clock = itertools.count(0, 4)
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    list(progress(range(900), "quantizing"))  # an hour
+    counts = [int(line.rpartition("| ")[2].split("/")[0]) for line in capsys.readouterr().err.splitlines()]
+    pauses = [4 * (after - before) for before, after in itertools.pairwise([0, *counts])]
+    assert pauses[:10] == [12] * 10
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == pytest.approx(0.05 * 3600, abs=20)
+    assert len(counts) < 80
+
+
+def test_steps_within_a_step_are_a_second_bar_and_vanish(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    setup_console()
+    for _ in progress(range(1), "layers"):
+        with meter(2, "clipping", "epoch", inner=True) as bar:
+            bar.set_postfix_str("loss 0.5")
+            bar.update(2)
+    drawn = terminal.getvalue()
+    assert "loss 0.5" in drawn
+    assert "\x1b[A" in drawn  # it is below the other one
+    assert drawn.endswith("\r")
+    assert drawn.rstrip("\r").endswith(" ")  # wiped
+
+
+def test_steps_within_a_step_say_something_every_minute_without_a_terminal(monkeypatch, capsys):
+    clock = itertools.count(0, 25)
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with meter(6, "clipping", "epoch", inner=True) as bar:
+        for epoch in range(6):
+            bar.set_postfix_str(f"loss {epoch}")
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("| ")[1].split(" ")[0] for line in lines] == ["3/6", "6/6"]
+    assert "loss 2" in lines[0]
+
+
+def test_a_quiet_console_has_no_progress(monkeypatch, capsys):
+    setup_console(quiet=True)
+    monkeypatch.setattr(log, "PLAIN_INTERVAL", 0.0)
+    list(progress(range(3), "quantizing"))
+    assert capsys.readouterr().err == ""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    list(progress(range(3), "quantizing"))
+    with meter(3, "clipping", inner=True) as bar:
+        bar.set_postfix_str("loss")
+        bar.update()
+    assert terminal.getvalue() == ""
+    assert not shows_bars()
+
+
+def test_only_the_main_process_has_progress(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    setup_console()
+    monkeypatch.setattr(log, "PLAIN_INTERVAL", 0.0)
+    assert list(progress(range(3), "quantizing")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_bars_of_libraries_are_drawn_only_where_ours_are(monkeypatch):
+    for variable in log.LIBRARY_BARS:
+        monkeypatch.setenv(variable, "set and removed, so that it is put back")
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    setup_console()
+    assert not any(variable in os.environ for variable in log.LIBRARY_BARS)
+    setup_console(quiet=True)
+    assert all(os.environ[variable] == "1" for variable in log.LIBRARY_BARS)
+
+
+def test_warnings_and_errors_go_to_stderr_and_everything_else_to_stdout(capsys):
     setup_console()
     logging.getLogger("quantize.walk").info("layer 0")
     logging.getLogger("quantize.walk").warning("odd")
     logging.getLogger().error("error: wrong")
     captured = capsys.readouterr()
-    assert captured.out == "layer 0\nodd\n"
-    assert captured.err == "error: wrong\n"
+    assert captured.out == "layer 0\n"
+    assert captured.err == "odd\nerror: wrong\n"
 
 
 def test_libraries_are_quiet_and_setting_up_twice_says_things_once(capsys):
@@ -103,11 +177,17 @@ def test_libraries_are_quiet_and_setting_up_twice_says_things_once(capsys):
     assert capsys.readouterr().out == "once\n"
 
 
-def test_a_quiet_console_keeps_warnings(capsys):
-    setup_console(verbose=False)
+def test_a_quiet_console_has_results_and_warnings_and_the_log_file_everything(tmp_path, capsys):
+    setup_console(quiet=True)
+    add_log_file(tmp_path / "log.txt")
     logging.getLogger("main").info("detail")
+    logging.getLogger("main").log(RESULT, "perplexity 5.47")
     logging.getLogger("main").warning("odd")
-    assert capsys.readouterr().out == "odd\n"
+    captured = capsys.readouterr()
+    assert captured.out == "perplexity 5.47\n"
+    assert captured.err == "odd\n"
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["detail", "perplexity 5.47", "odd"]
 
 
 def test_a_log_file_gets_the_same_lines_with_the_time_and_keeps_what_it_had(tmp_path):

@@ -1,6 +1,7 @@
 """lm-eval's tasks on local items: the same figures as lm-eval by itself, and nothing lost when something is wrong."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from evaluation.task_data import read_items
 from evaluation.task_plan import PAPER_TASKS, TaskPlan, check_tasks, needed_splits, task_index
 from evaluation.task_scores import TaskScore, ZeroShot, mean_of, zero_shot_table
 from evaluation.zeroshot import evaluate_tasks, samples_path
+from utils import log
 from utils.errors import InputError
 
 BUNDLED_MODEL = ROOT / "assets/tiny-llama"
@@ -448,6 +450,25 @@ def test_a_model_whose_weights_accelerate_keeps_elsewhere_gives_the_same(run, bu
 def test_nothing_is_printed_without_a_terminal(run, data_dir, capfd):
     run(check_tasks(["hellaswag"], data_dir))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_terminal_sees_one_bar(run, data_dir, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    run(check_tasks(["piqa"], data_dir, 0))
+    drawn = [line.strip() for line in sys.stderr.getvalue().split("\r") if line.strip()]
+    assert all(line.startswith("piqa: ") and "/24 [" in line for line in drawn)  # two answers to each of twelve
+    assert drawn
+
+
+def test_every_request_is_counted(run, data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(log, "PLAIN_INTERVAL", 0.0)
+    run(check_tasks(["piqa"], data_dir, 0))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition("| ")[2].partition(" ")[0] for line in lines] == [f"{n}/24" for n in range(1, 25)]
 
 
 def test_requests_longer_than_the_context_are_counted(run, tmp_path):

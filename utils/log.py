@@ -1,4 +1,7 @@
-"""What a run says: log lines on the console and in a file, and progress bars that leave them intact."""
+"""What a run says: log lines on the console and in a file, and progress that leaves them intact.
+
+The console is stdout for what is said and stderr for progress, warnings and errors.
+"""
 
 import logging
 import os
@@ -6,23 +9,27 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
 from utils.errors import InputError
 
 Item = TypeVar("Item")
+RESULT = logging.INFO + 5  # level of what a run was asked for, which is all that a quiet console shows
 FILE_FORMAT = "%(asctime)s %(message)s"
 LIBRARIES = ("transformers", "datasets", "huggingface_hub", "httpx", "urllib3", "fsspec", "filelock", "matplotlib")
-PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+LIBRARY_BARS = ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
+PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal, in the first minutes
+PLAIN_SHARE = 0.05  # later, of the time that has passed
+INNER_INTERVAL = 60.0  # the same for steps within a step
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes lines above whatever bar is being drawn: errors to stderr, everything else to stdout."""
+    """Writes lines above whatever bar is being drawn: warnings and errors to stderr, everything else to stdout."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         number = launched_as()
         tqdm.write(f"process {number}: {self.format(record)}" if number else self.format(record), file=stream)
         stream.flush()
@@ -33,13 +40,20 @@ def launched_as() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def setup_console(verbose: bool = True) -> None:
-    """Send log lines of the suite to the console, and quieten the libraries' own."""
+def setup_console(quiet: bool = False) -> None:
+    """Send log lines of the suite to the console, if `quiet` only results and what goes wrong.
+
+    Quietens the libraries' own; where no bar may be drawn, theirs are not either.
+    """
+    console = _ConsoleHandler(RESULT if quiet else logging.INFO)
     root = logging.getLogger()
-    root.handlers = [_ConsoleHandler()]
-    root.setLevel(logging.ERROR if launched_as() else logging.INFO if verbose else logging.WARNING)
+    root.handlers = [console]
+    root.setLevel(logging.ERROR if launched_as() else logging.INFO)
     for library in LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
+    if not shows_bars():
+        for variable in LIBRARY_BARS:  # read when they are imported
+            os.environ.setdefault(variable, "1")
 
 
 def add_log_file(path: Path) -> None:
@@ -53,31 +67,65 @@ def add_log_file(path: Path) -> None:
     logging.getLogger().addHandler(handler)
 
 
-def inner_progress(items: Sequence[Item], label: str, unit: str = "it") -> tqdm:
-    """A bar below that of `progress`; nothing at all without a terminal."""
-    return tqdm(
-        items,
-        desc=label,
-        unit=unit,
-        dynamic_ncols=True,
-        leave=False,
-        position=1,
-        disable=not sys.stderr.isatty() or launched_as() > 0,
-    )
+def shows_progress() -> bool:
+    """Whether this process says how far it is: the main one, unless its console is quiet."""
+    consoles = [each for each in logging.getLogger().handlers if isinstance(each, _ConsoleHandler)]
+    return not launched_as() and all(each.level < RESULT for each in consoles)
+
+
+def shows_bars(stream: TextIO | None = None) -> bool:
+    """Whether it draws bars on `stream` (stderr) for that, which needs a terminal."""
+    return shows_progress() and (stream or sys.stderr).isatty()
+
+
+def meter(
+    total: int, label: str, unit: str = "it", inner: bool = False, stream: TextIO | None = None
+) -> "tqdm | _PlainMeter":
+    """Counts `total` steps on `stream` (stderr): a bar on a terminal, else a line now and then; nothing if quiet.
+
+    A context manager; `update` for every step that is done, `set_postfix_str` for what to show behind the count.
+    `inner`: of steps within those of another meter; its bar is below that one's.
+    """
+    shown, settings = shows_progress(), {"total": total, "desc": label, "unit": unit}
+    if not shown or shows_bars(stream):
+        return tqdm(
+            **settings, file=stream, dynamic_ncols=True, leave=False, position=1 if inner else None, disable=not shown
+        )
+    return _PlainMeter(total, label, unit, INNER_INTERVAL if inner else PLAIN_INTERVAL, stream)
 
 
 def progress(items: Sequence[Item], label: str, unit: str = "it") -> Iterator[Item]:
-    """Iterate over `items` under a bar on stderr with rate and ETA; without a terminal, a line now and then instead."""
-    if launched_as():
-        yield from items
-        return
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=label, unit=unit, dynamic_ncols=True, leave=False)
-        return
-    started = reported = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
+    """Iterate over `items`, counting them with a `meter`."""
+    with meter(len(items), label, unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+class _PlainMeter:
+    """A meter for streams that are no terminal: whole lines, fewer and fewer as the work takes longer."""
+
+    def __init__(self, total: int, label: str, unit: str, interval: float, stream: TextIO | None):
+        self.total, self.label, self.unit, self.interval = total, label, unit, interval
+        self.stream, self.done, self.postfix = stream, 0, ""
+        self.started = self.reported = time.monotonic()
+
+    def __enter__(self) -> "_PlainMeter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing is left to be cleared."""
+
+    def set_postfix_str(self, s: str = "") -> None:
+        """Show `s` behind the count."""
+        self.postfix = s
+
+    def update(self, n: int = 1) -> None:
+        """`n` more steps are done."""
+        self.done += n
         now = time.monotonic()
-        if now - reported >= PLAIN_INTERVAL:
-            print(tqdm.format_meter(done, len(items), now - started, prefix=label, unit=unit), file=sys.stderr)
-            reported = now
+        passed = now - self.started
+        if now - self.reported >= max(self.interval, PLAIN_SHARE * passed):
+            form = {"prefix": self.label, "unit": self.unit, "postfix": self.postfix or None}
+            print(tqdm.format_meter(self.done, self.total, passed, **form), file=self.stream or sys.stderr)
+            self.reported = now

@@ -61,7 +61,7 @@ class Evaluations:
 
     windows: dict[str, Tensor]
     divergence: bool
-    compared: bool  # whether a report will show the perplexity beside the full-precision model's
+    compared: bool  # whether a report will show all of it beside the full-precision model's
     tasks: TaskPlan | None
     log_samples: bool
     subjects: tuple[Subject, ...]
@@ -77,8 +77,13 @@ class Evaluations:
     identity: dict
 
     def for_comparison(self) -> "Evaluations":
-        """The part that the full-precision model is needed for, whether or not it is in the table."""
-        windows = self.windows if self.divergence or self.compared else {}
+        """The part that the full-precision model is needed for, whether or not it is in the table.
+
+        A report shows its scores; the divergence and completions need it anyway. Nobody compares conversations.
+        """
+        if self.compared:
+            return replace(self, conversations=None)
+        windows = self.windows if self.divergence else {}
         return replace(self, windows=windows, tasks=None, subjects=(), conversations=None)
 
     @property

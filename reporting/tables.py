@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-NOT_MEASURED = "not measured here; compare.py puts both side by side"
+NOT_MEASURED = "not measured; compare.py puts both side by side"
 HALF_THE_NOISE = 3.01  # dB
 Rows = list[tuple[str, list[float | None]]]
 

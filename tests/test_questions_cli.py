@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -84,11 +85,11 @@ def judge_url():
 
 @pytest.fixture(scope="module")
 def whole(data, judge_url, tmp_path_factory):
-    """Folder, results of both models and output of two runs with every evaluation."""
+    """Folder, results of both models and output of two runs with every evaluation; the second one has a report."""
     folder = tmp_path_factory.mktemp("whole")
     flags, printed = (*asked(data), "--judge_base_url", judge_url, "--judge_model", "grader"), []
-    for bits in (16, 4):
-        done = run_script("main.py", *USUAL, *flags, "--wbits", bits, "--abits", bits, folder=folder)
+    for bits, more in ((16, ()), (4, ("--report", "--report_layers", 0))):
+        done = run_script("main.py", *USUAL, *flags, *more, "--wbits", bits, "--abits", bits, folder=folder)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
     return folder, [results_of(folder, name) for name in ("tiny_w4a4", "tiny_w16a16")], "".join(printed)
@@ -104,10 +105,22 @@ def test_every_evaluation_of_both_models_is_in_the_results_and_the_table(whole):
         assert figures["mmlu"]["0_shot"]["questions"] == figures["mmlu"]["2_shot"]["questions"] == 12
         assert figures["mt_bench"]["scores"]["average"] == 7
         assert figures["failures"] == {}
-    header = next(line for line in printed.splitlines() if "evaluate s" in line)
-    for column in ("stories_qa acc", "piqa acc", "MMLU 0-shot", "MMLU 2-shot", "MT-Bench"):
-        assert column in header
-    assert "7.00" in printed
+    for figure in ("stories_qa acc", "piqa acc", "piqa acc_norm", "MMLU 0-shot", "MMLU 2-shot", "MT-Bench"):
+        assert len(re.findall(rf"^\| {figure} +\| +[\d.–]+ \|", printed, re.MULTILINE)) == 2
+    assert re.search(r"^\| MT-Bench +\| +– \| +7.00 \|$", printed, re.MULTILINE)
+
+
+def test_a_report_measures_the_full_model_too_and_shows_what_was_lost(whole):
+    folder, (ours, full), _ = whole
+    beside = ours["full_precision"]
+    for name in ("zero_shot", "mmlu"):
+        assert without_clocks(beside[name]) == without_clocks(full[name])
+    assert beside["mt_bench"] is None
+    opening = (folder / "output/tiny_w4a4/report/index.html").read_text().partition('id="worst"')[0]
+    for figures in (ours, beside):
+        assert f'<data value="{figures["mmlu"]["2_shot"]["accuracy"]!r}">' in opening
+        assert f'<data value="{figures["zero_shot"]["scores"][0]["metrics"]["acc"]!r}">' in opening
+    assert "not measured" not in opening
 
 
 def test_what_was_answered_is_left_in_files(whole):
@@ -169,7 +182,7 @@ def test_answers_that_are_there_are_not_written_again_and_a_judge_may_come_later
 
 
 def test_answers_of_another_setting_are_refused_before_weights_are_loaded(data, tmp_path):
-    flags = ("--eval_mtbench", "--mtbench_questions", data / "question.jsonl")
+    flags = ("--eval_mtbench", "--mtbench_questions", data / "question.jsonl", "--chat_format", "vicuna")
     assert run_script("main.py", *USUAL, *flags, "--max_new_tokens", 5, folder=tmp_path).returncode == 0
     answers = tmp_path / "output/tiny_w4a4/mt_bench/model_answer/tiny_w4a4.jsonl"
     before = answers.read_text()

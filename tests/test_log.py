@@ -44,6 +44,7 @@ def test_progress_yields_every_item_in_order(monkeypatch):
 
 def test_progress_without_a_terminal_prints_plain_lines_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr(log, "PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr(log, "PLAIN_SHARE", 0.0)
     list(progress(range(3), "quantizing", unit="layer"))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
@@ -127,6 +128,7 @@ def test_steps_within_a_step_say_something_every_minute_without_a_terminal(monke
 def test_a_quiet_console_has_no_progress(monkeypatch, capsys):
     setup_console(quiet=True)
     monkeypatch.setattr(log, "PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr(log, "PLAIN_SHARE", 0.0)
     list(progress(range(3), "quantizing"))
     assert capsys.readouterr().err == ""
     terminal = Terminal()
@@ -143,6 +145,7 @@ def test_only_the_main_process_has_progress(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     setup_console()
     monkeypatch.setattr(log, "PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr(log, "PLAIN_SHARE", 0.0)
     assert list(progress(range(3), "quantizing")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
 

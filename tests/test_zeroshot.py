@@ -466,6 +466,7 @@ def test_a_terminal_sees_one_bar(run, data_dir, monkeypatch):
 
 def test_every_request_is_counted(run, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(log, "PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr(log, "PLAIN_SHARE", 0.0)
     run(check_tasks(["piqa"], data_dir, 0))
     lines = capsys.readouterr().err.splitlines()
     assert [line.rpartition("| ")[2].partition(" ")[0] for line in lines] == [f"{n}/24" for n in range(1, 25)]

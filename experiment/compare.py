@@ -78,7 +78,11 @@ def run_comparison(args: argparse.Namespace, quant: QuantConfig) -> None:
     logger.info("%s", shlex.join(["python", *sys.argv]))
     setup = comparison.setup
     logger.info("%s on %s, %s", setup.source.name, describe(setup.device), setup.dtype)
-    finished = measure_rows(comparison, found)
+    try:
+        finished = measure_rows(comparison, found)
+    except (KeyboardInterrupt, SystemExit):
+        logger.error("finished rows are kept in %s; the same command goes on behind them", comparison.folder / "rows")
+        raise
     errors = [f"{each.row.key}: {each.error}" for each in finished if each.error is not None]
     error = f"failed: {'; '.join(errors)}" if errors else None
     if is_main():

@@ -81,7 +81,7 @@ def finish(run: Run, outcome: Outcome) -> None:
     failures = outcome.failures(run.quant)
     outcome.error = f"failed: {', '.join(failures)}" if failures else None
     write_results(run, outcome)
-    if run.args.report and is_main():
+    if is_main():
         draw_report(run)
     if not run.evaluations.empty:
         logger.log(RESULT, "\n%s\n", summary_table(run, outcome))
@@ -92,7 +92,12 @@ def finish(run: Run, outcome: Outcome) -> None:
 
 
 def draw_report(run: Run) -> None:
-    """Draw report/index.html; whatever prevents that costs the report, not the run."""
+    """Draw report/index.html if it is wanted; whatever prevents that costs the report, not the run."""
+    if not run.args.report:
+        earlier = run.folder / "report/index.html"
+        if earlier.exists():
+            logger.warning("%s is of an earlier run, not of this one: --report would draw it anew", earlier)
+        return
     from reporting.page import write_report  # matplotlib loads for seconds
 
     try:

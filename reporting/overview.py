@@ -1,6 +1,6 @@
 """Figures over all layers of a run, and of its scores: pure functions from results.json to a matplotlib figure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -151,11 +151,16 @@ def loss_figure(layers: Sequence[dict]) -> Figure:
 
 
 def bars_figure(
-    rows: Sequence[tuple[str, Sequence[float | None]]], labels: Sequence[str], quantity: str, may_be_log: bool = False
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+    labels: Sequence[str],
+    quantity: str,
+    may_be_log: bool = False,
+    errors: Sequence[Mapping[str, float]] = (),
 ) -> Figure:
     """Bars of every row (a way to run the model) side by side for every label (a dataset or task), each with its value.
 
-    A bar that is far above the others would hide them: if it `may_be_log` the axis is logarithmic then, and says so.
+    `errors` has the standard error of each row's values by label, where there are any: they are drawn. A bar that is
+    far above the others would hide them: if it `may_be_log` the axis is logarithmic then, and says so.
     """
     figure, axis = line_figure(max(7.0, 0.75 * len(labels) * len(rows) + 2), 4.2)
     values = [value for _, found in rows for value in found if value is not None]
@@ -167,7 +172,8 @@ def bars_figure(
         colour = COLOURS[0] if own else REFERENCE if number == 0 else COLOURS[number % len(COLOURS)]
         places = np.arange(len(labels)) + width * (number - (len(rows) - 1) / 2)
         heights = [_number(value) for value in found]
-        bars = axis.bar(places, heights, 0.92 * width, color=colour, label=name)
+        spread = [errors[number].get(label, np.nan) for label in labels] if errors else None
+        bars = axis.bar(places, heights, 0.92 * width, color=colour, label=name, yerr=spread, capsize=4)
         axis.bar_label(bars, [f"{value:{form}}" if value is not None else "" for value in found], padding=2)
     axis.set_xticks(range(len(labels)), labels)
     axis.grid(False, axis="x")

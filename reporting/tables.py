@@ -1,6 +1,6 @@
 """The words and rows of the page, all from results.json."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 NOT_MEASURED = "not measured; compare.py puts both side by side"
 HALF_THE_NOISE = 3.01  # dB
@@ -30,15 +30,26 @@ def accuracies(results: dict) -> tuple[Rows, list[str]]:
 
 def accuracies_of(found: dict) -> dict[str, float]:
     """Accuracy by task of one way to run the model."""
-    scores = {}
-    for score in (found.get("zero_shot") or {}).get("scores", []):
-        metrics = score["metrics"]
-        best = next((metrics[name] for name in ("acc_norm", "acc", "exact_match") if name in metrics), None)
-        if best is not None:
-            scores[score["task"]] = best
+    scores = {task: metrics[name] for task, metrics, name in _metrics(found)}
     for shots, mmlu in (found.get("mmlu") or {}).items():
         scores[f"MMLU {shots.replace('_', '-')}"] = mmlu["accuracy"]
     return scores
+
+
+def standard_errors(results: dict) -> list[dict[str, float]]:
+    """Standard errors of the accuracies, by task, of every one of the `ways`; tasks that have none are left out."""
+    return [
+        {task: metrics[f"{name}_stderr"] for task, metrics, name in _metrics(found) if f"{name}_stderr" in metrics}
+        for _, found in ways(results)
+    ]
+
+
+def _metrics(found: dict) -> Iterator[tuple[str, dict[str, float], str]]:
+    """Of every task its metrics, and the name of the one that is shown."""
+    for score in (found.get("zero_shot") or {}).get("scores", []):
+        shown = next((name for name in ("acc_norm", "acc", "exact_match") if name in score["metrics"]), None)
+        if shown is not None:
+            yield score["task"], score["metrics"], shown
 
 
 def scores(results: dict) -> list[tuple[str, str, float, float | None]]:

@@ -4,14 +4,17 @@ import csv
 import json
 import math
 import shutil
+import signal
 import statistics
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 from conftest import random_tokens, run_script
 from safetensors.torch import save_file
+from starter import shared_starter
 from test_cli import assert_refused, snapshot
 from test_evaluation_cli import FAIL_ONCE
+from test_resume_cli import kill_at
 
 TINY = ("--block_size", 16, "--max_rotation_step", 20, "--wbits", 4, "--abits", 4, "--lac", 0.95, "--net", "tiny")
 FOLDER = "output/tiny_w4a4_compare"
@@ -154,6 +157,26 @@ def test_a_missing_row_is_all_that_the_same_command_computes(whole, usual, tmp_p
     assert {path: facts for path, facts in snapshot(gone.parent).items() if path != gone} == {
         path: facts for path, facts in kept.items() if path != gone
     }
+
+
+def test_an_interrupted_comparison_goes_on_behind_the_rows_it_has(whole, usual, tmp_path):
+    flags = (*usual, "--swc", 0.9, "--eval_kl")
+    interrupt = kill_at(tmp_path / FOLDER / "rows/rtn.json", sent=signal.SIGINT)
+    done = shared_starter().run(tmp_path, *flags, script="compare.py", meanwhile=interrupt)
+    assert done.returncode == 130, done.stderr
+    assert "the same command goes on" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    kept = sorted(path.stem for path in (tmp_path / FOLDER / "rows").glob("*.json"))
+    assert "rtn" in kept
+    assert len(kept) < len(ROWS), "interrupted too late to prove anything"
+    done = run_script("compare.py", *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("from an earlier run") == len(kept)
+    found, expected = rows_of(tmp_path), rows_of(whole[0])
+    assert {name: row[0]["perplexity_details"] for name, row in found.items()} == {
+        name: row[0]["perplexity_details"] for name, row in expected.items()
+    }
+    assert not list((tmp_path / FOLDER / "rows").glob("*.unfinished.jsonl"))
 
 
 def test_quiet_prints_the_table_alone(whole, usual, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import run_script
 
-from reporting import figures, overview, tables
+from reporting import drawing, figures, overview, tables
 from reporting.page import duration, number, size
 from reporting.run_data import read_run
 from utils.errors import InputError
@@ -210,6 +210,19 @@ def test_bars_have_the_scores_heights_and_a_far_one_makes_the_axis_logarithmic()
     assert "log" in axis.get_ylabel()
 
 
+def test_accuracies_have_the_standard_error_of_the_metric_that_is_shown():
+    metrics = {"acc": 0.7, "acc_stderr": 0.1, "acc_norm": 0.6, "acc_norm_stderr": 0.2}
+    scores = [{"task": "piqa", "metrics": metrics}, {"task": "own", "metrics": {"acc": 0.5}}]
+    found = {"method": "DuQuant", "settings": {"wbits": 4, "abits": 4}, "zero_shot": {"scores": scores}}
+    assert tables.standard_errors(found) == [{}, {"piqa": 0.2}]
+    rows, labels = tables.accuracies(found)
+    assert (rows, labels) == ([("DuQuant W4A4", [0.6, 0.5])], ["piqa", "own"])
+    [drawn] = drawing.scores(found)
+    [lines] = drawn.figure.axes[0].collections
+    [segment] = [each for each in lines.get_segments() if np.isfinite(each).all() and len(each)]
+    assert segment[:, 1] == pytest.approx([0.4, 0.8])
+
+
 def test_scores_are_read_from_tasks_and_mmlu_and_say_what_was_not_measured():
     own = {"perplexity": {"c4": 7.5}, "zero_shot": {"scores": [{"task": "piqa", "metrics": {"acc": 0.7}}]}}
     settings = {"wbits": 4, "abits": 4}
@@ -369,6 +382,17 @@ def unsortable(page: str) -> int:
     """How many column headings stand in tables that are not sorted."""
     parts = re.findall(r"<table>(.*?)</table>", page, re.DOTALL)
     return sum(len(re.findall(r"<th[ >]", part)) for part in parts)
+
+
+def test_a_later_run_without_a_report_says_that_the_page_is_not_its_own(reported, model_folder, token_file, tmp_path):
+    shutil.copytree(reported, tmp_path / "output/tiny_w4a4")
+    page = (tmp_path / "output/tiny_w4a4/report/index.html").read_bytes()
+    done = run_script("main.py", *common(model_folder, token_file), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == (
+        "output/tiny_w4a4/report/index.html is of an earlier run, not of this one: --report would draw it anew"
+    )
+    assert (tmp_path / "output/tiny_w4a4/report/index.html").read_bytes() == page
 
 
 def test_the_help_explains_what_is_read_and_written(tmp_path):

@@ -1,6 +1,7 @@
 """The figures of one way to run the model."""
 
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -13,7 +14,7 @@ from evaluation.task_scores import ZeroShot
 class Measured:
     """Perplexity by dataset label, scores, completions of the prompts, wall seconds by stage, figures per layer.
 
-    `failures`: by evaluation, what ended it.
+    `failures`: by evaluation, what ended it. `watch`: told the number and the figures of every layer when it is done.
     """
 
     perplexity: dict[str, Perplexity] = field(default_factory=dict)
@@ -24,6 +25,13 @@ class Measured:
     failures: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     layers: list[dict] = field(default_factory=list)
+    watch: Callable[[int, dict], None] | None = None
+
+    def add_layer(self, index: int, figures: dict) -> None:
+        """Note what layer `index`, the next one, gave: a run that ends early has the figures of what it did."""
+        self.layers.append(figures)
+        if self.watch is not None:
+            self.watch(index, figures)
 
     @contextmanager
     def timing(self, stage: str):

@@ -160,13 +160,6 @@ def quantize_(
         logger.info("16-bit weights and activations: nothing to quantize")
         return
     with measured.timing("quantize"):
-
-        def done(index: int, layer: FinishedLayer) -> None:
-            measured.layers.append(layer.figures)  # so that a run that ends early has the figures of what it did
-            if keep is not None:
-                keep(index, layer)
-
-        measured.layers = quantize_model(
-            *(model, setup.spec, setup.tokens, peaks, quant, setup.device, finished, done, recorder)
-        )
+        how = (quant, setup.device, finished, keep, recorder, measured.add_layer)
+        quantize_model(model, setup.spec, setup.tokens, peaks, *how)
     make_equal_(model)

@@ -115,7 +115,7 @@ class Walk:
             logger.info("16-bit weights and activations: nothing to quantize")
             return None
         keep = run.checkpoint and run.checkpoint.keep
-        how = (run.quant, setup.device, finished, keep, allocate, run.recorder())
+        how = (run.quant, setup.device, finished, keep, allocate, run.recorder(), self.outcome.measured.add_layer)
         return Quantization(model, setup.spec, setup.tokens, *how)
 
     def pass_(self, index: int, layer: nn.Module) -> None:
@@ -141,7 +141,6 @@ class Walk:
         if self.samples is not None:
             keep_statistics(self.run.args, self.run.setup, self.statistics)
         if self.quantization is not None:
-            self.outcome.measured.layers = self.quantization.figures
             self.outcome.measured.seconds["search"] = self.quantization.search_seconds
         return {
             (row, label): traveller.calls.hidden

@@ -33,13 +33,15 @@ def quantize_model(
     finished: dict[int, FinishedLayer] | None = None,
     keep: Callable[[int, FinishedLayer], None] | None = None,
     recorder: Recorder | None = None,
+    noted: Callable[[int, dict], None] | None = None,
 ) -> list[dict]:
     """Quantize every decoder layer of `model` in place, calibrated on `tokens` [N, T]; return the figures per layer.
 
     `activation_peaks` (linear name → [C]) are needed when `config.smooth` is set. Layers in `finished` (by index) are
     reapplied; the others are computed, and `keep` is called with each. A `recorder` looks on, for the report.
+    `noted` is called with the figures of every layer as soon as it is done, reapplied ones too.
     """
-    steps = Quantization(model, spec, tokens, config, device, finished, keep, recorder=recorder)
+    steps = Quantization(model, spec, tokens, config, device, finished, keep, recorder=recorder, noted=noted)
     for index, layer in enumerate(progress(spec.decoder_layers(model), "quantizing", unit="layer")):
         with on_device(layer, device):
             steps.quantize_(index, layer, activation_peaks)
@@ -63,11 +65,12 @@ class Quantization:
         keep: Callable[[int, FinishedLayer], None] | None = None,
         allocate: Allocate = in_memory,
         recorder: Recorder | None = None,
+        noted: Callable[[int, dict], None] | None = None,
     ):
         check_shapes(model, spec, config)
         install(model)
         self.spec, self.config, self.device, self.dtype = spec, config, device, model.dtype
-        self.finished, self.keep, self.recorder = finished or {}, keep, recorder
+        self.finished, self.keep, self.recorder, self.noted = finished or {}, keep, recorder, noted
         missing = [index for index in range(len(spec.decoder_layers(model))) if index not in self.finished]
         # behind the last layer that is to be computed nothing needs to flow any more
         self.last = max(missing, default=-1)
@@ -94,6 +97,8 @@ class Quantization:
             if self.keep is not None:
                 self.keep(index, done)
         self.figures.append(done.figures)
+        if self.noted is not None:
+            self.noted(index, done.figures)
 
 
 class Flow:

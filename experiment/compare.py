@@ -20,6 +20,7 @@ from experiment.measured import Measured
 from experiment.rows import FULL, FULL_TITLE, Row, plan_rows
 from experiment.run import activation_peaks, quantize_
 from experiment.session import Setup, fetch_tokens, make_setup, open_model
+from experiment.tracking import Tracker, check_tracking, open_tracker
 from models.load import model_fingerprint
 from quantize.config import QuantConfig, Transform
 from quantize.statistics import load_scales
@@ -71,6 +72,7 @@ def run_comparison(args: argparse.Namespace, quant: QuantConfig) -> None:
     what a user can mend, Incomplete if a row failed.
     """
     join_group()
+    check_tracking(args.track)
     comparison = prepare(args, quant)
     found = from_main(lambda: {row.key: read_row(comparison, row) for row in comparison.rows})
     if is_main():
@@ -191,8 +193,13 @@ def measure_rows(comparison: Comparison, found: dict[str, dict | None]) -> list[
             continue
         logger.info("row %d of %d, %s: %s", number, len(comparison.rows), row.key, row.full_title)
         measured = Measured()
+        tracker = track_row(comparison, row, required=row is pending[0])
         try:
-            measure_row(comparison, row, shared, measured)
+            with tracker:
+                measured.watch = tracker.layer
+                measure_row(comparison, row, shared, measured)
+                tracker.figures(measured.figures())
+                tracker.failed = bool(measured.failures)
         except Exception as error:
             if world_size() > 1 or (isinstance(error, InputError) and not finished):
                 raise
@@ -204,6 +211,16 @@ def measure_rows(comparison: Comparison, found: dict[str, dict | None]) -> list[
             continue
         finished.append(keep_row(comparison, row, measured))
     return finished
+
+
+def track_row(comparison: Comparison, row: Row, required: bool) -> Tracker:
+    """What tracks one row; unless it is `required`, a row that cannot be tracked is measured all the same."""
+    quant, settings = row.quant, settings_of(comparison)
+    settings |= {"row": row.key, "method": row.title, "seed": row.seed, "smooth": quant.smooth is not None}
+    settings |= {"wbits": quant.bits.weight, "abits": quant.bits.activation, "transform": quant.transform}
+    settings |= {"lwc": quant.clip.learned, "swc": quant.clip.weight_ratio, "versions": versions()}
+    folder = comparison.folder
+    return open_tracker(comparison.args.track, folder, row.key, plain(settings), group=folder.name, required=required)
 
 
 def open_evaluator(comparison: Comparison, row: Row, shared: Shared) -> Evaluator:
@@ -258,13 +275,19 @@ def kept_figures(measured: Measured) -> dict:
     return plain({**measured.figures(), "layers": measured.layers})
 
 
+def settings_of(comparison: Comparison) -> dict:
+    """Every flag, with what was resolved of those that may be left out."""
+    setup = comparison.setup
+    given = {name: value for name, value in vars(comparison.args).items() if name not in ("given", "runs", "output")}
+    return {**given, "nsamples": len(setup.tokens), "seqlen": setup.seqlen, "net": setup.net}
+
+
 def run_facts(comparison: Comparison) -> dict:
     """What results.json says of the comparison as a whole."""
     setup = comparison.setup
-    settings = {name: value for name, value in vars(comparison.args).items() if name not in ("given", "runs", "output")}
     data = {str(seed): data_fingerprint(each.tokens) for seed, each in comparison.setups.items()}
     return {
-        "settings": {**settings, "nsamples": len(setup.tokens), "seqlen": setup.seqlen, "net": setup.net},
+        "settings": settings_of(comparison),
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions(),
         "device": describe(setup.device),

@@ -11,6 +11,7 @@ from experiment.options import (
     add_quantization_options,
     add_search_options,
     add_smoothing_options,
+    add_track_option,
 )
 from experiment.rows import ROWS, SMOOTH
 from quantize.config import Transform
@@ -49,6 +50,7 @@ def make_parser(description: str) -> Parser:
     group.add_argument(
         "--output_dir", type=Path, default=Path("output"), help="everything goes to <net>_w4a4_compare/ in here"
     )
+    add_track_option(group)
     add_calibration_options(parser)
     add_quantization_options(parser)
     add_smoothing_options(parser)

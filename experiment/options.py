@@ -247,6 +247,17 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         help="check everything and say what the run would do and need (memory, disk, time), without loading weights; "
         "exit code 2 with the reason if it cannot work here",
     )
+    add_track_option(group)
+
+
+def add_track_option(group: argparse._ArgumentGroup) -> None:
+    """`--track`, of main.py and of compare.py."""
+    group.add_argument(
+        "--track",
+        choices=["none", "tensorboard", "wandb"],
+        default="none",
+        help="also give settings and figures to TensorBoard or Weights & Biases, layer by layer as they are found",
+    )
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:

@@ -37,16 +37,21 @@ class Outcome:
         return [f"{title}: {name}" for title, measured in self.rows(quant) for name in measured.failures]
 
 
+def settings_of(run: Run) -> dict:
+    """Every flag, with what was resolved of those that may be left out."""
+    tokens = run.setup.tokens
+    samples = {} if tokens is None else {"nsamples": len(tokens)}
+    return {**vars(run.args), **samples, "seqlen": run.setup.seqlen, "net": run.setup.net}
+
+
 def write_results(run: Run, outcome: Outcome) -> None:
     """Write results.json into the run's folder."""
     if not is_main():
         return
     tokens = run.setup.tokens
-    samples = {} if tokens is None else {"nsamples": len(tokens)}
-    resolved = {**samples, "seqlen": run.setup.seqlen, "net": run.setup.net}
     results = {
         "method": method_name(run.quant),
-        "settings": {**vars(run.args), **resolved},
+        "settings": settings_of(run),
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions(),
         "device": describe(run.setup.device),

@@ -13,13 +13,14 @@ from experiment.dry_run import dry_run
 from experiment.evaluations import FULL, QUANTIZED
 from experiment.evaluator import Evaluator
 from experiment.measured import Measured
-from experiment.outcome import Outcome, completions_text, summary_table, write_results
+from experiment.outcome import Outcome, completions_text, settings_of, summary_table, write_results
 from experiment.peaks import keep_statistics, known_peaks, needs_peaks
 from experiment.plan import Run, prepare
 from experiment.resuming import finished_layers, resume_command
 from experiment.rows import FULL_TITLE, method_name
 from experiment.session import Setup, open_model
 from experiment.stream import execute_streamed
+from experiment.tracking import check_tracking, open_tracker
 from quantize.config import QuantConfig
 from quantize.export import save_model
 from quantize.record import Recorder
@@ -30,6 +31,7 @@ from utils.device import describe
 from utils.distributed import from_main, is_main, join_group, leave_group, make_equal_, world_size
 from utils.errors import Incomplete, InputError
 from utils.log import RESULT, add_log_file
+from utils.results import plain, versions
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
     results.json is written whatever happens, with the error in it; only wrong input leaves what was there as it was.
     """
     join_group()
+    if not args.dry_run:
+        check_tracking(args.track)
     run = prepare(args, quant)
     if args.dry_run:
         if is_main():
@@ -58,6 +62,20 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
     outcome = Outcome()
     if journal.parts:
         logger.info("an earlier run did not finish its evaluation; going on behind %d parts of it", journal.parts)
+    with open_tracker(args.track, run.folder, run.folder.name, tracked_settings(run)) as tracker:
+        outcome.measured.watch = tracker.layer
+        execute_noting_error(run, outcome, evaluator)
+        tracker.figures(outcome.measured.figures(), outcome.full.figures())
+        finish(run, outcome)
+        if outcome.error is not None:
+            again = resume_command(sys.argv, run.checkpoint.folder) if run.checkpoint else "the same command"
+            raise Incomplete(f"{outcome.error}; the rest is kept, try these again with: {again}")
+    journal.close()
+    leave_group()
+
+
+def execute_noting_error(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
+    """`execute`; what ends it early is written into results.json, and how to go on is said."""
     try:
         execute(run, outcome, evaluator)
     except InputError:
@@ -68,12 +86,11 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
         if run.checkpoint is not None:
             logger.error("finished layers are kept; go on with: %s", resume_command(sys.argv, run.checkpoint.folder))
         raise
-    finish(run, outcome)
-    if outcome.error is not None:
-        again = resume_command(sys.argv, run.checkpoint.folder) if run.checkpoint else "the same command"
-        raise Incomplete(f"{outcome.error}; the rest is kept, try these again with: {again}")
-    journal.close()
-    leave_group()
+
+
+def tracked_settings(run: Run) -> dict:
+    """What a tracked run is described by, as JSON has it."""
+    return plain({**settings_of(run), "method": method_name(run.quant), "versions": versions()})
 
 
 def finish(run: Run, outcome: Outcome) -> None:

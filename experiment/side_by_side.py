@@ -9,7 +9,7 @@ from utils.errors import InputError
 from utils.results import format_table
 
 WHERE = ("output_dir", "cache_dir", "save_dir", "resume", "save_model", "net", "eval_batch_size")
-WHERE += ("quiet", "track")  # changes no figure, all of it
+WHERE += ("quiet", "track")  # none of them changes a figure
 COMPARED = ("settings", "versions", "device", "dtype", "processes", "data")
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from experiment.comparison_options import check_comparison, check_runs, parse_flags
 from experiment.evaluation_options import check_evaluation
-from experiment.options import make_quant_config, run_script
+from experiment.options import make_quant_config
+from experiment.script import run_script
 from utils.errors import InputError
 
 

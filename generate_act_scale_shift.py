@@ -9,7 +9,8 @@ import argparse
 import time
 from pathlib import Path
 
-from experiment.options import Parser, add_calibration_options, add_model_options, run_script
+from experiment.options import add_calibration_options, add_model_options
+from experiment.script import Parser, run_script
 from utils.errors import InputError
 
 

@@ -9,7 +9,6 @@ import argparse
 
 from experiment.evaluation_options import add_evaluation_options, check_evaluation
 from experiment.options import (
-    Parser,
     add_calibration_options,
     add_memory_options,
     add_model_options,
@@ -19,8 +18,8 @@ from experiment.options import (
     add_smoothing_options,
     add_transform_options,
     make_quant_config,
-    run_script,
 )
+from experiment.script import Parser, run_script
 
 EXAMPLES = """examples:
   bash run.sh                                       the bundled model, with its comparison table

@@ -6,7 +6,8 @@ Writes RUN_DIR/report/index.html, one page with everything in it, and its figure
 import argparse
 from pathlib import Path
 
-from experiment.options import Parser, add_report_layers, run_script
+from experiment.options import add_report_layers
+from experiment.script import Parser, run_script
 
 EXAMPLES = """examples:
   python report.py output/tiny-llama_w4a4

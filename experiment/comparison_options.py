@@ -5,7 +5,6 @@ from pathlib import Path
 
 from experiment.evaluation_options import add_evaluation_options
 from experiment.options import (
-    Parser,
     add_calibration_options,
     add_model_options,
     add_quantization_options,
@@ -14,6 +13,7 @@ from experiment.options import (
     add_track_option,
 )
 from experiment.rows import ROWS, SMOOTH
+from experiment.script import Parser
 from quantize.config import Transform
 from utils.errors import InputError
 

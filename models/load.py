@@ -203,7 +203,6 @@ def _quieten() -> None:
     """Let transformers report errors, and draw bars where ours are drawn; they vanish as ours do."""
     transformers.logging.set_verbosity_error()
     if shows_bars():
-        transformers.logging.enable_progress_bar()
         transformers.logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **{**kwargs, "leave": False}))
     else:
         transformers.logging.disable_progress_bar()

@@ -19,7 +19,7 @@ from experiment.figures import flatten
 from experiment.measured import Measured
 from experiment.rows import FULL, FULL_TITLE, Row, plan_rows
 from experiment.run import activation_peaks, quantize_
-from experiment.session import Setup, fetch_tokens, make_setup, open_model
+from experiment.session import Setup, fetch_tokens, make_setup, open_model, settings_of
 from experiment.tracking import Tracker, check_tracking, open_tracker
 from models.load import model_fingerprint
 from quantize.config import QuantConfig, Transform
@@ -215,7 +215,7 @@ def measure_rows(comparison: Comparison, found: dict[str, dict | None]) -> list[
 
 def track_row(comparison: Comparison, row: Row, required: bool) -> Tracker:
     """What tracks one row; unless it is `required`, a row that cannot be tracked is measured all the same."""
-    quant, settings = row.quant, settings_of(comparison)
+    quant, settings = row.quant, shared_settings(comparison)
     settings |= {"row": row.key, "method": row.title, "seed": row.seed, "smooth": quant.smooth is not None}
     settings |= {"wbits": quant.bits.weight, "abits": quant.bits.activation, "transform": quant.transform}
     settings |= {"lwc": quant.clip.learned, "swc": quant.clip.weight_ratio, "versions": versions()}
@@ -275,11 +275,10 @@ def kept_figures(measured: Measured) -> dict:
     return plain({**measured.figures(), "layers": measured.layers})
 
 
-def settings_of(comparison: Comparison) -> dict:
-    """Every flag, with what was resolved of those that may be left out."""
-    setup = comparison.setup
-    given = {name: value for name, value in vars(comparison.args).items() if name not in ("given", "runs", "output")}
-    return {**given, "nsamples": len(setup.tokens), "seqlen": setup.seqlen, "net": setup.net}
+def shared_settings(comparison: Comparison) -> dict:
+    """The settings that all rows share, without what is for finished runs."""
+    found = settings_of(comparison.args, comparison.setup)
+    return {name: value for name, value in found.items() if name not in ("given", "runs", "output")}
 
 
 def run_facts(comparison: Comparison) -> dict:
@@ -287,7 +286,7 @@ def run_facts(comparison: Comparison) -> dict:
     setup = comparison.setup
     data = {str(seed): data_fingerprint(each.tokens) for seed, each in comparison.setups.items()}
     return {
-        "settings": settings_of(comparison),
+        "settings": shared_settings(comparison),
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions(),
         "device": describe(setup.device),

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from experiment.figures import SECONDS, figure_values, headings, show
 from experiment.measured import Measured
 from experiment.plan import Run
-from experiment.rows import FULL_TITLE, method_name, shown_bits
+from experiment.rows import FULL_TITLE, full_title, method_name
+from experiment.session import settings_of
 from quantize.config import QuantConfig
 from quantize.footprint import memory_footprint
 from utils import data
@@ -37,13 +38,6 @@ class Outcome:
         return [f"{title}: {name}" for title, measured in self.rows(quant) for name in measured.failures]
 
 
-def settings_of(run: Run) -> dict:
-    """Every flag, with what was resolved of those that may be left out."""
-    tokens = run.setup.tokens
-    samples = {} if tokens is None else {"nsamples": len(tokens)}
-    return {**vars(run.args), **samples, "seqlen": run.setup.seqlen, "net": run.setup.net}
-
-
 def write_results(run: Run, outcome: Outcome) -> None:
     """Write results.json into the run's folder."""
     if not is_main():
@@ -51,7 +45,7 @@ def write_results(run: Run, outcome: Outcome) -> None:
     tokens = run.setup.tokens
     results = {
         "method": method_name(run.quant),
-        "settings": settings_of(run),
+        "settings": settings_of(run.args, run.setup),
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions(),
         "device": describe(run.setup.device),
@@ -73,8 +67,7 @@ def write_results(run: Run, outcome: Outcome) -> None:
 
 def summary_table(run: Run, outcome: Outcome) -> str:
     """Every figure and the seconds of the run, as Markdown; beside the full-precision model's where it was measured."""
-    title = method_name(run.quant) if run.quant.bits.untouched else f"{method_name(run.quant)} {shown_bits(run.quant)}"
-    found = {FULL_TITLE: outcome.full} | {title: outcome.measured}
+    found = {FULL_TITLE: outcome.full} | {full_title(run.quant): outcome.measured}
     values = {title: figure_values(measured.figures(), metrics=None) for title, measured in found.items()}
     values = {title: each for title, each in values.items() if set(each) - set(SECONDS)}
     rows = [[each, *(show(each, column.get(each)) for column in values.values())] for each in headings(values.values())]

@@ -34,7 +34,7 @@ class Row:
     @property
     def full_title(self) -> str:
         """The same with the bit widths."""
-        return self.title if self.quant.bits.untouched else f"{self.title} {self.bits}"
+        return full_title(self.quant)
 
     @property
     def key(self) -> str:
@@ -94,6 +94,11 @@ def method_name(quant: QuantConfig) -> str:
     else:
         name = f"smoothing + {PARTS[quant.transform]}" if quant.smooth else PARTS[quant.transform]
     return f"{name} + LWC" if quant.clip.learned else name
+
+
+def full_title(quant: QuantConfig) -> str:
+    """What these settings are called, with their bit widths: `DuQuant W4A4`."""
+    return method_name(quant) if quant.bits.untouched else f"{method_name(quant)} {shown_bits(quant)}"
 
 
 def shown_bits(quant: QuantConfig) -> str:

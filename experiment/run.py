@@ -13,12 +13,12 @@ from experiment.dry_run import dry_run
 from experiment.evaluations import FULL, QUANTIZED
 from experiment.evaluator import Evaluator
 from experiment.measured import Measured
-from experiment.outcome import Outcome, completions_text, settings_of, summary_table, write_results
+from experiment.outcome import Outcome, completions_text, summary_table, write_results
 from experiment.peaks import keep_statistics, known_peaks, needs_peaks
 from experiment.plan import Run, prepare
 from experiment.resuming import finished_layers, resume_command
-from experiment.rows import FULL_TITLE, method_name
-from experiment.session import Setup, open_model
+from experiment.rows import FULL_TITLE, full_title, method_name
+from experiment.session import Setup, open_model, settings_of
 from experiment.stream import execute_streamed
 from experiment.tracking import check_tracking, open_tracker
 from quantize.config import QuantConfig
@@ -90,7 +90,7 @@ def execute_noting_error(run: Run, outcome: Outcome, evaluator: Evaluator) -> No
 
 def tracked_settings(run: Run) -> dict:
     """What a tracked run is described by, as JSON has it."""
-    return plain({**settings_of(run), "method": method_name(run.quant), "versions": versions()})
+    return plain({**settings_of(run.args, run.setup), "method": method_name(run.quant), "versions": versions()})
 
 
 def finish(run: Run, outcome: Outcome) -> None:
@@ -98,8 +98,11 @@ def finish(run: Run, outcome: Outcome) -> None:
     failures = outcome.failures(run.quant)
     outcome.error = f"failed: {', '.join(failures)}" if failures else None
     write_results(run, outcome)
-    if is_main():
+    if run.args.report and is_main():
         draw_report(run)
+    earlier = run.folder / "report/index.html"
+    if not run.args.report and earlier.exists():
+        logger.warning("%s is of an earlier run, not of this one: --report would draw it anew", earlier)
     if not run.evaluations.empty:
         logger.log(RESULT, "\n%s\n", summary_table(run, outcome))
     if run.evaluations.prompts:
@@ -109,12 +112,7 @@ def finish(run: Run, outcome: Outcome) -> None:
 
 
 def draw_report(run: Run) -> None:
-    """Draw report/index.html if it is wanted; whatever prevents that costs the report, not the run."""
-    if not run.args.report:
-        earlier = run.folder / "report/index.html"
-        if earlier.exists():
-            logger.warning("%s is of an earlier run, not of this one: --report would draw it anew", earlier)
-        return
+    """Draw report/index.html; whatever prevents that costs the report, not the run."""
     from reporting.page import write_report  # matplotlib loads for seconds
 
     try:
@@ -131,7 +129,7 @@ def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
         execute_streamed(run, outcome, evaluator)
         return
     measured = outcome.measured
-    title = f"{method_name(run.quant)} {run.quant.label.upper()}"
+    title = full_title(run.quant)
     with measured.timing("load"):
         model = open_model(run.setup, run.args.attn_implementation)
     if run.setup.saved is not None:

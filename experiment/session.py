@@ -58,6 +58,12 @@ class Setup:
         return Origin(self.source.name, model, data_fingerprint(self.tokens))
 
 
+def settings_of(args: argparse.Namespace, setup: Setup) -> dict:
+    """Every flag, with what was resolved of those that may be left out."""
+    samples = {} if setup.tokens is None else {"nsamples": len(setup.tokens)}
+    return {**vars(args), **samples, "seqlen": setup.seqlen, "net": setup.net}
+
+
 def make_setup(args: argparse.Namespace) -> Setup:
     """Check the model and calibration options and fetch the tokens. Raises InputError for whatever is wrong."""
     source = ModelSource(args.model, args.trust_remote_code)

@@ -17,7 +17,7 @@ from experiment.outcome import Outcome
 from experiment.peaks import keep_statistics, known_peaks, needs_peaks
 from experiment.plan import Run
 from experiment.resuming import finished_layers
-from experiment.rows import FULL_TITLE, method_name
+from experiment.rows import FULL_TITLE, full_title
 from models.streaming import LayerReader, load_shell
 from quantize.observe import LayerCalls, advance_, layer_calls
 from quantize.state import FinishedLayer
@@ -50,7 +50,7 @@ def execute_streamed(run: Run, outcome: Outcome, evaluator: Evaluator, files: bo
             reader.drop_(layer)
     evaluator.travelled |= walk.finish()
     full.measure(model, outcome.full, FULL, FULL_TITLE)
-    evaluator.measure(model, measured, QUANTIZED, f"{method_name(run.quant)} {run.quant.label.upper()}")
+    evaluator.measure(model, measured, QUANTIZED, full_title(run.quant))
 
 
 def open_shell(run: Run) -> nn.Module:

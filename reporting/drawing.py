@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from reporting import figures
 from reporting import overview as over
 from reporting.run_data import Arrays
-from reporting.tables import Rows, accuracies, group_names, perplexities, standard_errors, ways
+from reporting.tables import accuracies, group_names, perplexities, standard_errors
 
 MOST_NARROW = 3  # datasets or tasks whose bars fit into half of the page
 
@@ -43,16 +43,9 @@ def scores(results: dict) -> Iterator[Drawing]:
             "Task accuracy",
             "Fraction of questions answered correctly (acc_norm where a task has it), ± standard error: what is apart "
             "by less may be chance. Higher is better.",
-            over.bars_figure(rows, labels, "accuracy", errors=shown_errors(results, rows)),
+            over.bars_figure(rows, labels, "accuracy", errors=standard_errors(results)),
             wide=len(labels) > MOST_NARROW,
         )
-
-
-def shown_errors(results: dict, rows: Rows) -> list[dict[str, float]]:
-    """The standard errors of the `ways` that have a row."""
-    titles = [title for title, _ in rows]
-    pairs = zip(ways(results), standard_errors(results), strict=True)
-    return [errors for (title, _), errors in pairs if title in titles]
 
 
 def overview_names(layers: list[dict]) -> list[str]:

@@ -155,12 +155,12 @@ def bars_figure(
     labels: Sequence[str],
     quantity: str,
     may_be_log: bool = False,
-    errors: Sequence[Mapping[str, float]] = (),
+    errors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Figure:
     """Bars of every row (a way to run the model) side by side for every label (a dataset or task), each with its value.
 
-    `errors` has the standard error of each row's values by label, where there are any: they are drawn. A bar that is
-    far above the others would hide them: if it `may_be_log` the axis is logarithmic then, and says so.
+    `errors`: by row and label, the standard errors there are, which are drawn. A bar that is far above the others would
+    hide them: if it `may_be_log` the axis is logarithmic then, and says so.
     """
     figure, axis = line_figure(max(7.0, 0.75 * len(labels) * len(rows) + 2), 4.2)
     values = [value for _, found in rows for value in found if value is not None]
@@ -172,7 +172,7 @@ def bars_figure(
         colour = COLOURS[0] if own else REFERENCE if number == 0 else COLOURS[number % len(COLOURS)]
         places = np.arange(len(labels)) + width * (number - (len(rows) - 1) / 2)
         heights = [_number(value) for value in found]
-        spread = [errors[number].get(label, np.nan) for label in labels] if errors else None
+        spread = [errors[name].get(label, np.nan) for label in labels] if errors else None
         bars = axis.bar(places, heights, 0.92 * width, color=colour, label=name, yerr=spread, capsize=4)
         axis.bar_label(bars, [f"{value:{form}}" if value is not None else "" for value in found], padding=2)
     axis.set_xticks(range(len(labels)), labels)

@@ -36,12 +36,14 @@ def accuracies_of(found: dict) -> dict[str, float]:
     return scores
 
 
-def standard_errors(results: dict) -> list[dict[str, float]]:
-    """Standard errors of the accuracies, by task, of every one of the `ways`; tasks that have none are left out."""
-    return [
-        {task: metrics[f"{name}_stderr"] for task, metrics, name in _metrics(found) if f"{name}_stderr" in metrics}
-        for _, found in ways(results)
-    ]
+def standard_errors(results: dict) -> dict[str, dict[str, float]]:
+    """Standard errors of the accuracies, by title and task, of all `ways`; tasks that have none are left out."""
+    return {
+        title: {
+            task: metrics[f"{name}_stderr"] for task, metrics, name in _metrics(found) if f"{name}_stderr" in metrics
+        }
+        for title, found in ways(results)
+    }
 
 
 def _metrics(found: dict) -> Iterator[tuple[str, dict[str, float], str]]:

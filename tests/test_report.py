@@ -214,7 +214,7 @@ def test_accuracies_have_the_standard_error_of_the_metric_that_is_shown():
     metrics = {"acc": 0.7, "acc_stderr": 0.1, "acc_norm": 0.6, "acc_norm_stderr": 0.2}
     scores = [{"task": "piqa", "metrics": metrics}, {"task": "own", "metrics": {"acc": 0.5}}]
     found = {"method": "DuQuant", "settings": {"wbits": 4, "abits": 4}, "zero_shot": {"scores": scores}}
-    assert tables.standard_errors(found) == [{}, {"piqa": 0.2}]
+    assert tables.standard_errors(found) == {"full precision": {}, "DuQuant W4A4": {"piqa": 0.2}}
     rows, labels = tables.accuracies(found)
     assert (rows, labels) == ([("DuQuant W4A4", [0.6, 0.5])], ["piqa", "own"])
     [drawn] = drawing.scores(found)

@@ -1,0 +1,283 @@
+"""Settings as frozen dataclasses: a field says once what a setting is called, what it is and what it changes.
+
+From the field alone follow its command-line flag with help, its place in JSON and back, whether a run with another
+value is another run, and whether it gets another folder. A setting is added by adding its field.
+
+    @dataclass(frozen=True)
+    class Smoothing:
+        TITLE: ClassVar[str] = "smoothing"                      # of its group in --help
+        alpha: float = option(0.5, "how much of a peak moves")  # --alpha
+
+    @dataclass(frozen=True)
+    class Method:
+        smoothing: Smoothing | None = part(Smoothing, switch="smooth", help="move activation peaks")  # --smooth
+"""
+
+import argparse
+import dataclasses
+import enum
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
+DIGEST_LENGTH = 6  # hex digits at the end of a folder's name
+
+
+class Changes(enum.IntEnum):
+    """What another value of a setting changes; a larger one includes what the smaller ones are about."""
+
+    NOTHING = 0  # no figure: where things are, how they are shown, how much is kept
+    FIGURES = 1  # what is measured, on the same quantized model
+    LAYERS = 2  # what is decided for the layers: with another value a checkpoint is of another run
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | Sequence[str] = (),
+    changes: Changes = Changes.LAYERS,
+    tag: str | None = None,
+    required: bool = False,
+    **arguments: Any,
+) -> Any:
+    """A field that is a command-line flag.
+
+    `flag`: its names without dashes, the first of which is the setting's name everywhere (default: the field's).
+    `tag`: what stands before its value in a folder's name, if it is told there. `arguments` go to argparse where the
+    type of the field does not say enough.
+    """
+    names = (flag,) if isinstance(flag, str) else tuple(flag)
+    metadata = {"flags": names, "help": help, "changes": changes, "tag": tag, "required": required}
+    metadata["arguments"] = arguments
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def part(cls: type, *, switch: str | None = None, help: str = "", on: bool = False, tag: str | None = None) -> Any:
+    """A field that holds further settings of class `cls`; with a `switch` they are there only where that flag is given.
+
+    `on`: they are there by default, and the flag is `--no_<switch>`. `tag`: the switch in a folder's name.
+    """
+    metadata = {"part": cls, "switch": switch, "help": help, "on": on, "tag": tag}
+    return dataclasses.field(default=None if switch and not on else cls(), metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of a class: its name, where its value is inside the object, its type, and its field.
+
+    `switches`: the paths of the optional parts that it is in.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    kind: Any
+    field: dataclasses.Field
+    switches: tuple[tuple[str, ...], ...]
+
+    @property
+    def changes(self) -> Changes:
+        """What another value changes."""
+        return self.field.metadata["changes"]
+
+    @property
+    def tag(self) -> str | None:
+        """What stands before the value in a folder's name."""
+        return self.field.metadata["tag"]
+
+
+def options(cls: type) -> list[Option]:
+    """Every setting of a settings class and of its parts, in order."""
+    return list(_options(cls, (), ()))
+
+
+def _options(cls: type, path: tuple[str, ...], switches: tuple[tuple[str, ...], ...]) -> Iterator[Option]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        here = (*path, field.name)
+        if "part" in field.metadata:
+            inner = (*switches, here) if field.metadata["switch"] else switches
+            yield from _options(field.metadata["part"], here, inner)
+        else:
+            yield Option(_name(field), here, hints[field.name], field, switches)
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Nested plain values, as JSON has them; `from_dict` gives the same settings back."""
+    return {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+
+
+def from_dict(cls: type[Settings], values: dict[str, Any]) -> Settings:
+    """The settings that `to_dict` wrote. What is missing (written before there was such a setting) has its default.
+
+    Raises ValueError for a name that is no setting, and what the class raises for a value that cannot be.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no setting of {cls.__name__}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _typed(hints[name], value) for name, value in values.items()})
+
+
+def flat(settings: Any, least: Changes = Changes.NOTHING) -> dict[str, Any]:
+    """Setting's name → plain value, of all settings that change at least that much.
+
+    Switches are there as True or False; what is in a part that is switched off is left out, since it changes nothing.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if "part" in field.metadata:
+            inner = {} if value is None else flat(value, least)
+            if field.metadata["switch"] and _most(field.metadata["part"]) >= least:
+                found[field.metadata["switch"]] = value is not None
+            found |= inner
+        elif field.metadata["changes"] >= least:
+            found[_name(field)] = _plain(value)
+    return found
+
+
+def identity(settings: Any, least: Changes = Changes.NOTHING) -> str:
+    """sha256, in hex, of `flat(settings, least)`: equal exactly where all of these settings are."""
+    return hashlib.sha256(json.dumps(flat(settings, least), sort_keys=True).encode()).hexdigest()
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Setting's name → default as plain value, those of parts that are off by default included."""
+    found = {each.name: _plain(each.field.default) for each in options(cls)}
+    return found | {each.metadata["switch"]: each.metadata["on"] for each in _parts(cls) if each.metadata["switch"]}
+
+
+def folder_name(stem: str, settings: Any, told: Sequence[str] = ()) -> str:
+    """`stem`, what differs from the defaults among the tagged settings, and a digest if anything else differs.
+
+    For example `tiny-llama_w4a4_smooth_lac0.9_3fa2c1`. Settings whose figures can differ have different names, if
+    `stem` says what the settings named in `told` are.
+    """
+    usual, tags = defaults(type(settings)), _tags(type(settings))
+    now = flat(settings, Changes.FIGURES)
+    different = {name: now[name] for name in now if now[name] != usual[name] and name not in told}
+    shown = [_shown(tags[name], value) for name, value in different.items() if tags[name] is not None]
+    rest = {name: value for name, value in different.items() if tags[name] is None}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:DIGEST_LENGTH]
+    return "_".join([stem, *shown, *([digest] if rest else [])])
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type, leave_out: Sequence[str] = ()) -> None:
+    """Add a flag for every setting of `cls` and its parts; a class with a TITLE has a group of its own in the help.
+
+    Settings and switches named in `leave_out` get none: `from_flags` takes their default, or what is set by hand.
+    """
+    _add(parser, parser, cls, leave_out, None)
+
+
+def from_flags(cls: type[Settings], flags: argparse.Namespace) -> Settings:
+    """The settings that parsed flags say. Raises what the class raises for values that cannot be."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        if "part" in field.metadata:
+            switch = field.metadata["switch"]
+            wanted = switch is None or getattr(flags, switch, field.metadata["on"])
+            values[field.name] = from_flags(field.metadata["part"], flags) if wanted else None
+        else:
+            value = getattr(flags, _name(field).replace("-", "_"), field.default)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def _add(parser: argparse.ArgumentParser, group: Any, cls: type, leave_out: Sequence[str], held: Any) -> None:
+    """`held`: the field that holds the part, if it is one."""
+    if "TITLE" in vars(cls):
+        group = parser.add_argument_group(cls.TITLE)
+    switch = held.metadata["switch"] if held is not None else None
+    if switch and switch not in leave_out:
+        name, action = (f"--no_{switch}", "store_false") if held.metadata["on"] else (f"--{switch}", "store_true")
+        group.add_argument(name, dest=switch, action=action, help=held.metadata["help"])
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if "part" in field.metadata:
+            _add(parser, group, field.metadata["part"], leave_out, field)
+        elif _name(field) not in leave_out:
+            flags = [f"--{name}" for name in field.metadata["flags"] or (field.name,)]
+            arguments = _arguments(field, _without_none(hints[field.name])) | field.metadata["arguments"]
+            group.add_argument(*flags, help=field.metadata["help"], **arguments)
+
+
+def _arguments(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
+    """What argparse must be told of a field of type `kind`."""
+    if kind is bool:
+        action = argparse.BooleanOptionalAction if field.default is None else "store_true"
+        return {"action": action, "default": field.default}
+    found = {"default": field.default} | ({"required": True} if field.metadata["required"] else {})
+    if typing.get_origin(kind) is tuple:
+        return found | {"nargs": "+", "type": typing.get_args(kind)[0]}
+    return found | {"type": kind} | ({"choices": list(kind)} if issubclass(kind, enum.Enum) else {})
+
+
+def _name(field: dataclasses.Field) -> str:
+    """The setting's name: its flag without dashes."""
+    return (*field.metadata["flags"], field.name)[0]
+
+
+def _without_none(kind: Any) -> Any:
+    """The type X of a field that is `X | None`, or the type as it is."""
+    if isinstance(kind, types.UnionType):
+        (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
+    return kind
+
+
+def _parts(cls: type) -> Iterator[dataclasses.Field]:
+    """Every field that holds a part, of `cls` and of its parts."""
+    for field in dataclasses.fields(cls):
+        if "part" in field.metadata:
+            yield field
+            yield from _parts(field.metadata["part"])
+
+
+def _tags(cls: type) -> dict[str, str | None]:
+    """Setting's or switch's name → its tag."""
+    switches = {each.metadata["switch"]: each.metadata["tag"] for each in _parts(cls) if each.metadata["switch"]}
+    return switches | {each.name: each.field.metadata["tag"] for each in options(cls)}
+
+
+def _shown(tag: str, value: Any) -> str:
+    """A setting in a folder's name: `lac0.9`, `hadamard`, `smooth`, and `no_lac` for one that is off."""
+    if value is True:
+        return tag
+    off = value is None or value is False
+    return f"no_{tag}" if off else f"{tag}{value:g}" if isinstance(value, float) else f"{tag}{value}"
+
+
+def _most(cls: type) -> Changes:
+    """The most that any setting of `cls` changes."""
+    return max((each.field.metadata["changes"] for each in options(cls)), default=Changes.NOTHING)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it."""
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """The inverse of `_plain` for a field of type `kind`."""
+    kind = _without_none(kind)
+    if value is None:
+        return None
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_typed(typing.get_args(kind)[0], each) for each in value)
+    return kind(value)

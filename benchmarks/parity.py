@@ -22,30 +22,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.perplexity import perplexity
 from models import decoder_spec
 from models.load import ModelSource, load_config, load_model
-from quantize.config import (
-    BitConfig,
-    ClipConfig,
+from quantize.quantization import quantize_model
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
     Probe,
-    QuantConfig,
-    RotationConfig,
+    QuantSettings,
     RotationOrder,
+    RotationSettings,
     SearchRule,
-    SmoothConfig,
+    SmoothSettings,
 )
 from quantize.statistics import channel_statistics
-from quantize.walk import quantize_model
 from utils.results import format_table
 
 CPU = torch.device("cpu")
 
 
-def quant_config(settings: dict, rule: SearchRule, order: RotationOrder, probe: Probe) -> QuantConfig:
+def quant_config(settings: dict, rule: SearchRule, order: RotationOrder, probe: Probe) -> QuantSettings:
     """The method's settings from an entry of the reference file."""
-    return QuantConfig(
-        bits=BitConfig(settings["wbits"], settings["abits"], symmetric=settings.get("symmetric", False)),
-        clip=ClipConfig(settings["lac"], settings["swc"]),
-        smooth=SmoothConfig(settings["alpha"]),
-        rotation=RotationConfig(
+    return QuantSettings(
+        bits=BitSettings(settings["wbits"], settings["abits"], symmetric=settings.get("symmetric", False)),
+        clip=ClipSettings(settings["lac"], settings["swc"]),
+        smooth=SmoothSettings(settings["alpha"]),
+        rotation=RotationSettings(
             settings["block_size"], settings["max_rotation_step"], settings["permutation_times"], rule, order
         ),
         probe=probe,
@@ -67,7 +67,7 @@ class Bench:
         """A fresh full-precision copy of the model."""
         return load_model(self.source, self.config, torch.float32, "sdpa")
 
-    def measure(self, config: QuantConfig) -> tuple[float, float]:
+    def measure(self, config: QuantSettings) -> tuple[float, float]:
         """Perplexity, and the seconds of quantization."""
         model = self.open_model()
         started = time.perf_counter()

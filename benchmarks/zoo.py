@@ -31,15 +31,15 @@ from experiment.estimate import Plan, estimate
 from models import decoder_spec
 from models.load import load_skeleton, pick_dtype
 from models.zoo import SHAPES, zoo_config
-from quantize.config import BitConfig, ClipConfig, QuantConfig, SmoothConfig
+from quantize.quantization import quantize_model
+from quantize.settings import BitSettings, ClipSettings, QuantSettings, SmoothSettings
 from quantize.spec import DecoderSpec
 from quantize.statistics import channel_statistics
-from quantize.walk import quantize_model
 from utils.device import DTYPES, describe, peak_memory, pick_device
 from utils.log import setup_console
 from utils.results import format_table
 
-SETTINGS = QuantConfig(BitConfig(4, 4), ClipConfig(0.9, 0.8), SmoothConfig(0.6))
+SETTINGS = QuantSettings(BitSettings(4, 4), ClipSettings(0.9, 0.8), SmoothSettings(0.6))
 WIKITEXT2_WINDOWS = 341  # of 2048 tokens, as Llama 2's tokenizer makes them
 VOCABULARY = 4096  # of a model whose layers are timed
 NORMAL_OUTLIERS, NORMAL_FACTOR = 6, 30.0

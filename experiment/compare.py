@@ -22,9 +22,9 @@ from experiment.run import activation_peaks, quantize_
 from experiment.session import Setup, fetch_tokens, make_setup, open_model, settings_of
 from experiment.tracking import Tracker, check_tracking, open_tracker
 from models.load import model_fingerprint
-from quantize.config import QuantConfig, Transform
+from quantize.quantization import check_shapes
+from quantize.settings import QuantSettings, Transform
 from quantize.statistics import load_scales
-from quantize.walk import check_shapes
 from utils.data import data_fingerprint
 from utils.device import describe, peak_memory
 from utils.distributed import from_main, is_main, join_group, leave_group, world_size
@@ -65,7 +65,7 @@ class Shared:
     teachers: dict[str, Tensor]
 
 
-def run_comparison(args: argparse.Namespace, quant: QuantConfig) -> None:
+def run_comparison(args: argparse.Namespace, quant: QuantSettings) -> None:
     """Measure every row that is not there yet, and write table, picture and results.
 
     `quant` has the quantizers and the smoothing. A row that fails is recorded, the others go on. Raises InputError for
@@ -94,7 +94,7 @@ def run_comparison(args: argparse.Namespace, quant: QuantConfig) -> None:
         raise Incomplete(f"{error}; the other rows are kept, try these again with the same command")
 
 
-def prepare(args: argparse.Namespace, quant: QuantConfig) -> Comparison:
+def prepare(args: argparse.Namespace, quant: QuantSettings) -> Comparison:
     """Check the flags against the model's shapes and the data. Raises InputError for whatever is wrong."""
     setup = make_setup(args)
     if setup.saved is not None:

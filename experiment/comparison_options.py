@@ -14,7 +14,7 @@ from experiment.options import (
 )
 from experiment.rows import ROWS, SMOOTH
 from experiment.script import Parser
-from quantize.config import Transform
+from quantize.settings import Transform
 from utils.errors import InputError
 
 EXAMPLES = """examples:

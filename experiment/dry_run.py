@@ -10,8 +10,8 @@ from torch import nn
 from experiment.estimate import Estimate, Plan, estimate, probe_tokens, work_of
 from experiment.plan import Run
 from experiment.rates import measure_rates, stage_seconds
-from quantize.config import QuantConfig, Transform
 from quantize.layer import absorbers, describe_folding
+from quantize.settings import QuantSettings, Transform
 from quantize.spec import DecoderSpec
 from utils.capacity import free_device_memory, free_disk
 from utils.device import describe
@@ -81,7 +81,7 @@ def make_plan(run: Run) -> Plan:
     )
 
 
-def describe_bits(config: QuantConfig) -> str:
+def describe_bits(config: QuantSettings) -> str:
     """One line on what is rounded to what."""
     if config.bits.untouched:
         return "16-bit weights and activations: nothing is quantized"
@@ -94,7 +94,7 @@ def describe_bits(config: QuantConfig) -> str:
     )
 
 
-def group_table(skeleton: nn.Module, spec: DecoderSpec, config: QuantConfig) -> str:
+def group_table(skeleton: nn.Module, spec: DecoderSpec, config: QuantSettings) -> str:
     """Every input group: its layers, linears, width, blocks, and where its smoothing scale goes."""
     rows: dict[tuple[str, ...], list[int]] = {}
     for index, layer in enumerate(spec.decoder_layers(skeleton)):

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from quantize.checkpoint import bytes_needed
-from quantize.config import Probe, QuantConfig, Transform
 from quantize.observe import TOKENS_PER_FORWARD
+from quantize.settings import Probe, QuantSettings, Transform
 from quantize.spec import DecoderSpec
 from quantize.walk import PROBE_SAMPLES
 
@@ -76,7 +76,7 @@ class Estimate:
     save_model: int
 
 
-def estimate(skeleton: nn.Module, spec: DecoderSpec, config: QuantConfig, plan: Plan) -> Estimate:
+def estimate(skeleton: nn.Module, spec: DecoderSpec, config: QuantSettings, plan: Plan) -> Estimate:
     """The figures for one run."""
     layers = spec.decoder_layers(skeleton)
     parameters, decoder = count(skeleton.parameters()), sum(count(layer.parameters()) for layer in layers)
@@ -117,7 +117,7 @@ def count(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def calibration_copies(config: QuantConfig, on_gpu: bool) -> int:
+def calibration_copies(config: QuantSettings, on_gpu: bool) -> int:
     """How often the calibration samples' hidden states are in host memory while layers are quantized.
 
     Once; with training the student's beside the teacher's, with `--aug_loss` one more target; pinned copies of the
@@ -129,7 +129,7 @@ def calibration_copies(config: QuantConfig, on_gpu: bool) -> int:
     return (1 + targets) * (2 if on_gpu and config.training.offload else 1)
 
 
-def calibration_work(skeleton: nn.Module, spec: DecoderSpec, config: QuantConfig, plan: Plan) -> int:
+def calibration_work(skeleton: nn.Module, spec: DecoderSpec, config: QuantSettings, plan: Plan) -> int:
     """Bytes that work on one layer beside its weights while it is observed, quantized and trained."""
     samples, length = plan.calibration
     linears = list(_linears(skeleton, spec))
@@ -148,7 +148,7 @@ def calibration_work(skeleton: nn.Module, spec: DecoderSpec, config: QuantConfig
     return max(work)
 
 
-def probe_tokens(config: QuantConfig, plan: Plan) -> int:
+def probe_tokens(config: QuantSettings, plan: Plan) -> int:
     """Tokens of the activation that is searched on (see `quantize.walk.make_probe`)."""
     samples, length = plan.calibration
     return length * min(samples, PROBE_SAMPLES if config.probe is Probe.SAMPLE else 1)
@@ -194,7 +194,7 @@ class Work:
     moved: float
 
 
-def work_of(skeleton: nn.Module, spec: DecoderSpec, config: QuantConfig, plan: Plan) -> Work:
+def work_of(skeleton: nn.Module, spec: DecoderSpec, config: QuantSettings, plan: Plan) -> Work:
     """What a run has to compute."""
     layers = spec.decoder_layers(skeleton)
     samples, length = plan.calibration

@@ -3,17 +3,17 @@
 import argparse
 from pathlib import Path
 
-from quantize.config import (
-    BitConfig,
-    ClipConfig,
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
     GqaSmooth,
     Probe,
-    QuantConfig,
-    RotationConfig,
+    QuantSettings,
     RotationOrder,
+    RotationSettings,
     SearchRule,
-    SmoothConfig,
-    TrainingConfig,
+    SmoothSettings,
+    TrainingSettings,
     Transform,
     WeightPeak,
 )
@@ -217,23 +217,23 @@ def add_report_layers(parser: argparse.ArgumentParser | argparse._ArgumentGroup)
     )
 
 
-def make_quant_config(args: argparse.Namespace) -> QuantConfig:
+def make_quant_config(args: argparse.Namespace) -> QuantSettings:
     """The method's settings from the flags. Raises InputError, naming the flag, for values that cannot be."""
     if args.act_scales is not None and not args.smooth:
         raise InputError("--act-scales is for smoothing: add --smooth, or leave it out")
     if args.save_dir is not None and args.resume is not None:
         raise InputError("--save_dir begins a checkpoint and --resume goes on with one: give one of them")
-    smooth = SmoothConfig(args.alpha, args.smooth_weight_peak, args.gqa_smooth)
-    return QuantConfig(
-        bits=BitConfig(args.wbits, args.abits, args.group_size, args.symmetric),
-        clip=ClipConfig(args.lac, args.swc, args.lwc),
+    smooth = SmoothSettings(args.alpha, args.smooth_weight_peak, args.gqa_smooth)
+    return QuantSettings(
+        bits=BitSettings(args.wbits, args.abits, args.group_size, args.symmetric),
+        clip=ClipSettings(args.lac, args.swc, args.lwc),
         smooth=smooth if args.smooth else None,
         transform=args.transform,
-        rotation=RotationConfig(
+        rotation=RotationSettings(
             args.block_size, args.max_rotation_step, args.permutation_times, args.rotation_search, args.rotation_order
         ),
         probe=args.probe,
-        training=TrainingConfig(
+        training=TrainingSettings(
             args.epochs, args.lwc_lr, args.wd, args.batch_size, args.aug_loss, args.offload_calibration
         ),
         seed=args.seed,

@@ -6,13 +6,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from quantize.footprint import memory_footprint
+
 from experiment.figures import SECONDS, figure_values, headings, show
 from experiment.measured import Measured
 from experiment.plan import Run
 from experiment.rows import FULL_TITLE, full_title, method_name
 from experiment.session import settings_of
-from quantize.config import QuantConfig
-from quantize.footprint import memory_footprint
+from quantize.settings import QuantSettings
 from utils import data
 from utils.device import describe, peak_memory
 from utils.distributed import is_main, world_size
@@ -29,11 +30,11 @@ class Outcome:
     started: float = field(default_factory=time.perf_counter)
     error: str | None = None
 
-    def rows(self, quant: QuantConfig) -> list[tuple[str, Measured]]:
+    def rows(self, quant: QuantSettings) -> list[tuple[str, Measured]]:
         """(title, figures) of both models."""
         return [(FULL_TITLE, self.full), (method_name(quant), self.measured)]
 
-    def failures(self, quant: QuantConfig) -> list[str]:
+    def failures(self, quant: QuantSettings) -> list[str]:
         """Every evaluation that failed, as `title: evaluation`."""
         return [f"{title}: {name}" for title, measured in self.rows(quant) for name in measured.failures]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from torch import Tensor
 
 from experiment.session import Setup
-from quantize.config import QuantConfig
+from quantize.settings import QuantSettings
 from quantize.statistics import ChannelStatistics, load_scales, same_calibration, save_statistics
 from utils.distributed import is_main
 
 logger = logging.getLogger(__name__)
 
 
-def needs_peaks(quant: QuantConfig, layers_left: bool) -> bool:
+def needs_peaks(quant: QuantSettings, layers_left: bool) -> bool:
     """Whether something is still to be smoothed; `layers_left`: whether there are layers that are not finished."""
     return quant.smooth is not None and layers_left and not quant.bits.untouched
 

@@ -5,16 +5,17 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize.export import require_empty
+from quantize.record import Recorder
+
 from experiment.evaluations import Evaluations, plan_evaluations
 from experiment.resuming import open_checkpoint
 from experiment.session import Setup, make_setup
 from models.shards import Shards, open_shards
 from quantize.checkpoint import Checkpoint
-from quantize.config import QuantConfig
-from quantize.export import require_empty
-from quantize.record import Recorder
+from quantize.quantization import check_shapes
+from quantize.settings import QuantSettings
 from quantize.statistics import load_scales
-from quantize.walk import check_shapes
 from utils.distributed import is_main, world_size
 from utils.errors import InputError
 from utils.memory import available_memory
@@ -32,7 +33,7 @@ class Run:
 
     args: argparse.Namespace
     setup: Setup
-    quant: QuantConfig
+    quant: QuantSettings
     evaluations: Evaluations
     folder: Path
     checkpoint: Checkpoint | None
@@ -43,7 +44,7 @@ class Run:
         return Recorder(self.folder / "report/data") if self.args.report and is_main() else None
 
 
-def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
+def prepare(args: argparse.Namespace, quant: QuantSettings) -> Run:
     """Check the flags against the model's shapes and the data. Raises InputError for whatever is wrong."""
     setup = make_setup(args)
     if setup.saved is None:
@@ -103,7 +104,7 @@ def model_bytes(setup: Setup) -> int:
     return width * sum(parameter.numel() for parameter in setup.skeleton.parameters())
 
 
-def check_report(chosen: list[int] | None, layers: int, quant: QuantConfig) -> None:
+def check_report(chosen: list[int] | None, layers: int, quant: QuantSettings) -> None:
     """Raise InputError for a report that could not be drawn: of layers the model has not, or of no quantization."""
     if quant.bits.untouched:
         raise InputError("--report: 16-bit weights and activations leave nothing to show; drop the flag")

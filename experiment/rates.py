@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from experiment.estimate import Work
-from quantize.config import RotationConfig
 from quantize.greedy import greedy_rotation
 from quantize.rotation import random_orthogonal, step_rotation
+from quantize.settings import RotationSettings
 
 MATRIX = {"cpu": 1536, "cuda": 8192}  # sides of the matrices multiplied
 MEASURED_STEPS = 8
@@ -30,7 +30,7 @@ class Rates:
 
 
 def measure_rates(
-    device: torch.device, dtype: torch.dtype, widths: Iterable[int], tokens: int, config: RotationConfig
+    device: torch.device, dtype: torch.dtype, widths: Iterable[int], tokens: int, config: RotationSettings
 ) -> Rates:
     """The `Rates` of `device` for weights in `dtype`, and probes [`tokens`, width] of the `widths`."""
     side, kind = MATRIX[device.type], dtype if device.type == "cuda" else torch.float32
@@ -49,7 +49,7 @@ def measure_rates(
     return Rates(operations, steps, COPIED_BYTES / _seconds(lambda: host.to(device), device))
 
 
-def _step_seconds(device: torch.device, tokens: int, width: int, config: RotationConfig) -> float:
+def _step_seconds(device: torch.device, tokens: int, width: int, config: RotationSettings) -> float:
     """Of one greedy step: the difference of two short searches, so that what comes before the steps is left out."""
     block = config.block_size_for(width)
     probe = torch.randn(tokens, width, device=device)

@@ -7,8 +7,8 @@ from pathlib import Path
 from experiment.session import Setup
 from models.load import config_digest, weights_digest
 from quantize.checkpoint import Checkpoint, bytes_needed, require_new, require_same_run
-from quantize.config import QuantConfig
 from quantize.original import read_original
+from quantize.settings import QuantSettings
 from quantize.state import FinishedLayer
 from utils.data import data_fingerprint
 from utils.distributed import is_main
@@ -17,7 +17,7 @@ from utils.io import file_digest
 from utils.results import plain
 
 
-def open_checkpoint(args: argparse.Namespace, setup: Setup, quant: QuantConfig) -> Checkpoint | None:
+def open_checkpoint(args: argparse.Namespace, setup: Setup, quant: QuantSettings) -> Checkpoint | None:
     """The checkpoint folder that `--resume` or `--save_dir` names, if any. Of several processes the main one has it.
 
     With `--dry_run` it is only looked at: None.
@@ -50,7 +50,7 @@ def is_original(path: Path) -> bool:
 
 
 def finished_layers(
-    resume: Path | None, checkpoint: Checkpoint | None, setup: Setup, quant: QuantConfig
+    resume: Path | None, checkpoint: Checkpoint | None, setup: Setup, quant: QuantSettings
 ) -> dict[int, FinishedLayer]:
     """Layers that need not be computed, by index."""
     if resume is not None and is_original(resume):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from quantize.config import BitConfig, QuantConfig, Transform
+from quantize.settings import BitSettings, QuantSettings, Transform
 
 FULL, RTN, SMOOTH = "full", "rtn", "smooth"
 FULL_TITLE = "full precision"
@@ -23,7 +23,7 @@ class Row:
     """One model to measure. `seed` is None where none of its figures can depend on one."""
 
     name: str
-    quant: QuantConfig
+    quant: QuantSettings
     seed: int | None
 
     @property
@@ -47,7 +47,7 @@ class Row:
         return shown_bits(self.quant)
 
 
-def plan_rows(names: Sequence[str], quant: QuantConfig, learned: bool, seeds: Sequence[int]) -> tuple[Row, ...]:
+def plan_rows(names: Sequence[str], quant: QuantSettings, learned: bool, seeds: Sequence[int]) -> tuple[Row, ...]:
     """The rows called `names`, in the order of the table, each with every seed that matters to it.
 
     `quant` has the quantizers and, if anything is to be smoothed, the smoothing. With `learned` every quantized row is
@@ -67,23 +67,23 @@ def plan_rows(names: Sequence[str], quant: QuantConfig, learned: bool, seeds: Se
     return tuple(rows)
 
 
-def row_config(name: str, quant: QuantConfig) -> QuantConfig:
+def row_config(name: str, quant: QuantSettings) -> QuantSettings:
     """The settings of one row: those of `quant` but for what the row is about."""
     if name == FULL:
-        return replace(quant, bits=BitConfig(16, 16), transform=Transform.NONE, smooth=None)
+        return replace(quant, bits=BitSettings(16, 16), transform=Transform.NONE, smooth=None)
     if name == RTN:
         return replace(quant, transform=Transform.NONE, smooth=None)
     return replace(quant, transform=Transform.NONE if name == SMOOTH else Transform(name))
 
 
-def depends_on_seed(quant: QuantConfig) -> bool:
+def depends_on_seed(quant: QuantSettings) -> bool:
     """Whether calibration samples or random rotations enter: without any of these, rounding is all there is."""
     return not quant.bits.untouched and bool(
         quant.smooth or quant.clip.learned or quant.transform is not Transform.NONE
     )
 
 
-def method_name(quant: QuantConfig) -> str:
+def method_name(quant: QuantSettings) -> str:
     """What these settings are called in a table."""
     if quant.bits.untouched:
         return FULL_TITLE
@@ -96,11 +96,11 @@ def method_name(quant: QuantConfig) -> str:
     return f"{name} + LWC" if quant.clip.learned else name
 
 
-def full_title(quant: QuantConfig) -> str:
+def full_title(quant: QuantSettings) -> str:
     """What these settings are called, with their bit widths: `DuQuant W4A4`."""
     return method_name(quant) if quant.bits.untouched else f"{method_name(quant)} {shown_bits(quant)}"
 
 
-def shown_bits(quant: QuantConfig) -> str:
+def shown_bits(quant: QuantSettings) -> str:
     """Bit widths for a table: `W4A4`, or a dash where nothing is quantized."""
     return "–" if quant.bits.untouched else quant.label.upper()

@@ -6,6 +6,8 @@ import shlex
 import sys
 from collections.abc import Callable
 
+from quantize.export import save_model
+from quantize.record import Recorder
 from torch import Tensor, nn
 
 from evaluation.journal import Journal
@@ -21,12 +23,10 @@ from experiment.rows import FULL_TITLE, full_title, method_name
 from experiment.session import Setup, open_model, settings_of
 from experiment.stream import execute_streamed
 from experiment.tracking import check_tracking, open_tracker
-from quantize.config import QuantConfig
-from quantize.export import save_model
-from quantize.record import Recorder
+from quantize.quantization import quantize_model
+from quantize.settings import QuantSettings
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
-from quantize.walk import quantize_model
 from utils.device import describe
 from utils.distributed import from_main, is_main, join_group, leave_group, make_equal_, world_size
 from utils.errors import Incomplete, InputError
@@ -36,7 +36,7 @@ from utils.results import plain, versions
 logger = logging.getLogger(__name__)
 
 
-def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
+def run_experiment(args: argparse.Namespace, quant: QuantSettings) -> None:
     """Check everything, quantize, measure, write results.json. Raises InputError for what a user can mend.
 
     results.json is written whatever happens, with the error in it; only wrong input leaves what was there as it was.
@@ -163,7 +163,7 @@ def activation_peaks(args: argparse.Namespace, setup: Setup, model: nn.Module, m
 def quantize_(
     setup: Setup,
     model: nn.Module,
-    quant: QuantConfig,
+    quant: QuantSettings,
     peaks: dict[str, Tensor] | None,
     measured: Measured,
     finished: dict[int, FinishedLayer] | None = None,

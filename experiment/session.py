@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from quantize.export import attach_transforms_, saved_config
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -19,8 +20,7 @@ from models.load import (
     model_fingerprint,
     pick_dtype,
 )
-from quantize.config import QuantConfig
-from quantize.export import attach_transforms_, saved_config
+from quantize.settings import QuantSettings
 from quantize.spec import DecoderSpec
 from quantize.statistics import Origin
 from utils.data import calibration_tokens, data_fingerprint, is_token_file
@@ -44,7 +44,7 @@ class Setup:
     dtype: torch.dtype
     tokens: Tensor | None  # None for a model that is quantized already
     net: str
-    saved: QuantConfig | None  # the settings of such a model
+    saved: QuantSettings | None  # the settings of such a model
     seqlen: int  # tokens per sample, and per test window
 
     @property
@@ -94,7 +94,7 @@ def make_setup(args: argparse.Namespace) -> Setup:
     )
 
 
-def take_saved_config(config: PretrainedConfig) -> QuantConfig | None:
+def take_saved_config(config: PretrainedConfig) -> QuantSettings | None:
     """The settings of a model written by `--save_model`, taken out of its config; None for any other model.
 
     Raises InputError for a model that is quantized in another way.

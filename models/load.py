@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from duquant.experts import unfuse_experts_
 from models import COMPOSITES, decoder_spec, require_supported
-from quantize.experts import unfuse_experts_
 from utils.errors import InputError
 from utils.log import shows_bars
 
@@ -71,7 +71,8 @@ def load_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> 
     """The model without weights (on the meta device): shapes to check settings against before anything is loaded."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    unfuse_experts_(skeleton, decoder_spec(config))
+    spec = decoder_spec(config)
+    unfuse_experts_(spec.decoder_layers(skeleton), spec.experts)
     return skeleton
 
 
@@ -86,7 +87,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:
     """The model on the host, in `dtype`, ready for inference; safetensors weights only, every one of them finite.
 
-    The experts of a mixture are linears of their own (see `quantize.experts`).
+    The experts of a mixture are linears of their own (see `duquant.experts`).
 
     Raises InputError if there are no safetensors weights, if tensors are missing, or if one has NaN or inf.
     """
@@ -115,7 +116,8 @@ def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"--model {source.name}: {name} contains NaN or inf; the checkpoint is damaged")
-    unfuse_experts_(model, decoder_spec(config))
+    spec = decoder_spec(config)
+    unfuse_experts_(spec.decoder_layers(model), spec.experts)
     return model.eval().requires_grad_(False)
 
 

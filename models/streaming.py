@@ -107,6 +107,13 @@ class LayerReader:
             self._ahead = (index + 1, self._pool.submit(self._prepare, index + 1))
         return layer.to(self.device)
 
+    def layers(self) -> Iterator[nn.Module]:
+        """Every layer, in order, each dropped when the next is asked for."""
+        for index in range(len(self.spec.decoder_layers(self.model))):
+            layer = self.open(index)
+            yield layer
+            self.drop_(layer)
+
     @staticmethod
     def drop_(layer: nn.Module) -> None:
         """Free the weights of a layer, whoever still holds it."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantize.config import QuantConfig, Transform
+from quantize.settings import QuantSettings, Transform
 from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer, LayerState
 from utils.errors import InputError
@@ -144,7 +144,7 @@ def read_run(folder: Path) -> dict:
     return saved
 
 
-def bytes_needed(model: nn.Module, spec: DecoderSpec, config: QuantConfig) -> int:
+def bytes_needed(model: nn.Module, spec: DecoderSpec, config: QuantSettings) -> int:
     """About how large a checkpoint becomes, from the model's shapes (it may be on the meta device)."""
     total = 0
     for index, layer in enumerate(spec.decoder_layers(model)):
@@ -156,7 +156,7 @@ def bytes_needed(model: nn.Module, spec: DecoderSpec, config: QuantConfig) -> in
                 total += 4 * (permutations + 1) * config.rotation.block_size_for(channels) ** 2
                 total += 4 * permutations * channels
             total += 4 * channels if config.smooth else 0
-            if config.clip.learned:
+            if config.training is not None:
                 groups = channels // (config.bits.group_size or channels)
                 total += 8 * groups * sum(linear.out_features for linear in linears)
     return total + 2**16 * len(spec.decoder_layers(model))

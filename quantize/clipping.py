@@ -1,36 +1,9 @@
-"""Clipping: from the range a tensor has to the range that is quantized. Three ways, one protocol.
-
-A clip is a module called with the tensor's minimum and maximum (per row or group) that returns the clipped pair.
-"""
+"""A clip that is trained: from the range a weight has to the range that is quantized."""
 
 import torch
 from torch import Tensor, nn
 
 INITIAL_LOGIT = 4.0  # sigmoid(4) = 0.982: training starts near the unclipped range
-
-
-class NoClip(nn.Module):
-    """The range as it is."""
-
-    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (low, high) unchanged."""
-        return low, high
-
-
-class RatioClip(nn.Module):
-    """Both ends multiplied by one fixed ratio in (0, 1]."""
-
-    def __init__(self, ratio: float):
-        super().__init__()
-        self.ratio = ratio
-
-    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (ratio·low, ratio·high)."""
-        return self.ratio * low, self.ratio * high
-
-    def extra_repr(self) -> str:
-        """Show the ratio."""
-        return f"ratio={self.ratio}"
 
 
 class LearnedClip(nn.Module):
@@ -58,8 +31,3 @@ class LearnedClip(nn.Module):
         """Set both logits."""
         self.low_logit.copy_(low)
         self.high_logit.copy_(high)
-
-
-def fixed_clip(ratio: float | None) -> nn.Module:
-    """The clip that a command-line ratio asks for: `NoClip` when it is None."""
-    return NoClip() if ratio is None else RatioClip(ratio)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantize.config import SearchRule
 from quantize.rotation import exchange_index
+from quantize.settings import SearchRule
 from utils.device import cpu_threads
 
 SMALL_PRODUCT = 2**22  # multiply-adds of one step below which it runs on one thread of the CPU

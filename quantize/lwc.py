@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantize.clipping import LearnedClip
-from quantize.config import TrainingConfig
 from quantize.observe import run
+from quantize.settings import TrainingSettings
 from utils.distributed import own_batches, sum_, world_size
 from utils.log import meter
 
@@ -68,7 +68,7 @@ def own_samples(total: int, batch_size: int) -> list[int]:
     return [number for own, _ in own_batches(total, batch_size) for number in own]
 
 
-def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: TrainingConfig) -> TrainingReport:
+def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: TrainingSettings) -> TrainingReport:
     """Train every `LearnedClip` of `layer`, which is on its device, in place.
 
     Minimises the mean squared error of the layer's quantized output on the student's inputs against the targets, with

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantize.config import QuantConfig, Transform
-from quantize.layer import absorbers
+from quantize.build import absorbers
+from quantize.settings import QuantSettings, Transform
 from quantize.spec import DecoderSpec, InputGroup, SharedRows
 from quantize.state import FinishedLayer, GroupState, LayerState
 from utils.errors import InputError
@@ -20,7 +20,7 @@ SCALES = {
 }
 
 
-def read_original(path: Path, model: nn.Module, spec: DecoderSpec, config: QuantConfig) -> dict[int, FinishedLayer]:
+def read_original(path: Path, model: nn.Module, spec: DecoderSpec, config: QuantSettings) -> dict[int, FinishedLayer]:
     """All layers of a `duquant_parameters.pth`, by index; there are no figures in it.
 
     Rotations and scales are half precision there and are applied as they are. The file is read with
@@ -43,14 +43,14 @@ def read_original(path: Path, model: nn.Module, spec: DecoderSpec, config: Quant
     return {index: FinishedLayer(state, {}) for index, state in enumerate(states)}
 
 
-def layer_state(saved: dict[str, Tensor], layer: nn.Module, spec: DecoderSpec, config: QuantConfig) -> LayerState:
+def layer_state(saved: dict[str, Tensor], layer: nn.Module, spec: DecoderSpec, config: QuantSettings) -> LayerState:
     """Our state of one layer, from the tensors of that layer in the file."""
     if config.transform is not Transform.DUAL:
         raise InputError(f"is of the dual transformation; leave out --transform {config.transform}")
     state = LayerState()
     for group in spec.groups:
         state.groups[group.name] = group_state(saved, layer, group, config)
-        for path in group.linears if config.clip.learned else ():
+        for path in group.linears if config.training is not None else ():
             linear = layer.get_submodule(path)
             shape = (linear.out_features, linear.in_features // (config.bits.group_size or linear.in_features))
             keys = [f"{path}.weight_quantizer.{end}bound_factor" for end in ("low", "up")]
@@ -62,7 +62,7 @@ def layer_state(saved: dict[str, Tensor], layer: nn.Module, spec: DecoderSpec, c
     return state
 
 
-def group_state(saved: dict[str, Tensor], layer: nn.Module, group: InputGroup, config: QuantConfig) -> GroupState:
+def group_state(saved: dict[str, Tensor], layer: nn.Module, group: InputGroup, config: QuantSettings) -> GroupState:
     """Our state of one input group."""
     channels = layer.get_submodule(group.linears[0]).in_features
     scale = _tensor(saved, SCALES[group.name], "--smooth").float() if config.smooth else None

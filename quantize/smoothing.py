@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from utils.batching import row_parts
+from duquant.tensors import row_parts, widen
 
 PEAK_FLOOR = 1e-5
 SCALE_FLOOR = 1e-2
@@ -31,7 +31,7 @@ def divide_norm_(norm: nn.Module, scale: Tensor, offset: float = 0.0) -> Tensor:
     the identity exact in half precision. Channels whose quotient would underflow to 0 are left alone (scale 1). A bias
     is divided too.
     """
-    gain = offset + norm.weight.to(torch.promote_types(norm.weight.dtype, torch.float32))
+    gain = offset + widen(norm.weight)
     weight = (gain / scale.to(gain) - offset).to(norm.weight.dtype)
     if offset:
         weight = _beside_offset(weight, gain, offset)
@@ -71,5 +71,5 @@ def divide_rows_(linear: nn.Linear, scale: Tensor, start: int = 0) -> Tensor:
 def scale_columns_(modules: Sequence[nn.Module], scale: Tensor) -> None:
     """Multiply the input channels of every weight [O, C] by `scale` [C], in place and in at least float32."""
     for module in modules:
-        wide = module.weight.to(torch.promote_types(module.weight.dtype, torch.float32))
+        wide = widen(module.weight)
         module.weight.data = (wide * scale.to(wide)).to(module.weight.dtype)

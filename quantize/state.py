@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from duquant.formats import Codes
 from quantize.spec import DecoderSpec
 
 COMPACT = {torch.int64: torch.int32}  # permutations; everything else keeps its dtype, so that the result is the same
@@ -28,10 +29,15 @@ class GroupState:
 
 @dataclass
 class LayerState:
-    """Groups by name, and the clip logits (low, high) of linears with learned clipping by path."""
+    """Groups by name, and by path the clip logits (low, high) of linears with learned clipping.
+
+    `weights`, by path, are those of a saved model: they were scaled, transformed and rounded then, and the scales of
+    its groups are those that stay online.
+    """
 
     groups: dict[str, GroupState] = field(default_factory=dict)
     clips: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    weights: dict[str, Codes | Tensor] = field(default_factory=dict)
 
     @property
     def scales(self) -> dict[str, Tensor]:
@@ -55,7 +61,8 @@ class LayerState:
     def to(self, device: torch.device) -> "LayerState":
         """The same state with its tensors on `device`."""
         groups = {name: group.to(device) for name, group in self.groups.items()}
-        return LayerState(groups, {path: (low.to(device), high.to(device)) for path, (low, high) in self.clips.items()})
+        clips = {path: (low.to(device), high.to(device)) for path, (low, high) in self.clips.items()}
+        return LayerState(groups, clips, {path: weight.to(device) for path, weight in self.weights.items()})
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], spec: DecoderSpec) -> "LayerState":

@@ -11,11 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from quantize.observe import advance_, layer_calls, require_finite
 from quantize.spec import DecoderSpec, InputGroup
-from utils.device import on_device
+from quantize.walk import layers_in_memory, walk
 from utils.distributed import gather, own_part
 from utils.errors import InputError
 from utils.io import read_tensors, write_tensors
-from utils.log import progress
+from utils.memory import Allocate, in_memory
 
 MIDPOINT_DECAY = 0.99
 
@@ -50,21 +50,39 @@ class Seen:
         return Seen(self.peak.cpu(), [torch.cat(self.midpoints).cpu()]) if self.midpoints else self
 
 
-@torch.no_grad()
-def channel_statistics(model: nn.Module, spec: DecoderSpec, tokens: Tensor, device: torch.device) -> ChannelStatistics:
-    """Statistics of every linear's input over calibration `tokens` [N, T], one decoder layer on `device` at a time.
+class Observation:
+    """The passenger that gathers `statistics` of every linear's input over calibration `tokens` [N, T].
 
     The midpoint (max + min)/2 of each sample enters with weight 0.01, the first sample with weight 1. Rows that an
     expert is given without their samples count as one sample. Linears of one group have the same statistics. Several
-    processes share the samples, and all have the statistics of all. Raises InputError if an activation is not finite.
+    processes share the samples, and all have the statistics of all. A visit raises InputError if an activation is not
+    finite.
     """
-    calls = layer_calls(model, spec, own_part(tokens), device)
-    statistics = ChannelStatistics({}, {})
-    layers = spec.decoder_layers(model)
-    for index, layer in enumerate(progress(layers, "activation statistics", unit="layer")):
-        with on_device(layer, device), observed(layer, index, spec, statistics):
-            advance_(layer, calls.hidden, calls.kwargs[index], device)
-    return statistics
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: DecoderSpec,
+        tokens: Tensor,
+        device: torch.device,
+        allocate: Allocate = in_memory,
+    ):
+        self.spec, self.device = spec, device
+        self.calls = layer_calls(model, spec, own_part(tokens), device, allocate)
+        self.statistics = ChannelStatistics({}, {})
+
+    def visit(self, index: int, layer: nn.Module) -> None:
+        """Observe `layer`, which is in full precision, and go on behind it."""
+        with observed(layer, index, self.spec, self.statistics):
+            advance_(layer, self.calls.hidden, self.calls.kwargs[index], self.device)
+
+
+def channel_statistics(model: nn.Module, spec: DecoderSpec, tokens: Tensor, device: torch.device) -> ChannelStatistics:
+    """The walk with `Observation` alone; see there."""
+    observation = Observation(model, spec, tokens, device)
+    layers = layers_in_memory(model, spec, device)
+    walk(layers, [observation], len(spec.decoder_layers(model)), "activation statistics")
+    return observation.statistics
 
 
 @contextmanager

@@ -5,12 +5,12 @@ import torch
 from conftest import random_tokens, tiny_model
 from torch import Tensor, nn
 
-from quantize.attention import AttentionQuantizer, attach_, head_hadamard, install
+from duquant.attention import AttentionQuantizer, attach_, head_hadamard, install
+from duquant.formats import IntegerFormat
+from duquant.quantizer import Quantizer, make_quantizer
 from quantize.clipping import NoClip
-from quantize.config import BitConfig, QuantConfig, RotationConfig, Transform
-from quantize.formats import IntegerFormat
 from quantize.layer import attach_attention_quantizer_
-from quantize.quantizer import Quantizer, make_quantizer
+from quantize.settings import BitSettings, QuantSettings, RotationSettings, Transform
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 TOKENS = random_tokens(2, 12)
@@ -142,7 +142,7 @@ def test_dtypes_are_kept_and_inputs_left_alone(dtype):
 
 @pytest.mark.parametrize("head_dim", [8, 12, 16])
 def test_hadamard_has_the_size_of_the_head_and_not_of_the_block(head_dim):
-    config = QuantConfig(bits=BitConfig(16, 16), rotation=RotationConfig(block_size=24))
+    config = QuantSettings(bits=BitSettings(16, 16), rotation=RotationSettings(block_size=24))
     model = make_model("sdpa", head_dim=head_dim)
     before = logits(model)
     install(model)
@@ -155,7 +155,7 @@ def test_hadamard_has_the_size_of_the_head_and_not_of_the_block(head_dim):
 @pytest.mark.parametrize("transform", Transform)
 def test_only_a_transform_that_rotates_brings_the_hadamard(transform):
     attention = make_model("sdpa").model.layers[0].self_attn
-    attach_attention_quantizer_(attention, QuantConfig(transform=transform), torch.device("cpu"))
+    attach_attention_quantizer_(attention, QuantSettings(transform=transform), torch.device("cpu"))
     rotated = transform not in (Transform.NONE, Transform.PERMUTATION)
     assert (attention.qkv_quantizer.matrix is not None) == rotated
 

@@ -6,15 +6,15 @@ from conftest import random_tokens, tiny_model
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
+from duquant.attention import AttentionQuantizer, attach_, head_hadamard, install
+from duquant.quantizer import make_quantizer
 from models import decoder_spec
-from quantize.attention import AttentionQuantizer, attach_, head_hadamard, install
 from quantize.clipping import NoClip, RatioClip
-from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig
-from quantize.quantizer import make_quantizer
-from quantize.walk import quantize_model
+from quantize.quantization import quantize_model
+from quantize.settings import BitSettings, ClipSettings, QuantSettings, RotationSettings
 
 CPU = torch.device("cpu")
-CONFIG = QuantConfig(BitConfig(4, 4), ClipConfig(0.9, 0.8), rotation=RotationConfig(16, 8))
+CONFIG = QuantSettings(BitSettings(4, 4), ClipSettings(0.9, 0.8), rotation=RotationSettings(16, 8))
 TOKENS = random_tokens(2, 14, seed=5)
 
 

@@ -21,9 +21,17 @@ from transformers import LlamaForCausalLM
 
 from models import decoder_spec
 from quantize.checkpoint import Checkpoint, bytes_needed
-from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig, Transform
+from quantize.quantization import quantize_model
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
+    TrainingSettings,
+    Transform,
+)
 from quantize.statistics import channel_statistics
-from quantize.walk import quantize_model
 from utils.errors import InputError
 from utils.io import read_tensors
 
@@ -33,13 +41,15 @@ GQA, FOLDED = {}, {"num_key_value_heads": 6}  # o_proj's scale online, and folde
 IDENTITY = {"model config": "abc", "--wbits": 4, "--lac": 0.95, "--group_size": None}
 
 
-def settings(times: int = 1, smooth: bool = True, learned: bool = False, bits: BitConfig | None = None) -> QuantConfig:
-    return QuantConfig(
-        bits or BitConfig(4, 4),
-        ClipConfig(0.95, None if learned else 0.9, learned),
-        SmoothConfig() if smooth else None,
-        rotation=RotationConfig(16, 6, times),
-        training=TrainingConfig(epochs=1),
+def settings(
+    times: int = 1, smooth: bool = True, learned: bool = False, bits: BitSettings | None = None
+) -> QuantSettings:
+    return QuantSettings(
+        bits or BitSettings(4, 4),
+        ClipSettings(0.95, None if learned else 0.9, learned),
+        SmoothSettings() if smooth else None,
+        rotation=RotationSettings(16, 6, times),
+        training=TrainingSettings(epochs=1),
     )
 
 
@@ -52,7 +62,7 @@ class Work:
     computed: list[int] = field(default_factory=list)
 
 
-def quantize(config: QuantConfig, checkpoint: Checkpoint | None, shape: dict | None = None) -> Work:
+def quantize(config: QuantSettings, checkpoint: Checkpoint | None, shape: dict | None = None) -> Work:
     """Quantize, going on with what is in `checkpoint`."""
     model = tiny_model(num_hidden_layers=LAYERS, **(shape or {}))
     spec, tokens = decoder_spec(model.config), random_tokens(4, 16)
@@ -109,13 +119,13 @@ CASES = {
     "no smoothing": (settings(smooth=False), GQA),
     "no permutation": (settings(times=0), GQA),
     "two permutations": (settings(times=2), FOLDED),
-    "groups": (settings(bits=BitConfig(3, 4, 16, True)), GQA),
+    "groups": (settings(bits=BitSettings(3, 4, 16, True)), GQA),
     "no transform": (replace(settings(), transform=Transform.NONE), GQA),
     "permutation alone": (replace(settings(), transform=Transform.PERMUTATION), GQA),
     "Hadamard": (replace(settings(), transform=Transform.HADAMARD), FOLDED),
     "lwc": (settings(learned=True), GQA),
-    "lwc, folded, groups": (settings(learned=True, bits=BitConfig(3, 4, 16)), FOLDED),
-    "lwc, aug_loss": (replace(settings(learned=True), training=TrainingConfig(epochs=1, augmented=True)), GQA),
+    "lwc, folded, groups": (settings(learned=True, bits=BitSettings(3, 4, 16)), FOLDED),
+    "lwc, aug_loss": (replace(settings(learned=True), training=TrainingSettings(epochs=1, augmented=True)), GQA),
 }
 
 
@@ -241,7 +251,7 @@ def test_no_flipped_bit_is_ever_overlooked(whole, tmp_path, caplog):
 
 def test_a_file_of_another_run_is_refused_and_left_alone(whole, tmp_path):
     with created(tmp_path / "other", {**IDENTITY, "--wbits": 3}) as checkpoint:
-        quantize(settings(bits=BitConfig(3, 4)), checkpoint)
+        quantize(settings(bits=BitSettings(3, 4)), checkpoint)
     folder = copy_of(whole, tmp_path)
     shutil.copy(layer_file(tmp_path / "other", 1), layer_file(folder, 1))
     before = layer_bytes(folder)

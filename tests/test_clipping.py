@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from duquant.formats import IntegerFormat
+from duquant.quantizer import Quantizer
 from quantize.clipping import LearnedClip, NoClip, RatioClip, fixed_clip
-from quantize.formats import IntegerFormat
-from quantize.quantizer import Quantizer
 
 LOW, HIGH = torch.tensor([[-2.0], [0.5], [0.0]]), torch.tensor([[1.0], [3.0], [0.0]])
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
-from quantize.config import (
+from quantize.settings import (
     AUTO_BLOCK_LIMIT,
-    BitConfig,
-    ClipConfig,
-    QuantConfig,
-    RotationConfig,
-    SmoothConfig,
+    BitSettings,
+    ClipSettings,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
     Transform,
     check_widths,
 )
@@ -18,21 +18,21 @@ from utils.errors import InputError
 
 NAN, INF = float("nan"), float("inf")
 WRONG = [
-    *[(lambda bits=bits: BitConfig(weight=bits), f"--wbits {bits}:") for bits in (-1, 0, 1, 17, 32)],
-    *[(lambda bits=bits: BitConfig(activation=bits), f"--abits {bits}:") for bits in (0, 1, 17)],
-    *[(lambda size=size: BitConfig(group_size=size), f"--group_size {size}:") for size in (0, -1, -128)],
-    *[(lambda r=r: ClipConfig(activation_ratio=r), f"--lac {r:g}:") for r in (0.0, -0.1, 1.01, NAN, INF)],
-    *[(lambda r=r: ClipConfig(weight_ratio=r), f"--swc {r:g}:") for r in (0.0, -0.1, 1.01, NAN, INF)],
-    *[(lambda a=a: SmoothConfig(alpha=a), f"--alpha {a:g}:") for a in (-0.1, 1.1, NAN, INF)],
-    *[(lambda size=size: RotationConfig(block_size=size), f"--block_size {size}:") for size in (1, 0, -2, -128)],
-    (lambda: RotationConfig(steps=-1), "--max_rotation_step -1:"),
-    (lambda: RotationConfig(permutation_times=-1), "--permutation_times -1:"),
+    *[(lambda bits=bits: BitSettings(weight=bits), f"--wbits {bits}:") for bits in (-1, 0, 1, 17, 32)],
+    *[(lambda bits=bits: BitSettings(activation=bits), f"--abits {bits}:") for bits in (0, 1, 17)],
+    *[(lambda size=size: BitSettings(group_size=size), f"--group_size {size}:") for size in (0, -1, -128)],
+    *[(lambda r=r: ClipSettings(activation_ratio=r), f"--lac {r:g}:") for r in (0.0, -0.1, 1.01, NAN, INF)],
+    *[(lambda r=r: ClipSettings(weight_ratio=r), f"--swc {r:g}:") for r in (0.0, -0.1, 1.01, NAN, INF)],
+    *[(lambda a=a: SmoothSettings(alpha=a), f"--alpha {a:g}:") for a in (-0.1, 1.1, NAN, INF)],
+    *[(lambda size=size: RotationSettings(block_size=size), f"--block_size {size}:") for size in (1, 0, -2, -128)],
+    (lambda: RotationSettings(steps=-1), "--max_rotation_step -1:"),
+    (lambda: RotationSettings(permutation_times=-1), "--permutation_times -1:"),
 ]
 WIDTHS = {"layers.0.q_proj": 48, "layers.0.o_proj": 96, "layers.0.down_proj": 80}
 
 
-def blocks(size: int | None, **changes) -> QuantConfig:
-    return QuantConfig(rotation=RotationConfig(block_size=size), **changes)
+def blocks(size: int | None, **changes) -> QuantSettings:
+    return QuantSettings(rotation=RotationSettings(block_size=size), **changes)
 
 
 @pytest.mark.parametrize(("make", "start"), WRONG, ids=[start for _, start in WRONG])
@@ -46,15 +46,15 @@ def test_a_wrong_setting_is_an_error_that_names_its_flag(make, start):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: BitConfig(2, 16, group_size=1),
-        lambda: BitConfig(16, 2),
-        lambda: ClipConfig(1.0, 1e-6),
-        lambda: ClipConfig(),
-        lambda: SmoothConfig(0.0),
-        lambda: SmoothConfig(1.0),
-        lambda: RotationConfig(block_size=2, steps=0, permutation_times=0),
-        lambda: RotationConfig(block_size=-1),
-        lambda: RotationConfig(block_size=None),
+        lambda: BitSettings(2, 16, group_size=1),
+        lambda: BitSettings(16, 2),
+        lambda: ClipSettings(1.0, 1e-6),
+        lambda: ClipSettings(),
+        lambda: SmoothSettings(0.0),
+        lambda: SmoothSettings(1.0),
+        lambda: RotationSettings(block_size=2, steps=0, permutation_times=0),
+        lambda: RotationSettings(block_size=-1),
+        lambda: RotationSettings(block_size=None),
     ],
 )
 def test_the_ends_of_what_is_allowed_are_allowed(make):
@@ -63,36 +63,36 @@ def test_the_ends_of_what_is_allowed_are_allowed(make):
 
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        QuantConfig().bits.weight = 3
+        QuantSettings().bits.weight = 3
 
 
 @pytest.mark.parametrize(
     ("bits", "untouched"), [((16, 16), True), ((4, 16), False), ((16, 4), False), ((15, 15), False)]
 )
 def test_only_sixteen_bits_on_both_sides_leave_a_model_untouched(bits, untouched):
-    assert BitConfig(*bits).untouched is untouched
+    assert BitSettings(*bits).untouched is untouched
 
 
 @pytest.mark.parametrize(
     ("bits", "label"),
-    [(BitConfig(), "w4a4"), (BitConfig(3, 16), "w3a16"), (BitConfig(4, 8, 64), "w4a8g64")],
+    [(BitSettings(), "w4a4"), (BitSettings(3, 16), "w3a16"), (BitSettings(4, 8, 64), "w4a8g64")],
 )
 def test_label_names_the_bits_and_the_group(bits, label):
-    assert QuantConfig(bits=bits).label == label
+    assert QuantSettings(bits=bits).label == label
 
 
 @pytest.mark.parametrize(
     ("channels", "size"), [(128, 128), (4096, 128), (80, 80), (896, 128), (2880, 120), (11008, 128), (131, 1)]
 )
 def test_auto_is_the_largest_divisor_up_to_its_limit(channels, size):
-    assert RotationConfig(block_size=None).block_size_for(channels) == size
+    assert RotationSettings(block_size=None).block_size_for(channels) == size
     assert channels % size == 0
     assert not any(channels % larger == 0 for larger in range(size + 1, AUTO_BLOCK_LIMIT + 1))
 
 
 def test_minus_one_is_the_whole_width_and_a_number_is_itself():
-    assert RotationConfig(block_size=-1).block_size_for(80) == 80
-    assert RotationConfig(block_size=32).block_size_for(80) == 32
+    assert RotationSettings(block_size=-1).block_size_for(80) == 80
+    assert RotationSettings(block_size=32).block_size_for(80) == 32
 
 
 @pytest.mark.parametrize("size", [None, -1, 2, 4, 8, 16])
@@ -123,9 +123,9 @@ def test_a_group_size_that_does_not_divide_names_the_linear_and_sizes_that_do(tr
     with pytest.raises(
         InputError, match=r"layers\.0\.q_proj: 48 input channels do not divide by --group_size 32"
     ) as caught:
-        check_widths(blocks(16, bits=BitConfig(group_size=32), transform=transform), WIDTHS)
+        check_widths(blocks(16, bits=BitSettings(group_size=32), transform=transform), WIDTHS)
     for suggested in suggestions(str(caught.value)):
-        check_widths(blocks(16, bits=BitConfig(group_size=int(suggested))), WIDTHS)
+        check_widths(blocks(16, bits=BitSettings(group_size=int(suggested))), WIDTHS)
 
 
 def test_suggested_sizes_are_close_to_what_was_asked_for():
@@ -141,7 +141,7 @@ def test_without_a_transform_the_block_size_does_not_matter():
 @pytest.mark.parametrize("flag", ["--block_size", "--group_size"])
 @pytest.mark.parametrize("other", [50, 35], ids=["one common divisor", "no common divisor"])
 def test_suggestions_read_well_however_few_there_are(flag, other):
-    config = blocks(16) if flag == "--block_size" else blocks(None, bits=BitConfig(group_size=16))
+    config = blocks(16) if flag == "--block_size" else blocks(None, bits=BitSettings(group_size=16))
     with pytest.raises(InputError, match=f"down_proj: {other} input channels do not divide by {flag} 16") as caught:
         check_widths(config, {"q_proj": 48, "down_proj": other})
     assert "try  or" not in str(caught.value)

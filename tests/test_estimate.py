@@ -21,22 +21,22 @@ from experiment.estimate import CONTEXT_BYTES, PROCESS_BYTES, Plan, estimate, fo
 from experiment.rates import Rates, measure_rates, stage_seconds
 from models import decoder_spec
 from models.load import load_skeleton
-from quantize.config import (
-    BitConfig,
-    ClipConfig,
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
     GqaSmooth,
     Probe,
-    QuantConfig,
-    RotationConfig,
-    SmoothConfig,
-    TrainingConfig,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
+    TrainingSettings,
     Transform,
 )
 from utils.errors import InputError
 
 CONFIG = tiny_config()
 SKELETON, SPEC = load_skeleton(CONFIG), decoder_spec(CONFIG)
-QUANT = QuantConfig(BitConfig(4, 4), smooth=SmoothConfig(0.5), rotation=RotationConfig(block_size=16, steps=20))
+QUANT = QuantSettings(BitSettings(4, 4), smooth=SmoothSettings(0.5), rotation=RotationSettings(block_size=16, steps=20))
 CPU = Plan(torch.float16, False, (8, 32), ((6, 32),))
 GPU = replace(CPU, on_gpu=True)
 LINEARS = 48 * 96 + 2 * 48 * 32 + 96 * 48 + 3 * 48 * 80  # q, k and v, o, MLP
@@ -44,7 +44,7 @@ LAYER = LINEARS + 2 * 48
 SHELL = 2 * 97 * 48 + 48
 
 
-def figures(quant: QuantConfig = QUANT, plan: Plan = CPU):
+def figures(quant: QuantSettings = QUANT, plan: Plan = CPU):
     return estimate(SKELETON, SPEC, quant, plan)
 
 
@@ -75,9 +75,9 @@ def test_streamed_one_layer_and_a_half_take_the_place_of_the_model():
 
 
 def test_training_holds_more_states_and_more_on_the_device():
-    trained = replace(QUANT, clip=ClipConfig(learned=True))
-    augmented = replace(trained, training=TrainingConfig(augmented=True))
-    offloaded = replace(trained, training=TrainingConfig(offload=True))
+    trained = replace(QUANT, clip=ClipSettings(learned=True))
+    augmented = replace(trained, training=TrainingSettings(augmented=True))
+    offloaded = replace(trained, training=TrainingSettings(offload=True))
     # many samples: what they take shows
     hosts = [
         figures(quant, replace(GPU, calibration=(800, 32))).host for quant in (QUANT, trained, augmented, offloaded)
@@ -109,7 +109,7 @@ def test_an_evaluation_of_the_whole_model_needs_it_on_the_device():
 def test_disk_is_that_of_the_checkpoint_and_of_the_model_with_its_transforms():
     found = figures()
     assert found.save_model == 4 * found.parameters + found.save_dir
-    assert figures(replace(QUANT, bits=BitConfig(16, 16))).save_dir == 0
+    assert figures(replace(QUANT, bits=BitSettings(16, 16))).save_dir == 0
 
 
 def test_operations_follow_the_linears_attention_and_the_head():
@@ -127,7 +127,7 @@ def test_operations_follow_the_linears_attention_and_the_head():
 def test_what_is_not_done_takes_no_time():
     plain = work_of(SKELETON, SPEC, replace(QUANT, transform=Transform.NONE), replace(CPU, statistics=False))
     assert (plain.statistics, plain.steps) == (0, {})
-    untouched = work_of(SKELETON, SPEC, replace(QUANT, bits=BitConfig(16, 16)), CPU)
+    untouched = work_of(SKELETON, SPEC, replace(QUANT, bits=BitSettings(16, 16)), CPU)
     assert (untouched.statistics, untouched.layers, untouched.steps) == (0, 0, {})
     assert untouched.evaluation == work_of(SKELETON, SPEC, QUANT, CPU).evaluation > 0
     saved = work_of(SKELETON, SPEC, QUANT, replace(CPU, calibration=(0, 32), statistics=False))
@@ -151,7 +151,7 @@ def test_rates_are_measured_on_this_machine():
 
 
 def test_a_step_on_very_large_blocks_is_not_tried_out():
-    rates = measure_rates(torch.device("cpu"), torch.float32, [30000], 32, RotationConfig(block_size=-1))
+    rates = measure_rates(torch.device("cpu"), torch.float32, [30000], 32, RotationSettings(block_size=-1))
     assert rates.step[30000] == pytest.approx((2 * 32 * 30000**2 + 4 * 30000**3) / rates.operations)
 
 
@@ -165,7 +165,7 @@ def test_the_group_table_says_what_is_transformed_and_where_its_scale_goes():
         "folded into mlp.up_proj",
     ]
     assert cells[3][3:6] == ["80", "16", "5"]
-    folded = group_table(SKELETON, SPEC, replace(QUANT, smooth=SmoothConfig(0.5, gqa=GqaSmooth.FOLD)))
+    folded = group_table(SKELETON, SPEC, replace(QUANT, smooth=SmoothSettings(0.5, gqa=GqaSmooth.FOLD)))
     assert "folded into self_attn.v_proj, shared by 3 heads" in folded
     assert "| – |" in " ".join(group_table(SKELETON, SPEC, replace(QUANT, transform=Transform.NONE)).split())
 

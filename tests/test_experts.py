@@ -5,21 +5,21 @@ import copy
 import pytest
 import torch
 from conftest import random_tokens
+from quantize.export import save_model
 from safetensors.torch import load_file
 from test_families import CPU, logits, make_config, make_model, reload, settings
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from duquant.experts import Experts, fuse_experts, unfuse_experts_
+from duquant.linear import QuantLinear
 from models import decoder_spec
 from models.load import ModelSource, load_config, load_model, load_skeleton
 from models.qwen3_moe import has_experts
-from quantize.config import ClipConfig, SmoothConfig, TrainingConfig, WeightPeak
-from quantize.experts import Experts, fuse_experts, unfuse_experts_
-from quantize.export import save_model
-from quantize.linear import QuantLinear
 from quantize.observe import capture_rows, layer_calls
+from quantize.quantization import quantize_model
+from quantize.settings import ClipSettings, SmoothSettings, TrainingSettings, WeightPeak
 from quantize.statistics import channel_statistics
-from quantize.walk import quantize_model
 
 FEW = torch.tensor([[5, 5, 5, 5]])  # one token over and over: it reaches as many experts as a token has
 MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe, one dense layer")
@@ -147,7 +147,7 @@ def test_experts_without_a_calibration_token_are_exact_and_finite_all_the_same(n
 
 @every_mixture
 def test_clipping_is_trained_where_tokens_are_and_left_where_none_are(name):
-    clip, training = ClipConfig(learned=True), TrainingConfig(epochs=2)
+    clip, training = ClipSettings(learned=True), TrainingSettings(epochs=2)
     model, figures = quantize(make_model(name), settings(clip=clip, training=training), FEW)
     for layer in figures:
         assert layer["training"]["restored"] == 0
@@ -159,6 +159,6 @@ def test_no_expert_stands_for_the_others_in_smoothing():
     """With `representative` as with `group`, the scale of a mixture comes from the largest weight of all experts."""
     found = []
     for peak in WeightPeak:
-        model, _ = quantize(make_model("mixtral"), settings(16, smooth=SmoothConfig(0.6, peak)), random_tokens(2, 8))
+        model, _ = quantize(make_model("mixtral"), settings(16, smooth=SmoothSettings(0.6, peak)), random_tokens(2, 8))
         found.append(model.model.layers[0].post_attention_layernorm.weight)
     assert torch.equal(*found)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import random_tokens, run_script, tiny_model
+from quantize.export import TRANSFORMS_FILE, attach_transforms_, save_model, saved_config
 from safetensors.torch import load_file
 from test_cli import assert_refused, snapshot
 from torch import nn
@@ -16,10 +17,17 @@ from evaluation.perplexity import perplexity
 from experiment.plan import refuse_for_saved
 from models import decoder_spec
 from models.load import ModelSource, load_config, load_model
-from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig, Transform
-from quantize.export import TRANSFORMS_FILE, attach_transforms_, save_model, saved_config
+from quantize.quantization import quantize_model
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
+    TrainingSettings,
+    Transform,
+)
 from quantize.statistics import channel_statistics
-from quantize.walk import quantize_model
 from utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -27,14 +35,14 @@ FLAGS = ("--wbits", 4, "--abits", 4, "--smooth", "--lac", 0.95, "--swc", 0.9, "-
 STEPS = ("--max_rotation_step", 20)
 
 
-def settings(**changes) -> QuantConfig:
-    usual = {"bits": BitConfig(4, 4), "clip": ClipConfig(0.95, 0.9), "smooth": SmoothConfig()}
-    return QuantConfig(
-        **{**usual, "rotation": RotationConfig(16, 6, 1), "training": TrainingConfig(epochs=1), **changes}
+def settings(**changes) -> QuantSettings:
+    usual = {"bits": BitSettings(4, 4), "clip": ClipSettings(0.95, 0.9), "smooth": SmoothSettings()}
+    return QuantSettings(
+        **{**usual, "rotation": RotationSettings(16, 6, 1), "training": TrainingSettings(epochs=1), **changes}
     )
 
 
-def quantize(config: QuantConfig, **shape) -> nn.Module:
+def quantize(config: QuantSettings, **shape) -> nn.Module:
     model = tiny_model(**shape)
     spec, tokens = decoder_spec(model.config), random_tokens(4, 16)
     peaks = channel_statistics(model, spec, tokens, CPU).scales if config.smooth else None
@@ -42,7 +50,7 @@ def quantize(config: QuantConfig, **shape) -> nn.Module:
     return model
 
 
-def reload(folder) -> tuple[nn.Module, QuantConfig]:
+def reload(folder) -> tuple[nn.Module, QuantSettings]:
     """The model as main.py --model loads it, and its settings."""
     source = ModelSource(str(folder))
     config = load_config(source)
@@ -67,10 +75,10 @@ CASES = {
     "no transform": (settings(transform=Transform.NONE), {}),
     "rotation and permutation": (settings(transform=Transform.ROTATION_PERMUTATION), {}),
     "Hadamard": (settings(transform=Transform.HADAMARD), {}),
-    "groups, symmetric, lwc": (settings(bits=BitConfig(3, 6, 16, True), clip=ClipConfig(0.9, None, True)), {}),
-    "two permutations": (settings(rotation=RotationConfig(16, 6, 2)), {}),
-    "weights only": (settings(bits=BitConfig(4, 16)), {}),
-    "activations only": (settings(bits=BitConfig(16, 4)), {}),
+    "groups, symmetric, lwc": (settings(bits=BitSettings(3, 6, 16, True), clip=ClipSettings(0.9, None, True)), {}),
+    "two permutations": (settings(rotation=RotationSettings(16, 6, 2)), {}),
+    "weights only": (settings(bits=BitSettings(4, 16)), {}),
+    "activations only": (settings(bits=BitSettings(16, 4)), {}),
 }
 
 

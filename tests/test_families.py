@@ -5,20 +5,28 @@ import copy
 import pytest
 import torch
 from conftest import VOCABULARY, random_tokens
+from quantize.export import attach_transforms_, save_model, saved_config
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
+from duquant.experts import unfuse_experts_
+from duquant.linear import QuantLinear
 from models import FAMILIES, decoder_spec
 from models.load import ModelSource, load_config, load_model
 from quantize.checkpoint import Checkpoint, bytes_needed
-from quantize.config import BitConfig, ClipConfig, GqaSmooth, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig
-from quantize.experts import unfuse_experts_
-from quantize.export import attach_transforms_, save_model, saved_config
-from quantize.linear import QuantLinear
+from quantize.quantization import quantize_model
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
+    GqaSmooth,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
+    TrainingSettings,
+)
 from quantize.spec import Norm
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
-from quantize.walk import quantize_model
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens(6, 24)
@@ -90,12 +98,12 @@ def make_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
-def settings(bits: int = 4, gqa: GqaSmooth = GqaSmooth.ONLINE, **changes) -> QuantConfig:
-    usual = {"bits": BitConfig(bits, bits), "rotation": RotationConfig(block_size=16, steps=12)}
-    return QuantConfig(**{**usual, "smooth": SmoothConfig(0.6, gqa=gqa), **changes})
+def settings(bits: int = 4, gqa: GqaSmooth = GqaSmooth.ONLINE, **changes) -> QuantSettings:
+    usual = {"bits": BitSettings(bits, bits), "rotation": RotationSettings(block_size=16, steps=12)}
+    return QuantSettings(**{**usual, "smooth": SmoothSettings(0.6, gqa=gqa), **changes})
 
 
-def quantize(model: nn.Module, config: QuantConfig, finished=None) -> tuple[nn.Module, dict[int, FinishedLayer]]:
+def quantize(model: nn.Module, config: QuantSettings, finished=None) -> tuple[nn.Module, dict[int, FinishedLayer]]:
     """A quantized copy, and its layers' states as they would be kept."""
     model, layers = copy.deepcopy(model), {}
     spec = decoder_spec(model.config)
@@ -198,7 +206,7 @@ def test_eight_bits_come_close_and_four_bits_run_to_the_end(name, gqa):
 @every_family
 @pytest.mark.parametrize("gqa", GqaSmooth)
 def test_a_resumed_and_a_saved_model_give_the_same_logits_to_the_bit(name, gqa, model_folder, tmp_path):
-    clip, training = ClipConfig(0.95, None, learned=True), TrainingConfig(epochs=1)
+    clip, training = ClipSettings(0.95, None, learned=True), TrainingSettings(epochs=1)
     model, config = make_model(name), settings(gqa=gqa, clip=clip, training=training)
     spec = decoder_spec(model.config)
     quantized, layers = quantize(model, config)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantize.formats import SCALE_LIMITS, ZERO_LIMITS, Codes, IntegerFormat, straight_through_round
+from duquant.formats import SCALE_LIMITS, ZERO_LIMITS, Codes, IntegerFormat, straight_through_round
 
 BITS = (2, 3, 4, 6, 8)
 

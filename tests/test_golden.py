@@ -4,14 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from duquant.formats import IntegerFormat
+from duquant.quantizer import Quantizer
+from duquant.transform import DualTransform, channel_peak, rotate_blocks
 from quantize.clipping import LearnedClip, NoClip, RatioClip
-from quantize.config import RotationOrder, SearchRule
-from quantize.formats import IntegerFormat
 from quantize.greedy import greedy_rotation
 from quantize.permutation import zigzag_permutation
-from quantize.quantizer import Quantizer
 from quantize.rotation import base_rotation, step_rotation
-from quantize.transform import DualTransform, channel_peak, rotate_blocks
+from quantize.settings import RotationOrder, SearchRule
 
 # settings of the vectors in fake_quant.safetensors, by name: bits, symmetric, clip (by number of rows), group size
 FAKE_QUANT = {

@@ -9,11 +9,11 @@ from torch import nn
 
 from evaluation.perplexity import perplexity
 from models import decoder_spec
-from quantize.config import BitConfig, QuantConfig, RotationConfig, RotationOrder, SearchRule, SmoothConfig
 from quantize.greedy import greedy_rotation
+from quantize.quantization import quantize_model
 from quantize.rotation import random_orthogonal, step_rotation
+from quantize.settings import BitSettings, QuantSettings, RotationOrder, RotationSettings, SearchRule, SmoothSettings
 from quantize.statistics import channel_statistics
-from quantize.walk import quantize_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -24,8 +24,8 @@ CALIBRATION, TEST = random_tokens(8, 32, seed=1), random_tokens(6, 32, seed=2)
 def quantized(model: nn.Module, bits: int, device: torch.device) -> nn.Module:
     model = copy.deepcopy(model)
     spec = decoder_spec(model.config)
-    config = QuantConfig(
-        bits=BitConfig(bits, bits), smooth=SmoothConfig(0.6), rotation=RotationConfig(block_size=16, steps=24)
+    config = QuantSettings(
+        bits=BitSettings(bits, bits), smooth=SmoothSettings(0.6), rotation=RotationSettings(block_size=16, steps=24)
     )
     peaks = channel_statistics(model, spec, CALIBRATION, device).scales
     quantize_model(model, spec, CALIBRATION, peaks, config, device)

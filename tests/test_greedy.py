@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from quantize import greedy
-from quantize.config import RotationOrder, SearchRule
 from quantize.greedy import STEPS_PER_CHECK, greedy_rotation
 from quantize.rotation import random_orthogonal, step_rotation
+from quantize.settings import RotationOrder, SearchRule
 
 BLOCKS = 3  # blocks of channels in every probe
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from duquant.formats import IntegerFormat
+from duquant.linear import QuantLinear
+from duquant.quantizer import Quantizer
+from duquant.transform import DualTransform, search_dual_transform
 from quantize.clipping import LearnedClip
-from quantize.config import RotationConfig
-from quantize.formats import IntegerFormat
-from quantize.linear import QuantLinear
-from quantize.quantizer import Quantizer
+from quantize.settings import RotationSettings
 from quantize.smoothing import column_peak
-from quantize.transform import DualTransform, search_dual_transform
 from utils.batching import row_parts
 
 INPUTS, OUTPUTS, BLOCK = 24, 10, 8
@@ -33,7 +33,7 @@ def make_linear(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Lin
 
 
 def make_transform(scale: Tensor | None = None) -> DualTransform:
-    found = search_dual_transform(activation(), BLOCK, RotationConfig(block_size=BLOCK, steps=20), generator(2))
+    found = search_dual_transform(activation(), BLOCK, RotationSettings(block_size=BLOCK, steps=20), generator(2))
     return DualTransform(found.rotations, found.permutations, scale)
 
 

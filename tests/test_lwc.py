@@ -10,16 +10,23 @@ import torch.nn.functional as F
 from conftest import random_tokens, tiny_model
 from torch import Tensor, nn
 
+from duquant.attention import install
+from duquant.linear import QuantLinear
+from duquant.transform import DualTransform
 from models import decoder_spec
-from quantize.attention import install
 from quantize.clipping import INITIAL_LOGIT, LearnedClip
-from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig
 from quantize.layer import quantize_layer
-from quantize.linear import QuantLinear
 from quantize.lwc import Samples, TrainingReport, train_clipping_
 from quantize.observe import run
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
+    TrainingSettings,
+)
 from quantize.statistics import channel_statistics
-from quantize.transform import DualTransform
 from quantize.walk import Flow, quantize_model
 
 CPU = torch.device("cpu")
@@ -27,13 +34,13 @@ SAMPLES, EPOCHS = 4, 3
 LINEARS = 7  # of a Llama layer
 
 
-def settings(bits: BitConfig | None = None, learned: bool = True, **training) -> QuantConfig:
-    return QuantConfig(
-        bits or BitConfig(4, 4),
-        ClipConfig(0.95, None, learned),
-        SmoothConfig(),
-        rotation=RotationConfig(16, 8),
-        training=TrainingConfig(**{"epochs": EPOCHS, **training}),
+def settings(bits: BitSettings | None = None, learned: bool = True, **training) -> QuantSettings:
+    return QuantSettings(
+        bits or BitSettings(4, 4),
+        ClipSettings(0.95, None, learned),
+        SmoothSettings(),
+        rotation=RotationSettings(16, 8),
+        training=TrainingSettings(**{"epochs": EPOCHS, **training}),
     )
 
 
@@ -44,7 +51,7 @@ class Case:
     layer: nn.Module
     samples: Samples
     kwargs: dict
-    config: TrainingConfig
+    config: TrainingSettings
 
     def train(self, **changes) -> TrainingReport:
         """Train the layer as it is now, with some settings changed."""
@@ -68,7 +75,7 @@ class Reached(Exception):
 
 
 @torch.no_grad()
-def make_case(patch: pytest.MonkeyPatch, config: QuantConfig, layer_index: int = 0, seed: int = 0) -> Case:
+def make_case(patch: pytest.MonkeyPatch, config: QuantSettings, layer_index: int = 0, seed: int = 0) -> Case:
     """Quantize a tiny model up to the training of the layer `layer_index`."""
     model = tiny_model(seed=seed)
     spec, tokens = decoder_spec(model.config), random_tokens(SAMPLES, 16)
@@ -92,12 +99,12 @@ def make_case(patch: pytest.MonkeyPatch, config: QuantConfig, layer_index: int =
 @pytest.mark.parametrize(
     "bits",
     [
-        BitConfig(4, 4),
-        BitConfig(4, 4, group_size=16),
-        BitConfig(3, 4, symmetric=True),
-        BitConfig(3, 4, group_size=8, symmetric=True),
-        BitConfig(2, 4),
-        BitConfig(3, 16),
+        BitSettings(4, 4),
+        BitSettings(4, 4, group_size=16),
+        BitSettings(3, 4, symmetric=True),
+        BitSettings(3, 4, group_size=8, symmetric=True),
+        BitSettings(2, 4),
+        BitSettings(3, 16),
     ],
     ids=str,
 )
@@ -115,7 +122,7 @@ def test_training_lowers_the_loss_over_all_samples(bits, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_loss_never_ends_above_where_it_began(seed, monkeypatch):
-    case = make_case(monkeypatch, settings(BitConfig(4, 4, symmetric=True), epochs=2, learning_rate=0.1), seed=seed)
+    case = make_case(monkeypatch, settings(BitSettings(4, 4, symmetric=True), epochs=2, learning_rate=0.1), seed=seed)
     before = case.loss()
     report = case.train()
     assert report.loss_after <= report.loss_before
@@ -123,7 +130,7 @@ def test_the_loss_never_ends_above_where_it_began(seed, monkeypatch):
 
 
 def test_every_range_has_a_pair_of_logits_and_starts_at_the_initial_value(monkeypatch):
-    case = make_case(monkeypatch, settings(BitConfig(4, 4, group_size=16)))
+    case = make_case(monkeypatch, settings(BitSettings(4, 4, group_size=16)))
     assert len(case.logits) == 2 * LINEARS
     linear = case.layer.get_submodule("mlp.down_proj")
     assert linear.weight_quantizer.clip.low_logit.shape == (48, 5, 1)
@@ -188,7 +195,7 @@ def test_no_epochs_train_nothing(monkeypatch):
 
 
 def test_augmented_loss_adds_the_full_precision_layer_on_the_students_input(monkeypatch):
-    config = settings(BitConfig(2, 4), epochs=0)  # of the layer before: the streams are the same
+    config = settings(BitSettings(2, 4), epochs=0)  # of the layer before: the streams are the same
     usual = make_case(monkeypatch, config, layer_index=1)
     augmented = make_case(monkeypatch, replace(config, training=replace(config.training, augmented=True)), 1)
     assert torch.equal(augmented.samples.targets[0], usual.samples.targets[0])
@@ -231,7 +238,7 @@ def test_offloaded_samples_give_the_same_logits(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first.logits, second.logits, strict=True))
 
 
-def quantized(config: QuantConfig, seed: int = 0) -> tuple[nn.Module, list[dict]]:
+def quantized(config: QuantSettings, seed: int = 0) -> tuple[nn.Module, list[dict]]:
     model = tiny_model(seed=seed)
     spec, tokens = decoder_spec(model.config), random_tokens(8, 16)
     peaks = channel_statistics(model, spec, tokens, CPU).scales
@@ -255,7 +262,7 @@ def test_a_model_with_learned_clipping_is_baked_and_closer_to_full_precision_tha
     errors = {True: [], False: []}
     for seed in range(3):
         for learned in errors:
-            model, figures = quantized(settings(BitConfig(3, 8), learned), seed)
+            model, figures = quantized(settings(BitSettings(3, 8), learned), seed)
             errors[learned] += [layer["output_error"] for layer in figures]
             linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
             assert len(linears) == LINEARS * 2
@@ -266,6 +273,6 @@ def test_a_model_with_learned_clipping_is_baked_and_closer_to_full_precision_tha
 
 
 def test_unquantized_weights_have_nothing_to_train():
-    model, figures = quantized(settings(BitConfig(16, 4), epochs=1))
+    model, figures = quantized(settings(BitSettings(16, 4), epochs=1))
     assert model(random_tokens(1, 8)).logits.isfinite().all()
     assert all(layer["training"]["losses"] == () for layer in figures)

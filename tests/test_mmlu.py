@@ -26,6 +26,7 @@ from mmlu_cases import (
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from duquant.attention import install
 from evaluation.journal import Journal
 from evaluation.mmlu import (
     ENDINGS,
@@ -40,9 +41,8 @@ from evaluation.mmlu import (
 from evaluation.mmlu_choices import encode_prompts, ending_log_probabilities
 from evaluation.mmlu_data import Subject, prompt
 from models import decoder_spec
-from quantize.attention import install
-from quantize.config import BitConfig, QuantConfig, RotationConfig
-from quantize.walk import quantize_model
+from quantize.quantization import quantize_model
+from quantize.settings import BitSettings, QuantSettings, RotationSettings
 from utils.errors import InputError
 from utils.io import write_json
 
@@ -90,7 +90,7 @@ def test_the_bundled_model_answers_as_one_prompt_at_a_time(shots):
 def test_a_quantized_model_s_keys_and_values_are_cached_as_it_computes_them():
     model, tokenizer, subject = wide_model(), character_tokenizer(), make_subject()
     tokens = torch.randint(50, (4, 24), generator=torch.Generator().manual_seed(0))
-    config = QuantConfig(bits=BitConfig(4, 4), rotation=RotationConfig(block_size=16, steps=24))
+    config = QuantSettings(bits=BitSettings(4, 4), rotation=RotationSettings(block_size=16, steps=24))
     quantize_model(model, decoder_spec(model.config), tokens, None, config, CPU)
     texts = [prompt(subject, question, 3) for question in subject.questions]
     expected = torch.tensor([alone(model, tokenizer, text) for text in texts])

@@ -30,8 +30,8 @@ from evaluation.mtbench import (
     read_references,
 )
 from models import decoder_spec
-from quantize.config import BitConfig, QuantConfig, Transform
-from quantize.walk import quantize_model
+from quantize.quantization import quantize_model
+from quantize.settings import BitSettings, QuantSettings, Transform
 from utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -121,7 +121,7 @@ def test_answer_is_what_greedy_search_without_a_cache_finds(model, tokenizer):
 def test_quantized_model_answers_with_a_cache_as_without(tokenizer):
     quantized = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, local_files_only=True).eval()
     prompt = tokenizer("Mila has the kite. Tom has")["input_ids"]
-    bits = QuantConfig(bits=BitConfig(weight=8, activation=8), transform=Transform.NONE)
+    bits = QuantSettings(bits=BitSettings(weight=8, activation=8), transform=Transform.NONE)
     tokens = torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(0))
     quantize_model(quantized, decoder_spec(quantized.config), tokens, None, bits, CPU)
     expected = greedy_without_a_cache(quantized, tokenizer, prompt, 8)

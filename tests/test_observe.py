@@ -5,14 +5,14 @@ import torch
 from conftest import random_tokens, tiny_model
 from torch import Tensor, nn
 
+from duquant.attention import install
 from evaluation.perplexity import head_logits
 from models import decoder_spec
 from quantize import observe
-from quantize.attention import install
-from quantize.config import BitConfig, QuantConfig, RotationConfig
 from quantize.observe import advance_, capture_input, layer_calls, layers_replaced, run, shell_on_device
+from quantize.quantization import quantize_model
+from quantize.settings import BitSettings, QuantSettings, RotationSettings
 from quantize.statistics import channel_statistics
-from quantize.walk import quantize_model
 from utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -210,7 +210,7 @@ def test_the_shell_comes_back_to_the_host_and_layers_stay_where_they_are(monkeyp
 )
 def test_activations_that_are_not_finite_are_named_by_layer_and_linear(damaged, named, damage):
     message = named + ": its calibration activation contains NaN or inf"
-    config = QuantConfig(bits=BitConfig(8, 8), rotation=RotationConfig(block_size=16, steps=2))
+    config = QuantSettings(bits=BitSettings(8, 8), rotation=RotationSettings(block_size=16, steps=2))
     first, second = make_model(), make_model()
     for model in (first, second):
         model.model.layers[1].get_submodule(damaged).weight[..., 3] = damage

@@ -13,37 +13,37 @@ from torch import nn
 from evaluation.perplexity import perplexity
 from models import decoder_spec
 from models.load import ModelSource, load_config, load_model
-from quantize.config import (
-    BitConfig,
-    ClipConfig,
+from quantize.original import SCALES, read_original
+from quantize.quantization import quantize_model
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
     GqaSmooth,
-    QuantConfig,
-    RotationConfig,
-    SmoothConfig,
-    TrainingConfig,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
+    TrainingSettings,
     Transform,
 )
-from quantize.original import SCALES, read_original
 from quantize.statistics import channel_statistics
-from quantize.walk import quantize_model
 from utils.errors import InputError
 
 CPU = torch.device("cpu")
 GOLDEN_PERPLEXITY = 2.7304  # golden/original_checkpoint/README.md
 
 
-def settings(**changes) -> QuantConfig:
+def settings(**changes) -> QuantSettings:
     usual = {
-        "bits": BitConfig(4, 4),
-        "clip": ClipConfig(0.95, None, learned=True),
-        "smooth": SmoothConfig(),
-        "rotation": RotationConfig(16, 6, 1),
-        "training": TrainingConfig(epochs=1),
+        "bits": BitSettings(4, 4),
+        "clip": ClipSettings(0.95, None, learned=True),
+        "smooth": SmoothSettings(),
+        "rotation": RotationSettings(16, 6, 1),
+        "training": TrainingSettings(epochs=1),
     }
-    return QuantConfig(**{**usual, **changes})
+    return QuantSettings(**{**usual, **changes})
 
 
-def quantize(config: QuantConfig, finished=None, shape=None):
+def quantize(config: QuantSettings, finished=None, shape=None):
     """The quantized model, and the layers it was made with."""
     model = tiny_model(**(shape or {}))
     spec, tokens = decoder_spec(model.config), random_tokens(4, 16)
@@ -97,10 +97,10 @@ def distance(one: nn.Module, other: nn.Module) -> float:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bits": BitConfig(4, 16)},
-        {"bits": BitConfig(4, 16), "rotation": RotationConfig(16, 6, 2)},
-        {"bits": BitConfig(3, 16, group_size=16)},
-        {"bits": BitConfig(4, 16), "clip": ClipConfig(None, 0.9)},
+        {"bits": BitSettings(4, 16)},
+        {"bits": BitSettings(4, 16), "rotation": RotationSettings(16, 6, 2)},
+        {"bits": BitSettings(3, 16, group_size=16)},
+        {"bits": BitSettings(4, 16), "clip": ClipSettings(None, 0.9)},
     ],
     ids=["W4", "two permutations", "groups", "no lwc"],
 )
@@ -146,9 +146,9 @@ WRONG = {
     "no rotation": (lambda saved: without(saved, "self_attn.o_proj.act_quantizer.R"), {}, "self_attn.o_proj.act"),
     "no scale": (lambda saved: without(saved, "fc1_smooth_scale"), {}, "fc1_smooth_scale.*--smooth"),
     "no clip": (lambda saved: without(saved, "mlp.up_proj.weight_quantizer.upbound_factor"), {}, "upbound.*--lwc"),
-    "block size": (lambda saved: saved, {"rotation": RotationConfig(8, 6, 1)}, "--block_size"),
-    "permutation times": (lambda saved: saved, {"rotation": RotationConfig(16, 6, 2)}, "--permutation_times"),
-    "group size": (lambda saved: saved, {"bits": BitConfig(4, 4, 16)}, "--group_size"),
+    "block size": (lambda saved: saved, {"rotation": RotationSettings(8, 6, 1)}, "--block_size"),
+    "permutation times": (lambda saved: saved, {"rotation": RotationSettings(16, 6, 2)}, "--permutation_times"),
+    "group size": (lambda saved: saved, {"bits": BitSettings(4, 4, 16)}, "--group_size"),
     "no transform asked for": (lambda saved: saved, {"transform": Transform.NONE}, "--transform"),
     "fewer layers": (lambda saved: {0: saved[0]}, {}, "2 layers"),
     "other keys": (lambda saved: {"a": 1}, {}, "2 layers"),
@@ -232,7 +232,7 @@ def test_the_golden_checkpoint_gives_the_perplexity_of_its_readme(golden_dir, sh
     config = load_config(source)
     model, spec = load_model(source, config, torch.float32, "sdpa"), decoder_spec(config)
     tokens = load_file(golden_dir / "babyllama_root_tokens.safetensors")
-    quant = settings(clip=ClipConfig(0.95, None, learned=True), rotation=RotationConfig(32, 256, 1))
+    quant = settings(clip=ClipSettings(0.95, None, learned=True), rotation=RotationSettings(32, 256, 1))
     finished = read_original(path, model, spec, quant)
     quantize_model(model, spec, tokens["calibration"].long(), None, quant, CPU, finished)
     found = perplexity(model, spec, tokens["test"].long(), CPU).perplexity
@@ -240,7 +240,7 @@ def test_the_golden_checkpoint_gives_the_perplexity_of_its_readme(golden_dir, sh
 
 
 def test_scales_of_single_query_heads_are_not_folded_into_a_kv_head(made, tmp_path):
-    smooth = SmoothConfig(gqa=GqaSmooth.FOLD)
+    smooth = SmoothSettings(gqa=GqaSmooth.FOLD)
     with pytest.raises(InputError, match="leave out --gqa_smooth fold"):
         read_original(write(tmp_path, made[2]), tiny_model(), made[1], settings(smooth=smooth))
     shape = {"num_key_value_heads": 6}  # where nothing is shared the flag says nothing

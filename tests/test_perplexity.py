@@ -7,10 +7,10 @@ import torch
 from conftest import VOCABULARY, random_tokens, tiny_model
 from torch import Tensor, nn
 
+from duquant.attention import install
 from evaluation.perplexity import final_hidden, head_logits, perplexity, score, token_divergence
 from models import decoder_spec
 from quantize import observe
-from quantize.attention import install
 
 CPU = torch.device("cpu")
 WINDOWS = random_tokens(5, 12)

@@ -5,8 +5,8 @@ import torch
 from conftest import random_tokens, tiny_model
 
 from models import decoder_spec
-from quantize.config import BitConfig, QuantConfig, RotationConfig
-from quantize.walk import quantize_model
+from quantize.quantization import quantize_model
+from quantize.settings import BitSettings, QuantSettings, RotationSettings
 from utils.errors import InputError
 from utils.placement import parse_memory, placed
 
@@ -17,7 +17,7 @@ TOKENS = random_tokens(2, 12)
 @pytest.fixture(scope="module")
 def model():
     made = tiny_model(num_hidden_layers=4)
-    config = QuantConfig(BitConfig(4, 4), rotation=RotationConfig(16, 8))
+    config = QuantSettings(BitSettings(4, 4), rotation=RotationSettings(16, 8))
     quantize_model(made, decoder_spec(made.config), random_tokens(4, 16), None, config, CPU)
     return made
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from duquant.formats import IntegerFormat
+from duquant.quantizer import Quantizer, make_quantizer
 from quantize.clipping import NoClip, RatioClip
-from quantize.formats import IntegerFormat
-from quantize.quantizer import Quantizer, make_quantizer
 
 
 def activation(*shape: int, seed: int = 0) -> Tensor:

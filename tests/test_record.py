@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_tokens, tiny_model
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from models import decoder_spec
-from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig, Transform
 from quantize.footprint import memory_footprint
-from quantize.linear import QuantLinear
-from quantize.observe import capture_input, layer_calls, run
 from quantize.record import (
     MOST_CHANNELS,
     MOST_TOKENS,
@@ -29,10 +22,25 @@ from quantize.record import (
     stages_of,
     token_error,
 )
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from duquant.linear import QuantLinear
+from duquant.transform import DualTransform
+from models import decoder_spec
+from quantize.observe import capture_input, layer_calls, run
+from quantize.quantization import quantize_model
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
+    TrainingSettings,
+    Transform,
+)
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
-from quantize.transform import DualTransform
-from quantize.walk import quantize_model
 from utils.io import read_tensors
 
 CPU = torch.device("cpu")
@@ -40,18 +48,18 @@ TOKENS = random_tokens(4, 24)
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
-def settings(learned: bool = False, smooth: bool = True, bits: tuple[int, int] = (4, 4), **changes) -> QuantConfig:
-    return QuantConfig(
-        BitConfig(*bits),
-        ClipConfig(0.95, None if learned else 0.9, learned),
-        SmoothConfig() if smooth else None,
-        rotation=RotationConfig(16, 12),
-        training=TrainingConfig(epochs=1),
+def settings(learned: bool = False, smooth: bool = True, bits: tuple[int, int] = (4, 4), **changes) -> QuantSettings:
+    return QuantSettings(
+        BitSettings(*bits),
+        ClipSettings(0.95, None if learned else 0.9, learned),
+        SmoothSettings() if smooth else None,
+        rotation=RotationSettings(16, 12),
+        training=TrainingSettings(epochs=1),
         **changes,
     )
 
 
-def quantize(config: QuantConfig, folder: Path | None, finished=None, keep=None):
+def quantize(config: QuantSettings, folder: Path | None, finished=None, keep=None):
     """Quantize the tiny model, with a recorder that writes into `folder`; return it with the figures of its layers."""
     model = tiny_model(num_hidden_layers=3)
     spec = decoder_spec(model.config)
@@ -162,7 +170,7 @@ def test_layers_behind_resumed_ones_are_recorded_as_in_a_whole_run(recorded, tmp
 
 def test_learned_clipping_is_recorded_against_its_start(tmp_path):
     kept: dict[int, FinishedLayer] = {}
-    config = replace(settings(learned=True), training=TrainingConfig(epochs=6))
+    config = replace(settings(learned=True), training=TrainingSettings(epochs=6))
     _, figures = quantize(config, tmp_path, keep=kept.__setitem__)
     clip, logits = figures[0]["recorded"]["groups"][3]["clip"], kept[0].state.clips["mlp.down_proj"]
     assert clip["start"] == pytest.approx(0.982, abs=1e-3)
@@ -182,7 +190,7 @@ def test_a_run_without_transform_has_no_blocks_and_no_search(tmp_path):
 def test_the_bundled_models_planted_neurons_are_where_the_record_says(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny-llama", local_files_only=True).requires_grad_(False)
     planted = json.loads((ASSETS / "tiny-llama/outliers.json").read_text())["massive"]
-    config = QuantConfig(BitConfig(8, 8), transform=Transform.NONE)
+    config = QuantSettings(BitSettings(8, 8), transform=Transform.NONE)
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-llama", local_files_only=True)
     text = (ASSETS / "stories/test.txt").read_text(encoding="utf-8")[:2000]
     tokens = tokenizer(text, return_tensors="pt").input_ids[:, :128]
@@ -247,15 +255,15 @@ def test_the_footprint_counts_codes_scales_zero_points_transforms_and_the_rest()
     spec = decoder_spec(model.config)
     shapes = [(96, 48), (32, 48), (32, 48), (48, 96), (80, 48), (80, 48), (48, 80)]
     weights, ranges = (2 * sum(count(shape) for shape in shapes) for count in (math.prod, lambda shape: shape[0]))
-    config = QuantConfig(BitConfig(4, 4), rotation=RotationConfig(16, 1))
+    config = QuantSettings(BitSettings(4, 4), rotation=RotationSettings(16, 1))
     found = memory_footprint(model, spec, config)
     assert found["float16_bytes"] == 2 * everything
     assert found["linears_bytes"] == weights / 2 + ranges / 2 + 2 * ranges
     assert found["transforms_bytes"] == 2 * (4 * 2 * 2 * 16 * 16 + 4 * (48 + 96 + 48 + 80))
     assert found["rest_bytes"] == 2 * (everything - weights)
     assert found["quantized_bytes"] == sum(found[f"{part}_bytes"] for part in ("linears", "transforms", "rest"))
-    grouped = memory_footprint(model, spec, QuantConfig(BitConfig(3, 4, 16, True), transform=Transform.NONE))
+    grouped = memory_footprint(model, spec, QuantSettings(BitSettings(3, 4, 16, True), transform=Transform.NONE))
     assert grouped["linears_bytes"] == weights * 3 / 8 + 2 * weights / 16
     assert grouped["transforms_bytes"] == 0
-    online = memory_footprint(model, spec, replace(config, smooth=SmoothConfig()))
+    online = memory_footprint(model, spec, replace(config, smooth=SmoothSettings()))
     assert online["transforms_bytes"] - found["transforms_bytes"] == 2 * 2 * 96  # o_proj's, under GQA

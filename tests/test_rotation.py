@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantize.config import RotationOrder
 from quantize.rotation import base_rotation, exchange_index, hadamard, random_orthogonal, step_rotation
+from quantize.settings import RotationOrder
 
 DENSE_SIZES = [*range(2, 34), 48, 63, 64, 65, 80, 96, 127, 128, 129, 130]
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantize.config import RotationConfig, RotationOrder, SearchRule, Transform
 from quantize.permutation import zigzag_permutation
 from quantize.rotation import hadamard
-from quantize.transform import (
+from quantize.settings import RotationOrder, RotationSettings, SearchRule, Transform
+from quantize.transforms import (
     TRANSFORMS,
     DualTransform,
     channel_peak,
@@ -37,7 +37,7 @@ def online_scale(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def search(times: int = 1, x: Tensor | None = None, **settings):
-    config = RotationConfig(block_size=BLOCK, steps=40, permutation_times=times, **settings)
+    config = RotationSettings(block_size=BLOCK, steps=40, permutation_times=times, **settings)
     x = outlier_probe() if x is None else x
     return search_dual_transform(x, BLOCK, config, torch.Generator().manual_seed(7))
 
@@ -169,7 +169,7 @@ def test_views_are_transformed_like_their_copies():
 
 def test_no_transform_is_the_identity():
     x = outlier_probe()
-    found = no_transform(x, 1, RotationConfig(), torch.Generator())
+    found = no_transform(x, 1, RotationSettings(), torch.Generator())
     transform = DualTransform(found.rotations, found.permutations)
     assert torch.equal(transform(x), x)
     assert torch.equal(transform.inverse(x), x)
@@ -183,7 +183,7 @@ def test_every_transform_on_the_command_line_has_a_builder():
 
 
 def found_by(transform: Transform, x: Tensor | None = None, times: int = 1, seed: int = 7):
-    config = RotationConfig(block_size=BLOCK, steps=40, permutation_times=times)
+    config = RotationSettings(block_size=BLOCK, steps=40, permutation_times=times)
     x = outlier_probe() if x is None else x
     return TRANSFORMS[transform](x, BLOCK, config, torch.Generator().manual_seed(seed))
 
@@ -275,7 +275,7 @@ def test_search_is_a_function_of_the_probe_and_the_generator():
     again = search(1)
     assert torch.equal(first.rotations, again.rotations)
     assert torch.equal(first.permutations, again.permutations)
-    config = RotationConfig(block_size=BLOCK, steps=40)
+    config = RotationSettings(block_size=BLOCK, steps=40)
     other = search_dual_transform(outlier_probe(), BLOCK, config, torch.Generator().manual_seed(8))
     assert not torch.equal(first.rotations, other.rotations)
 
@@ -289,7 +289,7 @@ def test_the_search_of_a_half_precision_probe_runs_in_float32():
 def test_blocks_of_one_channel_are_possible():
     """A prime width under `--block_size auto`."""
     x = torch.randn(6, 7)
-    found = search_dual_transform(x, 1, RotationConfig(steps=3), torch.Generator().manual_seed(0))
+    found = search_dual_transform(x, 1, RotationSettings(steps=3), torch.Generator().manual_seed(0))
     transform = DualTransform(found.rotations, found.permutations)
     torch.testing.assert_close(transform.inverse(transform(x)), x)
 

@@ -13,24 +13,24 @@ from conftest import VOCABULARY, random_tokens, tiny_config, tiny_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PretrainedConfig
 
+from duquant.attention import install
+from duquant.linear import QuantLinear
 from models import decoder_spec
-from quantize.attention import install
 from quantize.clipping import NoClip
-from quantize.config import (
-    BitConfig,
-    ClipConfig,
+from quantize.layer import LayerInputs, quantize_layer, smoothing_scales
+from quantize.observe import layer_calls
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
     Probe,
-    QuantConfig,
-    RotationConfig,
+    QuantSettings,
     RotationOrder,
+    RotationSettings,
     SearchRule,
-    SmoothConfig,
+    SmoothSettings,
     Transform,
     WeightPeak,
 )
-from quantize.layer import LayerInputs, quantize_layer, smoothing_scales
-from quantize.linear import QuantLinear
-from quantize.observe import layer_calls
 from quantize.statistics import channel_statistics
 from quantize.walk import PROBE_SAMPLES, check_shapes, describe_group, make_probe, quantize_model
 from utils.errors import InputError
@@ -82,13 +82,13 @@ def make_model(config: PretrainedConfig | None = None, dtype: torch.dtype = torc
     return model
 
 
-def settings(wbits: int = 4, abits: int = 4, alpha: float | None = 0.6, **changes) -> QuantConfig:
-    smooth = None if alpha is None else SmoothConfig(alpha)
-    rotation = RotationConfig(block_size=16, steps=24)
-    return replace(QuantConfig(bits=BitConfig(wbits, abits), smooth=smooth, rotation=rotation), **changes)
+def settings(wbits: int = 4, abits: int = 4, alpha: float | None = 0.6, **changes) -> QuantSettings:
+    smooth = None if alpha is None else SmoothSettings(alpha)
+    rotation = RotationSettings(block_size=16, steps=24)
+    return replace(QuantSettings(bits=BitSettings(wbits, abits), smooth=smooth, rotation=rotation), **changes)
 
 
-def quantize(model: nn.Module, config: QuantConfig, tokens: Tensor = TOKENS):
+def quantize(model: nn.Module, config: QuantSettings, tokens: Tensor = TOKENS):
     """Quantize a copy; return it with the figures."""
     model = copy.deepcopy(model)
     spec = decoder_spec(model.config)
@@ -124,7 +124,7 @@ def linear_paths(model: nn.Module) -> set[str]:
 @pytest.mark.parametrize("times", [0, 1, 2])
 def test_smoothing_and_rotating_without_rounding_change_nothing(config, times):
     model = make_model(config, torch.float64)
-    rotation = RotationConfig(block_size=16, steps=24, permutation_times=times)
+    rotation = RotationSettings(block_size=16, steps=24, permutation_times=times)
     transformed, _ = quantize(model, settings(16, 16, rotation=rotation))
     assert relative_error(logits(transformed), logits(model)) < 3e-6
 
@@ -132,17 +132,17 @@ def test_smoothing_and_rotating_without_rounding_change_nothing(config, times):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"smooth": SmoothConfig(0.6, WeightPeak.GROUP)},
-        {"smooth": SmoothConfig(0.0)},
-        {"smooth": SmoothConfig(1.0)},
+        {"smooth": SmoothSettings(0.6, WeightPeak.GROUP)},
+        {"smooth": SmoothSettings(0.0)},
+        {"smooth": SmoothSettings(1.0)},
         {"smooth": None},
         *({"transform": transform} for transform in Transform if transform is not Transform.DUAL),
         {"transform": Transform.NONE, "smooth": None},
         {"probe": Probe.SAMPLE},
-        {"rotation": RotationConfig(block_size=None, steps=8)},
-        {"rotation": RotationConfig(block_size=-1, steps=8)},
-        {"rotation": RotationConfig(block_size=8, steps=8, rule=SearchRule.ROW, order=RotationOrder.QR)},
-        {"rotation": RotationConfig(block_size=8, steps=0)},
+        {"rotation": RotationSettings(block_size=None, steps=8)},
+        {"rotation": RotationSettings(block_size=-1, steps=8)},
+        {"rotation": RotationSettings(block_size=8, steps=8, rule=SearchRule.ROW, order=RotationOrder.QR)},
+        {"rotation": RotationSettings(block_size=8, steps=0)},
     ],
     ids=str,
 )
@@ -203,7 +203,7 @@ def test_every_ingredient_lowers_the_error_of_four_bits_on_outliers():
 
 @pytest.mark.parametrize(("group_size", "symmetric"), [(None, False), (8, False), (None, True)])
 def test_baked_weights_take_no_more_values_than_their_bits_allow(group_size, symmetric):
-    model, _ = quantize(make_model(), settings(bits=BitConfig(3, 4, group_size, symmetric)))
+    model, _ = quantize(make_model(), settings(bits=BitSettings(3, 4, group_size, symmetric)))
     for path in linear_paths(model):
         weight = model.model.layers[1].get_submodule(path).weight
         assert max(len(chunk.unique()) for row in weight for chunk in row.split(group_size or len(row))) <= 2**3
@@ -227,13 +227,13 @@ def test_sixteen_bits_leave_one_side_unquantized(wbits, abits):
 
 
 def test_clip_ratios_reach_what_they_are_for():
-    layer = quantize(make_model(), settings(clip=ClipConfig(activation_ratio=0.9)))[0].model.layers[0]
+    layer = quantize(make_model(), settings(clip=ClipSettings(activation_ratio=0.9)))[0].model.layers[0]
     assert layer.mlp.down_proj.input_quantizer.clip.ratio == 0.9
     assert layer.self_attn.qkv_quantizer.qk_quantizer.clip.ratio == 0.9
     assert isinstance(layer.self_attn.qkv_quantizer.v_quantizer.clip, NoClip)
     widths = []
     for ratio in (None, 0.5):
-        model, _ = quantize(make_model(), settings(4, 16, clip=ClipConfig(weight_ratio=ratio)))
+        model, _ = quantize(make_model(), settings(4, 16, clip=ClipSettings(weight_ratio=ratio)))
         low, high = model.model.layers[0].self_attn.q_proj.weight.aminmax(dim=1)
         widths.append(high - low)
     torch.testing.assert_close(widths[1], widths[0] / 2, atol=0, rtol=1e-5)
@@ -342,7 +342,7 @@ def test_smoothing_scale_looks_at_the_representative_or_at_the_whole_group():
     layer.self_attn.k_proj.weight[:, 5] *= 100
     found = {}
     for kind in WeightPeak:
-        found[kind] = smoothing_scales(layer, 0, spec, peaks, SmoothConfig(0.5, kind))
+        found[kind] = smoothing_scales(layer, 0, spec, peaks, SmoothSettings(0.5, kind))
         weights = [layer.self_attn.q_proj.weight]
         if kind is WeightPeak.GROUP:
             weights += [layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]
@@ -387,7 +387,7 @@ def test_the_kind_of_probe_decides_the_rotations():
 
 @pytest.mark.parametrize(("block_size", "expected"), [(None, [48, 96, 48, 80]), (-1, [48, 96, 48, 80]), (8, [8] * 4)])
 def test_block_sizes_follow_the_width_of_each_group(block_size, expected):
-    rotation = RotationConfig(block_size=block_size, steps=4)
+    rotation = RotationSettings(block_size=block_size, steps=4)
     model, reports = quantize(make_model(), settings(rotation=rotation))
     for report in reports:
         assert [group.block_size for group in report.groups] == expected
@@ -402,14 +402,14 @@ def decoder_groups(model: nn.Module):
 
 def test_auto_block_size_stays_within_its_limit():
     wide = make_model(tiny_config(intermediate_size=320))
-    _, reports = quantize(wide, settings(rotation=RotationConfig(block_size=None, steps=4)))
+    _, reports = quantize(wide, settings(rotation=RotationSettings(block_size=None, steps=4)))
     assert [group.block_size for group in reports[0].groups] == [48, 96, 48, 80]
 
 
 def test_a_block_size_that_does_not_divide_stops_before_anything_is_changed():
     model = make_model()
     before = copy.deepcopy(model.state_dict())
-    config = settings(rotation=RotationConfig(block_size=24))
+    config = settings(rotation=RotationSettings(block_size=24))
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj: 80 input channels .*--block_size 24"):
         quantize_model(model, decoder_spec(model.config), TOKENS, None, config, CPU)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -420,12 +420,12 @@ def test_shapes_are_checked_without_weights():
         skeleton = LlamaForCausalLM(tiny_config())
     check_shapes(skeleton, decoder_spec(skeleton.config), settings())
     with pytest.raises(InputError, match="--block_size 32"):
-        check_shapes(skeleton, decoder_spec(skeleton.config), settings(rotation=RotationConfig(block_size=32)))
+        check_shapes(skeleton, decoder_spec(skeleton.config), settings(rotation=RotationSettings(block_size=32)))
 
 
 @pytest.mark.parametrize("times", [0, 2])
 def test_reports_hold_every_layer_group_stage_and_step(times):
-    rotation = RotationConfig(block_size=16, steps=24, permutation_times=times)
+    rotation = RotationSettings(block_size=16, steps=24, permutation_times=times)
     _, reports = quantize(make_model(), settings(rotation=rotation))
     assert [report.layer for report in reports] == [0, 1]
     turns = [name for index in range(1, times + 1) for name in (f"rotation {index}", f"permutation {index}")]

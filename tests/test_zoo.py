@@ -12,11 +12,11 @@ from experiment.estimate import Plan, estimate
 from models import decoder_spec
 from models.load import load_skeleton
 from models.zoo import SHAPES, zoo_config
-from quantize.config import BitConfig, ClipConfig, QuantConfig, SmoothConfig
-from quantize.walk import check_shapes
+from quantize.quantization import check_shapes
+from quantize.settings import BitSettings, ClipSettings, QuantSettings, SmoothSettings
 from utils.errors import InputError
 
-PAPER = QuantConfig(BitConfig(4, 4), ClipConfig(0.9, 0.8), SmoothConfig(0.6))
+PAPER = QuantSettings(BitSettings(4, 4), ClipSettings(0.9, 0.8), SmoothSettings(0.6))
 BILLIONS = {  # as published, or counted from the published checkpoints
     "llama-7b": 6.738,
     "llama-13b": 13.016,

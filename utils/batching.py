@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from utils.errors import InputError
 
 Result = TypeVar("Result")
 AUTO_TOKENS_CPU = 4096  # what keeps two cores busy and fits everywhere
 AUTO_TOKENS_GPU = 65536  # where `auto` begins on a GPU
-PART_ELEMENTS = 2**20  # of a large weight that are worked on at once: small enough for caches and for reused memory
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +70,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
     )
-
-
-def row_parts(weight: Tensor) -> list[slice]:
-    """Slices of the first dimension that cut `weight` [O, …] into parts of a size whose temporary copies are cheap."""
-    rows = max(1, PART_ELEMENTS // max(1, weight[0].numel())) if len(weight) else 1
-    return [slice(start, start + rows) for start in range(0, len(weight), rows)]

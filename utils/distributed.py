@@ -116,7 +116,7 @@ def sum_(tensors: Sequence[Tensor]) -> None:
 
 
 def make_equal_(model: nn.Module) -> None:
-    """Give every process the main one's parameters and buffers (on the host), bit for bit."""
+    """Give every process the main one's parameters and buffers, bit for bit."""
     if world_size() > 1:
         for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
+            dist.broadcast(tensor.view(torch.uint8) if tensor.dtype is torch.int16 else tensor, 0)  # nccl has no int16

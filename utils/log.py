@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -94,9 +94,9 @@ def meter(
     return _PlainMeter(total, label, unit, INNER_INTERVAL if inner else PLAIN_INTERVAL, stream)
 
 
-def progress(items: Sequence[Item], label: str, unit: str = "it") -> Iterator[Item]:
-    """Iterate over `items`, counting them with a `meter`."""
-    with meter(len(items), label, unit) as bar:
+def progress(items: Iterable[Item], label: str, unit: str = "it", total: int | None = None) -> Iterator[Item]:
+    """Iterate over `items`, counting them with a `meter`; `total`: how many there are, if they have no length."""
+    with meter(len(items) if total is None else total, label, unit) as bar:
         for item in items:
             yield item
             bar.update()

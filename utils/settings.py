@@ -44,18 +44,19 @@ def option(
     flag: str | Sequence[str] = (),
     changes: Changes = Changes.LAYERS,
     tag: str | None = None,
+    title: str | None = None,
     required: bool = False,
     **arguments: Any,
 ) -> Any:
     """A field that is a command-line flag.
 
     `flag`: its names without dashes, the first of which is the setting's name everywhere (default: the field's).
-    `tag`: what stands before its value in a folder's name, if it is told there. `arguments` go to argparse where the
-    type of the field does not say enough.
+    `tag`: what stands before its value in a folder's name, if it is told there. `title`: of its group in the help, if
+    it is not its class's. `arguments` go to argparse where the type of the field does not say enough.
     """
     names = (flag,) if isinstance(flag, str) else tuple(flag)
     metadata = {"flags": names, "help": help, "changes": changes, "tag": tag, "required": required}
-    metadata["arguments"] = arguments
+    metadata |= {"arguments": arguments, "title": title}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -194,8 +195,7 @@ def from_flags(cls: type[Settings], flags: argparse.Namespace) -> Settings:
 
 def _add(parser: argparse.ArgumentParser, group: Any, cls: type, leave_out: Sequence[str], held: Any) -> None:
     """`held`: the field that holds the part, if it is one."""
-    if "TITLE" in vars(cls):
-        group = parser.add_argument_group(cls.TITLE)
+    group = _group(parser, vars(cls).get("TITLE"), group)
     switch = held.metadata["switch"] if held is not None else None
     if switch and switch not in leave_out:
         name, action = (f"--no_{switch}", "store_false") if held.metadata["on"] else (f"--{switch}", "store_true")
@@ -207,7 +207,16 @@ def _add(parser: argparse.ArgumentParser, group: Any, cls: type, leave_out: Sequ
         elif _name(field) not in leave_out:
             flags = [f"--{name}" for name in field.metadata["flags"] or (field.name,)]
             arguments = _arguments(field, _without_none(hints[field.name])) | field.metadata["arguments"]
-            group.add_argument(*flags, help=field.metadata["help"], **arguments)
+            own = _group(parser, field.metadata["title"], group)
+            own.add_argument(*flags, help=field.metadata["help"], **arguments)
+
+
+def _group(parser: argparse.ArgumentParser, title: str | None, default: Any) -> Any:
+    """The group of that title, made if it is not there; `default` without a title."""
+    if title is None:
+        return default
+    there = (each for each in parser._action_groups if each.title == title)
+    return next(there, None) or parser.add_argument_group(title)
 
 
 def _arguments(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
@@ -248,11 +257,10 @@ def _tags(cls: type) -> dict[str, str | None]:
 
 
 def _shown(tag: str, value: Any) -> str:
-    """A setting in a folder's name: `lac0.9`, `hadamard`, `smooth`, and `no_lac` for one that is off."""
-    if value is True:
-        return tag
-    off = value is None or value is False
-    return f"no_{tag}" if off else f"{tag}{value:g}" if isinstance(value, float) else f"{tag}{value}"
+    """A setting in a folder's name: `lac0.9`, `hadamard`, `smooth`, `no_smooth`, `bauto` for one that is left open."""
+    if isinstance(value, bool):
+        return tag if value else f"no_{tag}"
+    return f"{tag}{'auto' if value is None else f'{value:g}' if isinstance(value, float) else value}"
 
 
 def _most(cls: type) -> Changes:

@@ -6,15 +6,12 @@ every other linear is: a path in a group, with its `QuantLinear`, its clip and i
 accuracy: ranges are per output channel, so those of a fused parameter would be the same. What is lost is the grouped
 matrix product over all experts: here each expert is called by itself, which is slower on a GPU, and a token is
 transformed once for every expert it goes to. Correct and simple came first.
-
-A saved model has the fused parameters again (`fuse_experts`), so its files have ordinary names and shapes, and loading
-takes them apart as for any model.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-
-from quantize.spec import DecoderSpec
 
 PARTS = ("gate_up_proj", "down_proj")
 
@@ -47,28 +44,17 @@ class Experts(nn.ModuleList):
         return output
 
 
-def unfuse_experts_(model: nn.Module, spec: DecoderSpec) -> None:
-    """Put `Experts` in the place of the fused module at `spec.experts` of every layer that has one. Idempotent."""
-    if spec.experts is None:
+def unfuse_experts_(layers: Iterable[nn.Module], path: str | None) -> None:
+    """Put `Experts` in the place of the fused module at `path` of every decoder layer that has one. Idempotent."""
+    if path is None:
         return
-    parent, _, name = spec.experts.rpartition(".")
-    for layer in spec.decoder_layers(model):
-        fused = dict(layer.named_modules()).get(spec.experts)
+    parent, _, name = path.rpartition(".")
+    for layer in layers:
+        fused = dict(layer.named_modules()).get(path)
         if fused is None or isinstance(fused, Experts):
             continue
         weights = zip(*(getattr(fused, part).detach() for part in PARTS), strict=True)
         setattr(layer.get_submodule(parent), name, Experts(Expert(*pair, fused.act_fn) for pair in weights))
-
-
-def fuse_experts(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors`, a state dict of `model`, with the weights of every `Experts` stacked as transformers has them."""
-    fused = dict(tensors)
-    for name, module in model.named_modules():
-        if isinstance(module, Experts):
-            for part in PARTS:
-                weights = [fused.pop(f"{name}.{index}.{part}.weight") for index in range(len(module))]
-                fused[f"{name}.{part}"] = torch.stack(weights)
-    return fused
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -4,7 +4,7 @@ Knows tensors, not pictures; `reporting/` draws what is written here. Nothing th
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.attention import QUANTIZER
-from quantize.clipping import INITIAL_LOGIT, LearnedClip
-from quantize.linear import QuantLinear
+from duquant.attention import QUANTIZER
+from duquant.linear import GroupInput
+from duquant.tensors import widen
+from duquant.transform import DualTransform, rotate_blocks
+from quantize.clipping import INITIAL_LOGIT
 from quantize.observe import capture_rows, run
+from quantize.observer import Observer
+from quantize.rounding import OpenLinear
 from quantize.spec import DecoderSpec, InputGroup
-from quantize.transform import DualTransform, channel_peak, rotate_blocks
+from quantize.transforms import channel_peak
 from utils.io import file_digest, write_tensors
 
 MOST_TOKENS, MOST_CHANNELS = 64, 256  # bins of a landscape
@@ -25,7 +29,7 @@ ATTENTION, EVERYTHING = "queries, keys and values", "all activations"  # parts t
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of learned clip ratios
 
 
-class Recorder:
+class Recorder(Observer):
     """Follows one calibration sample through the layers as they are quantized, and writes down what happens to it.
 
     For layer 12 it writes `layer_012.safetensors` into `folder` (see `_Layer.tensors`) and returns figures for
@@ -38,11 +42,11 @@ class Recorder:
         self.sample: Tensor | None = None  # [1, T, C], in the quantized network
         self.current: _Layer | None = None
 
-    def start(self, hidden: Tensor, device: torch.device) -> None:
+    def samples(self, hidden: Tensor, device: torch.device) -> None:
         """Follow the first of the samples [N, T, C] that enter the first layer."""
         self.sample = hidden[:1].to(device, copy=True)
 
-    def begin(self, layer: nn.Module, index: int, spec: DecoderSpec, kwargs: dict) -> None:
+    def layer_begins(self, layer: nn.Module, index: int, spec: DecoderSpec, kwargs: dict) -> None:
         """Before anything is done to `layer`: its output in full precision, and its weights as they were."""
         self.current = _Layer(index, run(layer, self.sample, kwargs), spec)
         for group in spec.groups:
@@ -54,7 +58,7 @@ class Recorder:
                 "weight_stages": [extreme(weight)],
             }
 
-    def searched(self, group: InputGroup, peaks: tuple[Tensor, ...]) -> None:
+    def searched(self, group: InputGroup, peaks: Sequence[Tensor]) -> None:
         """The trajectory of every greedy search of a group: max − min of the probe at the start and after each step."""
         for number, trace in enumerate(peaks, start=1):
             self.current.tensors[f"{group.name}/search/rotation {number}"] = trace.float()
@@ -63,28 +67,24 @@ class Recorder:
         ]
         self.current.groups[group.name]["searches"] = found
 
-    def weight(self, group: InputGroup, path: str, linear: QuantLinear) -> None:
-        """Right before baking: the transformed weight, its final clip, and the noise that rounding it adds."""
-        layer, quantized = self.current, linear.weight_quantizer(linear.weight)
+    def rounding(self, group: InputGroup, path: str, linear: OpenLinear) -> None:
+        """The transformed weight, its final clip, and the noise that rounding it adds."""
+        layer, quantized = self.current, linear.quantizer(linear.weight)
         layer.add_noise(group.name, linear.weight, quantized)
         if path == shown_linear(group):
             layer.tensors[f"{group.name}/weight/transformed"] = landscape(linear.weight)
             layer.groups[group.name]["weight_stages"].append(extreme(linear.weight))
-        clip = getattr(linear.weight_quantizer, "clip", None)
-        if isinstance(clip, LearnedClip):
-            layer.ratios.setdefault(group.name, []).append([each.sigmoid().flatten().cpu() for each in clip.logits()])
+        if linear.clip is not None:
+            layer.ratios.setdefault(group.name, []).append([x.sigmoid().flatten().cpu() for x in linear.clip.logits()])
 
-    def group(self, layer: nn.Module, group: InputGroup, kwargs: dict, folded_scale: Tensor | None) -> None:
-        """A group whose linears are replaced: the sample's input through every stage, and the noise of rounding it.
-
-        `folded_scale` [C] is what was divided out upstream already, if anything.
-        """
+    def group_built(self, layer: nn.Module, group: InputGroup, kwargs: dict, folded: Tensor | None) -> None:
+        """The sample's input through every stage, and the noise of rounding it."""
         x = capture_rows(layer, group.inputs, self.sample, kwargs)
-        linear = layer.get_submodule(group.linears[0])
-        stages = stages_of(x, linear.transform, folded_scale)
+        shared = layer.get_submodule(group.linears[0]).group
+        stages = stages_of(x, shared.transform, folded)
         whole = x.dim() == 3 and x.shape[1] == self.sample.shape[1]
         figures = self.current.groups[group.name] | {"rows": "token" if whole else "row", "shape": list(_rows(x).shape)}
-        block = linear.transform.rotations.shape[-1] if len(linear.transform.rotations) else None
+        block = shared.transform.rotations.shape[-1] if len(shared.transform.rotations) else None
         figures["stages"] = [{"name": name, **extreme(stage), **blocks(stage, block)} for name, stage in stages.items()]
         for name, stage in stages.items():
             self.current.tensors[f"{group.name}/input/{name}"] = landscape(stage)
@@ -92,14 +92,14 @@ class Recorder:
                 self.current.tensors[f"{group.name}/blocks/{name}"] = block_peaks(stage, block)
         shown = layer.get_submodule(shown_linear(group))
         figures["activation_noise"] = {}
-        for name, noisy in rounded_inputs(stages, linear, folded_scale).items():
+        for name, noisy in rounded_inputs(stages, shared, folded).items():
             output, error = output_and_noise(stages, noisy, shown)
             errors = token_error(output, error)
             self.current.tensors[f"{group.name}/error/{name}"] = errors.cpu()
             figures["activation_noise"][name] = {"sqnr_db": sqnr_db(output, error), **spread(errors)}
         self.current.groups[group.name] = figures
 
-    def finish(self, layer: nn.Module, kwargs: dict) -> dict:
+    def layer_built(self, layer: nn.Module, kwargs: dict) -> dict:
         """Advance the sample through the quantized layer, write the file, and return the layer's figures."""
         current, output = self.current, run(layer, self.sample, kwargs)
         figures = {
@@ -111,7 +111,7 @@ class Recorder:
         self.sample, self.current = output, None
         path = self.folder / f"layer_{current.index:03d}.safetensors"
         write_tensors(path, current.tensors, {"layer": str(current.index)})
-        return {"file": path.name, "sha256": file_digest(path), **figures}
+        return {"recorded": {"file": path.name, "sha256": file_digest(path), **figures}}
 
     def _unrounded(self, layer: nn.Module, kwargs: dict) -> list[dict]:
         """SQNR of the output if one part of the layer's activations were not rounded, and if none were.
@@ -129,7 +129,7 @@ class Recorder:
             found.append({"part": name, "output_sqnr_db": sqnr_db(reference, noise)})
         return found
 
-    def skip(self, layer: nn.Module, kwargs: dict) -> None:
+    def layer_restored(self, layer: nn.Module, kwargs: dict) -> None:
         """Advance the sample through a layer that was quantized earlier."""
         self.sample = run(layer, self.sample, kwargs)
 
@@ -173,19 +173,19 @@ class _Layer:
 @contextmanager
 def rounding_off(layer: nn.Module, paths: tuple[str, ...], attention: str | None) -> Iterator[None]:
     """Inside the block the inputs of the linears at `paths`, and q, k and v of `attention`, are not rounded."""
-    linears = [layer.get_submodule(path) for path in paths]
-    quantizers = [linear.input_quantizer for linear in linears]
+    shared = list({id(each): each for each in (layer.get_submodule(path).group for path in paths)}.values())
+    quantizers = [each.quantizer for each in shared]
     module = None if attention is None else layer.get_submodule(attention)
     qkv = getattr(module, QUANTIZER, None)
     try:
-        for linear in linears:
-            linear.input_quantizer = nn.Identity()
+        for each in shared:
+            each.quantizer = nn.Identity()
         if qkv is not None:
             setattr(module, QUANTIZER, None)
         yield
     finally:
-        for linear, quantizer in zip(linears, quantizers, strict=True):
-            linear.input_quantizer = quantizer
+        for each, quantizer in zip(shared, quantizers, strict=True):
+            each.quantizer = quantizer
         if qkv is not None:
             setattr(module, QUANTIZER, qkv)
 
@@ -197,7 +197,7 @@ def shown_linear(group: InputGroup) -> str:
 
 def stages_of(x: Tensor, transform: DualTransform, folded_scale: Tensor | None) -> dict[str, Tensor]:
     """`x` [..., C], a group's input as it arrives, as it was before smoothing and after every part of the transform."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = widen(x)
     stages = {"input": x}
     if folded_scale is not None:
         stages = {"input": x * folded_scale, "smoothed": x}
@@ -249,17 +249,17 @@ def blocks(x: Tensor, block_size: int | None) -> dict:
     return {"block_peak_variance": largest, "block_mean_variance": mean}
 
 
-def rounded_inputs(stages: dict[str, Tensor], linear: QuantLinear, folded_scale: Tensor | None) -> dict[str, Tensor]:
+def rounded_inputs(stages: dict[str, Tensor], shared: GroupInput, folded: Tensor | None) -> dict[str, Tensor]:
     """T(Q(x)Λ⁻¹), what rounding the input as it was would give the rotated weight, and Q(T(xΛ⁻¹)), what it is given."""
     original, transformed = next(iter(stages.values())), list(stages.values())[-1]
-    rounded = linear.input_quantizer(original)
+    rounded = shared.quantizer(original)
     return {
-        "original": linear.transform(rounded if folded_scale is None else rounded / folded_scale),
-        "transformed": linear.input_quantizer(transformed),
+        "original": shared.transform(rounded if folded is None else rounded / folded),
+        "transformed": shared.quantizer(transformed),
     }
 
 
-def output_and_noise(stages: dict[str, Tensor], noisy: Tensor, linear: QuantLinear) -> tuple[Tensor, Tensor]:
+def output_and_noise(stages: dict[str, Tensor], noisy: Tensor, linear: nn.Module) -> tuple[Tensor, Tensor]:
     """What `linear` makes of its transformed input, without bias, and what is added to that for `noisy`: [N, O] each.
 
     Seen behind the weight, because only there inputs before and after the transform can be compared: an outlier channel

@@ -17,7 +17,10 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantize.rotation import hadamard
+from duquant.hadamard import hadamard
+from duquant.quantizer import make_quantizer
+from duquant.scheme import Scheme
+from duquant.tensors import widen
 
 QUANTIZER = "qkv_quantizer"  # attribute of an attention module
 PREFIX = "quantized_"  # of the names in the registry
@@ -31,30 +34,32 @@ class AttentionQuantizer(nn.Module):
     over the head. `matrix` None leaves that out.
     """
 
-    def __init__(self, matrix: Tensor | None, qk_quantizer: nn.Module, v_quantizer: nn.Module):
+    def __init__(self, matrix: Tensor | None, query: nn.Module, key: nn.Module, value: nn.Module):
         super().__init__()
         self.register_buffer("matrix", matrix)
-        self.qk_quantizer = qk_quantizer
-        self.v_quantizer = v_quantizer
+        self.query, self.key, self.value = query, key, value
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The quantized (query, key, value), in their dtypes."""
-        return self.rotated(query), *self.key_value(key, value)
+        return self.quantized_query(query), *self.key_value(key, value)
+
+    def quantized_query(self, query: Tensor) -> Tensor:
+        """The rotated and quantized query, in its dtype."""
+        return self._rotated(query, self.query)
 
     def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The quantized (key, value), in their dtypes."""
-        return self.rotated(key), self.v_quantizer(value)
+        return self._rotated(key, self.key), self.value(value)
 
-    def rotated(self, x: Tensor) -> Tensor:
-        """The quantized q or k, multiplied by the Hadamard matrix, in its dtype."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rotated = wide if self.matrix is None else wide @ self.matrix.to(wide.dtype)
-        return self.qk_quantizer(rotated).to(x.dtype)
+    def _rotated(self, x: Tensor, quantizer: nn.Module) -> Tensor:
+        wide = widen(x)
+        return quantizer(wide if self.matrix is None else wide @ self.matrix.to(wide.dtype)).to(x.dtype)
 
 
-def head_hadamard(head_dim: int, device: torch.device) -> Tensor:
-    """The Hadamard matrix for heads of `head_dim` (not of the block size), on `device`."""
-    return hadamard(head_dim).to(device)
+def make_attention_quantizer(scheme: Scheme, head_dim: int, device: torch.device) -> AttentionQuantizer:
+    """The quantizer of q, k and v for heads of `head_dim`; the Hadamard matrix has the size of the head."""
+    matrix = hadamard(head_dim).to(device) if scheme.rotate_heads else None
+    return AttentionQuantizer(matrix, *map(make_quantizer, (scheme.query, scheme.key, scheme.value)))
 
 
 def install(model: nn.Module) -> None:
@@ -101,7 +106,9 @@ def _wrapper(base: str):
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
         quantizer, cached = getattr(module, QUANTIZER, None), kwargs.pop(CACHED, False)
         if quantizer is not None:
-            query, key, value = (quantizer.rotated(query), key, value) if cached else quantizer(query, key, value)
+            query, key, value = (
+                (quantizer.quantized_query(query), key, value) if cached else quantizer(query, key, value)
+            )
         # each modelling file has its own eager function; all others are in the registry
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)(module, query, key, value, *args, **kwargs)

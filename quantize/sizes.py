@@ -4,14 +4,15 @@ import math
 
 from torch import nn
 
-from quantize.config import UNQUANTIZED_BITS, QuantConfig, Transform
-from quantize.layer import absorbers
+from duquant.scheme import UNQUANTIZED_BITS
+from quantize.build import absorbers
+from quantize.settings import QuantSettings, Transform
 from quantize.spec import DecoderSpec
 
 HALF, INDEX = 2, 4  # bytes of a float16, and of an index of a permutation
 
 
-def memory_footprint(model: nn.Module, spec: DecoderSpec, config: QuantConfig) -> dict[str, float]:
+def memory_footprint(model: nn.Module, spec: DecoderSpec, config: QuantSettings) -> dict[str, float]:
     """Bytes of `model` (shapes are enough) packed at `config`'s bits, against all of it in float16.
 
     `linears`: quantized weights at `--wbits`, with a float16 scale per range, and without `--symmetric` a zero point of
@@ -34,7 +35,7 @@ def memory_footprint(model: nn.Module, spec: DecoderSpec, config: QuantConfig) -
     return {"float16_bytes": HALF * everything, **found, "ratio": HALF * everything / total}
 
 
-def packed_bytes(outputs: int, inputs: int, config: QuantConfig) -> int:
+def packed_bytes(outputs: int, inputs: int, config: QuantSettings) -> int:
     """Bytes of one weight [outputs, inputs]: codes, scales and zero points; float16 if it is not quantized."""
     bits = config.bits
     if bits.weight >= UNQUANTIZED_BITS:
@@ -44,7 +45,7 @@ def packed_bytes(outputs: int, inputs: int, config: QuantConfig) -> int:
     return math.ceil(bits.weight * (outputs * inputs + zero_points) / 8) + HALF * ranges
 
 
-def transform_bytes(width: int, config: QuantConfig) -> int:
+def transform_bytes(width: int, config: QuantSettings) -> int:
     """Bytes of one group's rotations and permutations; 0 without a transform."""
     if config.transform is Transform.NONE:
         return 0

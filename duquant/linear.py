@@ -1,0 +1,118 @@
+"""The linear that replaces nn.Linear in a decoder layer, and what it shares with those that read the same input."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from duquant.formats import Codes, IntegerFormat, decode_weight
+from duquant.transform import DualTransform
+
+
+class GroupInput(nn.Module):
+    """Q_x(T(x Λ⁻¹)): the transform and the rounding of one activation, for all linears that read it.
+
+    `readers`: how many linears read the same tensor one after the other; all but the first are given what it was given.
+    """
+
+    def __init__(self, transform: DualTransform, quantizer: nn.Module, readers: int = 1):
+        super().__init__()
+        self.transform, self.quantizer, self.readers = transform, quantizer, readers
+        self._forget()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] → [..., C] in the dtype of `x`, which is left as it is."""
+        if self._left and self._seen() is x and self._state == _state_of(x):
+            self._left -= 1
+            result = self._result
+            if not self._left:
+                self._forget()
+            return result
+        result = self.quantizer(self.transform(x)).to(x.dtype)
+        if self.readers > 1:
+            self._seen, self._state, self._left, self._result = weakref.ref(x), _state_of(x), self.readers - 1, result
+        return result
+
+    def _forget(self) -> None:
+        self._seen, self._state, self._left, self._result = None, None, 0, None
+
+    def extra_repr(self) -> str:
+        """Show how many linears share it."""
+        return f"readers={self.readers}"
+
+
+def _state_of(x: Tensor) -> tuple:
+    """What must be the same for a result of `x` to be used again: its content, and whether gradients are wanted."""
+    return x._version, torch.is_grad_enabled()
+
+
+class QuantLinear(nn.Module):
+    """y = x̂ · ŵᵀ + b with x̂ from the group's `GroupInput` and ŵ [O, C] held as integer codes with scale and zero.
+
+    ŵ is decoded where it is needed and forgotten again (see `expanded`). `weight` may be a tensor instead of codes:
+    one that is not quantized, or was decoded by whoever saved it.
+    """
+
+    def __init__(self, weight: Codes | Tensor, form: IntegerFormat, bias: Tensor | None, group: GroupInput):
+        super().__init__()
+        self.format, self.group = form, group
+        if isinstance(weight, Codes):
+            self.out_features, self.in_features = len(weight.values), weight.values[0].numel()
+            self.register_buffer("codes", weight.values)
+            self.register_buffer("scale", weight.scale)
+            self.register_buffer("zero", weight.zero)
+        else:
+            self.out_features, self.in_features = weight.shape
+            self.codes = None
+            self.register_buffer("plain", weight)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._keeps, self._kept = False, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] → [..., O], in the dtype of `x`; `x` is left as it is."""
+        return F.linear(self.group(x), self.decoded(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """ŵ [O, C] in `dtype`."""
+        if self.codes is None:
+            return self.plain.to(dtype)
+        if self._kept is not None and self._kept.dtype is dtype:
+            return self._kept
+        weight = decode_weight(self.weight_codes, self.format, dtype)
+        if self._keeps:
+            self._kept = weight
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """ŵ [O, C] in the dtype of its scale."""
+        return self.decoded(self.plain.dtype if self.codes is None else self.scale.dtype)
+
+    @property
+    def weight_codes(self) -> Codes | None:
+        """The codes, if the weight is quantized."""
+        return None if self.codes is None else Codes(self.codes, self.scale, self.zero)
+
+    def keep_decoded_(self, keep: bool) -> None:
+        """From now on keep ŵ once it was decoded, or forget it."""
+        self._keeps, self._kept = keep, None
+
+    def extra_repr(self) -> str:
+        """Show the shape and the format."""
+        return f"{self.in_features}, {self.out_features}, {self.format if self.codes is not None else 'not quantized'}"
+
+
+@contextmanager
+def expanded(module: nn.Module) -> Iterator[None]:
+    """Inside the block every `QuantLinear` in `module` decodes its weight once and keeps it: memory for speed."""
+    linears = [each for each in module.modules() if isinstance(each, QuantLinear)]
+    for linear in linears:
+        linear.keep_decoded_(True)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.keep_decoded_(False)

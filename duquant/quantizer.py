@@ -1,0 +1,86 @@
+"""Quantizers: granularity (vector or group) → range → clip → format."""
+
+import torch
+from torch import Tensor, nn
+
+from duquant.formats import Codes, IntegerFormat, Parameters, number_format
+from duquant.scheme import TensorScheme
+from duquant.tensors import row_parts, widen
+
+
+class NoClip(nn.Module):
+    """The range as it is. A clip is called with the minimum and maximum of every vector and returns another pair."""
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (low, high) unchanged."""
+        return low, high
+
+
+class RatioClip(nn.Module):
+    """Both ends multiplied by one fixed ratio in (0, 1]."""
+
+    def __init__(self, ratio: float):
+        super().__init__()
+        self.ratio = ratio
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (ratio·low, ratio·high)."""
+        return self.ratio * low, self.ratio * high
+
+    def extra_repr(self) -> str:
+        """Show the ratio."""
+        return f"ratio={self.ratio}"
+
+
+def fixed_clip(ratio: float | None) -> nn.Module:
+    """The clip of a fixed ratio: `NoClip` when it is None."""
+    return NoClip() if ratio is None else RatioClip(ratio)
+
+
+class Quantizer(nn.Module):
+    """Quantizes the vectors along the last axis, each with its own range, computed in at least float32.
+
+    The last axis of a weight [O, C] makes that one range per output channel; of a linear's input [..., T, C] per
+    token; of q, k or v [batch, heads, T, head_dim] per token and head. `group_size` cuts the last axis into groups
+    with a range each. The range is that of the present tensor, so activations are quantized dynamically.
+    """
+
+    def __init__(self, form: IntegerFormat, clip: nn.Module | None = None, group_size: int | None = None):
+        super().__init__()
+        self.format = form
+        self.clip = clip if clip is not None else NoClip()
+        self.group_size = group_size
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """`x` [..., C] in at least float32, and as [..., C/g, g] where groups have ranges of their own."""
+        return widen(x if self.group_size is None else x.unflatten(-1, (-1, self.group_size)))
+
+    def parameters(self, vectors: Tensor) -> Parameters:
+        """Scale and zero point of the clipped range of every vector: [..., 1]."""
+        return self.format.parameters(*self.clip(*torch.aminmax(vectors, dim=-1, keepdim=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake quantization: decode(encode(x)), same shape and dtype as `x`."""
+        vectors = self.vectors(x)
+        return self.format.fake(vectors, self.parameters(vectors)).view(x.shape).to(x.dtype)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Codes:
+        """The codes of `x` [rows, ..., C], some rows at a time: the integers are the only other large tensor."""
+        vectors = self.vectors(x)
+        scale, zero = self.parameters(vectors)
+        values = torch.empty(vectors.shape, dtype=self.format.dtype, device=x.device)
+        for part in row_parts(vectors):
+            values[part] = self.format.encode(vectors[part], Parameters(scale[part], zero[part])).values
+        return Codes(values, scale, zero)
+
+    def extra_repr(self) -> str:
+        """Show the format and the granularity."""
+        return f"{self.format}, group_size={self.group_size}"
+
+
+def make_quantizer(scheme: TensorScheme, clip: nn.Module | None = None) -> nn.Module:
+    """The quantizer of a tensor, with its own clip unless another is given; the identity for 16 bits."""
+    if not scheme.quantized:
+        return nn.Identity()
+    return Quantizer(number_format(scheme), clip or fixed_clip(scheme.clip), scheme.group_size)

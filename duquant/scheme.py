@@ -1,0 +1,61 @@
+"""What is rounded to what: a scheme for every role a tensor has in a decoder layer."""
+
+from dataclasses import asdict, dataclass, fields
+
+UNQUANTIZED_BITS = 16  # this many bits or more: the tensor is left as it is
+
+
+@dataclass(frozen=True)
+class TensorScheme:
+    """How one kind of tensor is quantized.
+
+    `format`: `int` is the only one yet. `bits`: 16 leaves the tensor alone. `group_size`: channels that share a range;
+    None: all of a vector's. `clip`: factor on both ends of the range; None: none. Raises ValueError for what cannot be.
+    """
+
+    format: str = "int"
+    bits: int = 4
+    symmetric: bool = False
+    group_size: int | None = None
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.format != "int":
+            raise ValueError(f"format {self.format!r} is not known; known is int")
+        if not 2 <= self.bits <= UNQUANTIZED_BITS:
+            raise ValueError(f"{self.bits} bits: must be between 2 and {UNQUANTIZED_BITS}")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything is rounded."""
+        return self.bits < UNQUANTIZED_BITS
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The schemes by role: weights, inputs of linears, and q, k (both after RoPE) and v in attention.
+
+    `rotate_heads`: q and k are multiplied by a Hadamard matrix of the head before they are rounded.
+    """
+
+    weight: TensorScheme = TensorScheme()
+    input: TensorScheme = TensorScheme()
+    query: TensorScheme = TensorScheme()
+    key: TensorScheme = TensorScheme()
+    value: TensorScheme = TensorScheme()
+    rotate_heads: bool = True
+
+    @property
+    def roles(self) -> dict[str, TensorScheme]:
+        """Role → its scheme."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: scheme for name, scheme in found.items() if isinstance(scheme, TensorScheme)}
+
+    def to_dict(self) -> dict:
+        """Plain values, as JSON has them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Scheme":
+        """The inverse of `to_dict`. Raises TypeError or ValueError for what `to_dict` does not write."""
+        return cls(**{name: TensorScheme(**each) if isinstance(each, dict) else each for name, each in values.items()})

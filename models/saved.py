@@ -1,0 +1,277 @@
+"""A quantized model as a folder that loads again: codes, scales, zeros and transforms under their modules' names.
+
+    config.json                        with `quantization_config`: every setting, and what is rounded to what
+    model-00001-of-00033.safetensors   one file per decoder layer, then one for everything else
+    model.safetensors.index.json       which tensor is where
+    tokenizer.json, …
+
+It is written next to its place, layer by layer while the walk goes on, and gets its name when it is whole. Folders of
+the first version (float weights, transforms in a file of their own) are read too.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from duquant.attention import AttentionQuantizer, install
+from duquant.experts import unfuse_experts_
+from duquant.formats import Codes
+from models.load import ModelSource, load_model, pick_attention
+from models.streaming import parameters_on_meta, set_tensor_
+from quantize.build import build_
+from quantize.settings import BitSettings, ClipSettings, QuantSettings, SmoothSettings, Transform
+from quantize.spec import DecoderSpec
+from quantize.state import GroupState, LayerState
+from utils.errors import InputError
+from utils.io import read_tensors, write_json, write_tensors
+from utils.settings import from_dict, to_dict
+
+METHOD, VERSION = "duquant", 2
+INDEX = "model.safetensors.index.json"
+FIRST_VERSION_TRANSFORMS = "duquant_transforms.safetensors"
+CODES = ("codes", "scale", "zero")
+
+
+class ModelWriter:
+    """The passenger behind the quantization that writes every layer into `folder`, which is new or empty.
+
+    `prefix`: the path of the `layers` decoder layers in the model. Everything is in a folder beside it until `finish`
+    gives it its name. Raises InputError where it cannot be written.
+    """
+
+    def __init__(self, folder: Path, prefix: str, layers: int):
+        require_empty(folder)
+        self.folder, self.prefix, self.layers = folder, prefix, layers
+        self.unfinished = folder.with_name(f".{folder.name}.unfinished")
+        self.places: dict[str, str] = {}
+        self.bytes = 0
+        try:
+            shutil.rmtree(self.unfinished, ignore_errors=True)  # of a run that was killed
+            self.unfinished.mkdir(parents=True)
+        except OSError as error:
+            raise self._cannot(error) from None
+
+    def visit(self, index: int, layer: nn.Module) -> None:
+        """Write `layer`, number `index`, which is quantized."""
+        self._write(index, {f"{self.prefix}.{index}.{name}": tensor for name, tensor in layer_tensors(layer).items()})
+
+    def finish(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: QuantSettings) -> None:
+        """Write everything beside the layers, and give the folder its name."""
+        shell = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{self.prefix}.")}
+        self._write(self.layers, without_tied(shell))
+        model.config.quantization_config = saved_settings(settings)
+        try:
+            model.config.save_pretrained(self.unfinished)
+            if model.can_generate():
+                model.generation_config.save_pretrained(self.unfinished)
+            tokenizer.save_pretrained(self.unfinished)
+            write_json(self.unfinished / INDEX, {"metadata": {"total_size": self.bytes}, "weight_map": self.places})
+            if self.folder.exists():
+                self.folder.rmdir()
+            self.unfinished.replace(self.folder)
+        except OSError as error:
+            raise self._cannot(error) from None
+        finally:
+            del model.config.quantization_config
+
+    def __enter__(self) -> "ModelWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        name = f"model-{number + 1:05d}-of-{self.layers + 1:05d}.safetensors"
+        self.places |= dict.fromkeys(tensors, name)
+        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+        try:
+            write_tensors(self.unfinished / name, tensors, {"format": "pt"})
+        except OSError as error:
+            raise self._cannot(error) from None
+
+    def _cannot(self, error: OSError) -> InputError:
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        return InputError(f"--save_model {self.folder}: cannot be written ({error.strerror or error})")
+
+
+def layer_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """What makes a quantized layer, by name inside it; shared transforms once, nothing that follows from settings."""
+    derived = {name for name, module in layer.named_modules() if isinstance(module, AttentionQuantizer)}
+    tensors = {
+        name: tensor
+        for name, tensor in layer.state_dict().items()
+        if not any(name.startswith(f"{each}.") for each in derived)
+    }
+    return without_tied(tensors)
+
+
+def without_tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`, each piece of memory under its first name only."""
+    found: dict[str, Tensor] = {}
+    seen: set[tuple] = set()
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if not tensor.numel() or place not in seen:
+            found[name] = tensor
+        seen.add(place)
+    return found
+
+
+def require_empty(folder: Path) -> None:
+    """Raise InputError if `folder` is something that a saved model would overwrite."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--save_model {folder}: is there already and not empty; choose another folder")
+
+
+def saved_settings(settings: QuantSettings) -> dict:
+    """The `quantization_config` of a model with these settings."""
+    made = {"settings": to_dict(settings), "scheme": settings.scheme.to_dict()}
+    return {"quant_method": METHOD, "version": VERSION, **made}
+
+
+def read_settings(config: PretrainedConfig) -> QuantSettings | None:
+    """The settings of a model that was saved here, from its config; None for any other model.
+
+    Raises InputError if they are damaged, or of a later version.
+    """
+    saved = getattr(config, "quantization_config", None)
+    if not isinstance(saved, dict) or saved.get("quant_method") != METHOD:
+        return None
+    version = saved.get("version", 1)
+    if version not in (1, VERSION):
+        raise InputError(f"--model: saved by a later version of this suite (format {version}); update it")
+    try:
+        return first_settings(saved) if version == 1 else from_dict(QuantSettings, saved["settings"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"--model: quantization_config in its config.json is damaged ({error})") from None
+
+
+def first_settings(saved: dict) -> QuantSettings:
+    """Those of the first version, which kept a few only."""
+    bits = BitSettings(saved["wbits"], saved["abits"], saved["group_size"], saved["symmetric"])
+    smooth = None if saved["alpha"] is None else SmoothSettings(saved["alpha"])
+    return QuantSettings(bits, ClipSettings(saved["lac"]), smooth, Transform(saved["transform"]))
+
+
+def load_saved_model(
+    source: ModelSource,
+    config: PretrainedConfig,
+    spec: DecoderSpec,
+    settings: QuantSettings,
+    dtype: torch.dtype,
+    attention: str,
+) -> nn.Module:
+    """The model in the folder, on the host, ready for inference; `config` is without its `quantization_config`.
+
+    Raises InputError for a file or tensor that is missing or damaged.
+    """
+    folder = Path(source.name)
+    if (folder / FIRST_VERSION_TRANSFORMS).exists():
+        return load_first_version(source, config, spec, settings, dtype, attention)
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=pick_attention(attention, config),
+            trust_remote_code=source.trust_remote_code,
+        )
+    unfuse_experts_(spec.decoder_layers(model), spec.experts)
+    install(model)
+    places = read_index(folder)
+    for file in sorted(set(places.values())):
+        tensors, _ = read_tensors(folder / file)
+        expected = {name for name, place in places.items() if place == file}
+        if set(tensors) != expected:
+            name = min(set(tensors) ^ expected)
+            raise InputError(f"{folder / file}: does not hold what {INDEX} says ({name}); save the model again")
+        place_(model, spec, settings, tensors, dtype)
+    model.tie_weights(missing_keys={name for name in model.state_dict() if name not in places}, recompute_mapping=False)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise InputError(f"--model {folder}: lacks {name}; save the model again")
+    return model.eval().requires_grad_(False)
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor's name → its file. Raises InputError if the index is missing or damaged, or names other folders."""
+    try:
+        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if any(Path(place).name != place for place in places.values()):
+            raise ValueError("it names a file outside of its folder")
+        return dict(places)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / INDEX}: cannot be read ({error}); save the model again") from None
+
+
+def place_(
+    model: nn.Module, spec: DecoderSpec, settings: QuantSettings, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Put the tensors of one file into `model`, and build the layer they are of."""
+    prefix = f"{spec.layers}."
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            number, _, inner = name.removeprefix(prefix).partition(".")
+            layers.setdefault(int(number), {})[inner] = tensor
+        else:
+            set_tensor_(model, name, tensor)
+    for index, inner in layers.items():
+        layer, own = spec.decoder_layers(model)[index], spec.at(index)
+        state = state_of(inner, own)
+        quantized = {f"{path}." for group in own.groups for path in group.linears}
+        for name, tensor in inner.items():
+            if not any(name.startswith(each) for each in quantized) or name.endswith(".bias"):
+                set_tensor_(layer, name, tensor)
+        build_(layer, own, state, settings, dtype)
+
+
+def state_of(tensors: dict[str, Tensor], spec: DecoderSpec) -> LayerState:
+    """The state of a layer whose tensors these are. Raises InputError for one that is missing."""
+    state = LayerState()
+    try:
+        for group in spec.groups:
+            prefix = f"{group.linears[0]}.group.transform"
+            parts = tensors[f"{prefix}.rotations"], tensors[f"{prefix}.permutations"].long()
+            state.groups[group.name] = GroupState(tensors.get(f"{prefix}.scale"), *parts)
+            for path in group.linears:
+                plain = tensors.get(f"{path}.plain")
+                codes = [tensors[f"{path}.{name}"] for name in CODES] if plain is None else []
+                state.weights[path] = Codes(*codes) if plain is None else plain
+    except KeyError as error:
+        raise InputError(f"--model: a saved layer lacks {error}; save the model again") from None
+    return state
+
+
+def load_first_version(
+    source: ModelSource,
+    config: PretrainedConfig,
+    spec: DecoderSpec,
+    settings: QuantSettings,
+    dtype: torch.dtype,
+    attention: str,
+) -> nn.Module:
+    """A folder of the first version: weights as floats, rotated and rounded, in ordinary files."""
+    path = Path(source.name) / FIRST_VERSION_TRANSFORMS
+    tensors, _ = read_tensors(path)
+    model = load_model(source, config, dtype, attention)
+    install(model)
+    for index, layer in enumerate(spec.decoder_layers(model)):
+        own, state = spec.at(index), LayerState()
+        for group in own.groups:
+            state.groups[group.name] = first_group(tensors, spec.linear_key(index, group.name), path)
+            state.weights |= {each: layer.get_submodule(each).weight.detach() for each in group.linears}
+        build_(layer, own, state, settings, dtype)
+    return model
+
+
+def first_group(tensors: dict[str, Tensor], prefix: str, path: Path) -> GroupState:
+    """One group's transform in the first version."""
+    try:
+        parts = tensors[f"{prefix}.rotations"], tensors[f"{prefix}.permutations"].long()
+    except KeyError as error:
+        raise InputError(f"{path}: lacks {error}; save the model again") from None
+    return GroupState(tensors.get(f"{prefix}.scale"), *parts)

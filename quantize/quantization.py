@@ -1,0 +1,193 @@
+"""Quantizing a model: the passenger that decides every layer, and what flows with it."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from duquant.attention import install
+from quantize.build import build_
+from quantize.layer import GroupReport, LayerInputs, LayerReport, decide
+from quantize.lwc import own_samples
+from quantize.observe import layer_calls
+from quantize.observer import Observer
+from quantize.settings import Probe, QuantSettings, check_widths
+from quantize.spec import DecoderSpec
+from quantize.state import FinishedLayer
+from quantize.walk import layers_in_memory, walk
+from utils.device import to_device
+from utils.distributed import make_equal_
+from utils.memory import Allocate, in_memory
+
+PROBE_SAMPLES = 4  # with `--probe sample`
+logger = logging.getLogger(__name__)
+
+
+def quantize_model(
+    model: nn.Module,
+    spec: DecoderSpec,
+    tokens: Tensor,
+    activation_peaks: Mapping[str, Tensor] | None,
+    settings: QuantSettings,
+    device: torch.device,
+    finished: Mapping[int, FinishedLayer] | None = None,
+    observers: Sequence[Observer] = (),
+) -> list[dict]:
+    """Quantize every decoder layer of `model` in place, calibrated on `tokens` [N, T]; return the figures per layer.
+
+    The walk with `Quantization` alone; see there.
+    """
+    quantization = Quantization(model, spec, tokens, activation_peaks, settings, device, finished, observers)
+    layers = layers_in_memory(model, spec, device)
+    walk(layers, [quantization], len(spec.decoder_layers(model)), "quantizing")
+    return quantization.figures
+
+
+class Quantization:
+    """The passenger that quantizes every layer in place, and its figures so far.
+
+    `activation_peaks` (linear name → [C]) are needed for smoothing; those of a layer when it is visited. Layers in
+    `finished` (by index) are built as they were; the others are decided. `model` may be without the weights of its
+    decoder layers. `search_seconds`: spent on transforms until now.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: DecoderSpec,
+        tokens: Tensor,
+        activation_peaks: Mapping[str, Tensor] | None,
+        settings: QuantSettings,
+        device: torch.device,
+        finished: Mapping[int, FinishedLayer] | None = None,
+        observers: Sequence[Observer] = (),
+        allocate: Allocate = in_memory,
+    ):
+        check_shapes(model, spec, settings)
+        install(model)
+        self.spec, self.settings, self.device, self.dtype = spec, settings, device, model.dtype
+        self.peaks, self.finished, self.observers = activation_peaks, finished or {}, observers
+        missing = [index for index in range(len(spec.decoder_layers(model))) if index not in self.finished]
+        # behind the last layer that is to be computed nothing needs to flow any more
+        self.last = max(missing, default=-1)
+        self.flow = Flow(model, spec, tokens, settings, device, allocate, observers) if missing else None
+        self.figures: list[dict] = []
+        self.search_seconds = 0.0
+
+    def visit(self, index: int, layer: nn.Module) -> None:
+        """Quantize `layer`, the next one, in place; the same on every process."""
+        inputs = self.flow.inputs(index) if index <= self.last else None
+        restored = index in self.finished
+        done = self.finished[index] if restored else None
+        if restored:
+            self._restore_(index, layer, inputs)
+        else:
+            done = self._decide_(index, layer, inputs)
+        make_equal_(layer)
+        self.figures.append(done.figures)
+        for observer in self.observers:
+            observer.layer_done(index, done, restored)
+
+    def _restore_(self, index: int, layer: nn.Module, inputs: LayerInputs | None) -> None:
+        if inputs is not None:
+            inputs.advance_teacher_(layer)
+        state = self.finished[index].state.to(self.device)
+        build_(layer, self.spec.at(index), state, self.settings, self.dtype)
+        if inputs is not None:
+            inputs.advance_(layer)
+            for observer in self.observers:
+                observer.layer_restored(layer, inputs.kwargs)
+        logger.info("layer %d: from the checkpoint", index)
+
+    def _decide_(self, index: int, layer: nn.Module, inputs: LayerInputs) -> FinishedLayer:
+        spec = self.spec.at(index)
+        state, report = decide(layer, index, spec, inputs, self.peaks, self.settings, self.observers)
+        self.search_seconds += report.search_seconds
+        log_layer(report)
+        return FinishedLayer(state, report.figures())
+
+
+class Flow:
+    """The activations that travel through the layers: the probe, and with training the samples."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: DecoderSpec,
+        tokens: Tensor,
+        settings: QuantSettings,
+        device: torch.device,
+        allocate: Allocate = in_memory,
+        observers: Sequence[Observer] = (),
+    ):
+        calls = layer_calls(model, spec, tokens, device, allocate)
+        for observer in observers:
+            observer.samples(calls.hidden, device)
+        self.kwargs, self.device = calls.kwargs, device
+        teacher = student = None
+        if settings.training is not None:
+            teacher = own_part_of(calls.hidden, settings.training.batch_size, allocate)
+            student = allocate(teacher.shape, teacher.dtype).copy_(teacher)
+        probe = make_probe(calls.hidden, settings.probe).to(device)
+        self.current = LayerInputs(probe, {}, teacher, student, len(tokens))
+
+    def inputs(self, index: int) -> LayerInputs:
+        """The inputs of layer `index`, after all layers before it have advanced them."""
+        self.current.kwargs = to_device(self.kwargs[index], self.device)
+        return self.current
+
+
+def own_part_of(hidden: Tensor, batch_size: int, allocate: Allocate) -> Tensor:
+    """Of the calibration samples [N, T, C] those that this process trains on; alone, all of them, not copied."""
+    own = own_samples(len(hidden), batch_size)
+    if len(own) == len(hidden):
+        return hidden
+    return allocate((len(own), *hidden.shape[1:]), hidden.dtype).copy_(hidden[own])
+
+
+def make_probe(hidden: Tensor, kind: Probe) -> Tensor:
+    """The activation to search on, from samples [N, T, C]: their mean [1, T, C] or the first few of them [P, T, C]."""
+    if kind is Probe.SAMPLE:
+        return hidden[:PROBE_SAMPLES].clone()
+    return hidden.mean(dim=0, keepdim=True, dtype=torch.promote_types(hidden.dtype, torch.float32)).to(hidden.dtype)
+
+
+def check_shapes(model: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> None:
+    """Raise InputError, naming the linear, if block or group sizes do not divide a width. Needs shapes, no weights."""
+    widths = {
+        spec.linear_key(index, path): layer.get_submodule(path).in_features
+        for index, layer in enumerate(spec.decoder_layers(model))
+        for group in spec.at(index).groups
+        for path in group.linears
+    }
+    check_widths(settings, widths)
+
+
+def log_layer(report: LayerReport) -> None:
+    """One line per group with the probe's peak through the stages, and one for the layer."""
+    for group in report.groups:
+        logger.info("layer %d %s: %s", report.layer, group.name, describe_group(group))
+    trained = ""
+    if report.training is not None:
+        training = report.training
+        trained = f", clipping loss {training.loss_before:.3e} → {training.loss_after:.3e} in {training.seconds:.1f} s"
+        if training.gradient_norms and training.gradient_norms[-1] is not None:
+            trained += f", gradient norm {training.gradient_norms[0] or 0:.1e} → {training.gradient_norms[-1]:.1e}"
+        if training.restored:
+            trained += f" ({training.restored} steps were not finite)"
+    logger.info("layer %d: relative output error %.4f%s", report.layer, report.output_error, trained)
+
+
+def describe_group(group: GroupReport) -> str:
+    """For example `peak 41.2 → smoothed 9.8 → rotation 1 2.3 (37 steps) → permutation 1 2.3 (spread 1.9 → 1.0) …`."""
+    parts, spread, steps = [], group.stages[0].spread, iter(group.steps)
+    for stage in group.stages:
+        note = ""
+        if stage.name.startswith("rotation"):
+            note = f" ({next(steps)} steps)"
+        elif stage.name.startswith("permutation"):
+            note = f" (block spread {spread:.2f} → {stage.spread:.2f})"
+        parts.append(f"{stage.name} {stage.peak:.4g}{note}")
+        spread = stage.spread
+    return f"peak {' → '.join(parts)}; scale {group.scale}"

@@ -1,0 +1,341 @@
+"""Settings of the method. Each class checks itself once and names the command-line flag in its error.
+
+A setting is one field here: flag, help, JSON, identity and the run's folder follow from it (see `utils.settings`).
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+from duquant.scheme import UNQUANTIZED_BITS, Scheme, TensorScheme
+from utils.errors import InputError
+from utils.settings import Changes, option, part
+
+AUTO_BLOCK_LIMIT = 128  # what `--block_size auto` does not exceed
+
+
+class Transform(StrEnum):
+    """What is done to an activation beside smoothing; `quantize.transforms.TRANSFORMS` has the builders."""
+
+    DUAL = "dual"  # rotation, permutation, rotation: DuQuant
+    ROTATION_PERMUTATION = "rotation_permutation"  # DuQuant without the last rotation
+    ROTATION = "rotation"  # the greedy rotation alone
+    PERMUTATION = "permutation"  # the zigzag permutation alone
+    HADAMARD = "hadamard"  # a Hadamard matrix with random signs per block, not searched
+    NONE = "none"  # nothing: round-to-nearest, or smoothing alone
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it has a rotation; then q and k get a Hadamard of the head too."""
+        return self not in (Transform.NONE, Transform.PERMUTATION)
+
+    def permutations(self, times: int) -> int:
+        """How many permutations it has under `--permutation_times`; around them are matrices, one more."""
+        found = {Transform.DUAL: times, Transform.ROTATION_PERMUTATION: max(1, times), Transform.PERMUTATION: 1}
+        return found.get(self, 0)
+
+
+class SearchRule(StrEnum):
+    """Which index the greedy search exchanges with index 0 before it applies the base rotation."""
+
+    CHANNEL = "channel"  # the outlier's channel inside its block (the paper)
+    ROW = "row"  # the outlier's row number modulo the block size (the original code)
+
+
+class RotationOrder(StrEnum):
+    """How the base rotation R̃ and the random orthogonal Q = diag(1, q) are combined."""
+
+    RQ = "RQ"  # R̃ Q (the paper): mixes the columns of R̃, so its constant first row is lost
+    QR = "QR"  # Q R̃: the first row stays the constant 1/√B
+
+
+class WeightPeak(StrEnum):
+    """Which weights' column peaks enter the smoothing scale."""
+
+    REPRESENTATIVE = "representative"  # q_proj for {q,k,v}, up_proj for {gate,up} (the original code)
+    GROUP = "group"  # the maximum over all linears of the group
+
+
+class GqaSmooth(StrEnum):
+    """Where o_proj's smoothing scale goes when query heads share kv heads."""
+
+    ONLINE = "online"  # the activation is divided before o_proj, each channel by its own scale
+    FOLD = "fold"  # into v_proj: the query heads of one kv head share their scales
+
+
+class Probe(StrEnum):
+    """The activation on which rotations and permutations are searched."""
+
+    MEAN = "mean"  # the mean over the calibration samples (the original code)
+    SAMPLE = "sample"  # a few real samples
+
+
+def _check_ratio(flag: str, value: float | None) -> None:
+    if value is not None and not 0 < value <= 1:
+        raise InputError(f"{flag} {value:g}: the clip ratio must be in (0, 1]")
+
+
+def _check_bits(flag: str, bits: int | None) -> None:
+    if bits is not None and not 2 <= bits <= UNQUANTIZED_BITS:
+        raise InputError(f"{flag} {bits}: bits must be between 2 and 16 (16 leaves the tensor unquantized)")
+
+
+def _check_group(flag: str, size: int | None) -> None:
+    if size is not None and size < 1:
+        raise InputError(f"{flag} {size}: must be a positive number of channels")
+
+
+@dataclass(frozen=True)
+class BitSettings:
+    """Bits and granularity by role. `query`, `key` and `value` are those of `activation` where they are None."""
+
+    TITLE: ClassVar[str] = "quantization"
+
+    weight: int = option(4, "bits of weights, 2 to 16; 16 leaves them alone", flag="wbits", tag="w")
+    activation: int = option(16, "bits of linears' inputs, and of q, k and v, 2 to 16", flag="abits", tag="a")
+    group_size: int | None = option(None, "weights per range (default: a whole output channel)", tag="g")
+    symmetric: bool = option(
+        False, "symmetric weight quantization", flag=("symmetric", "weight_symmetric"), tag="symmetric"
+    )
+    query: int | None = option(None, "bits of queries (default: --abits)", flag="qbits", tag="q")
+    key: int | None = option(None, "bits of keys (default: --abits)", flag="kbits", tag="k")
+    value: int | None = option(None, "bits of values (default: --abits)", flag="vbits", tag="v")
+    act_group_size: int | None = option(
+        None, "channels of a linear's input per range (default: the whole token)", tag="ag"
+    )
+    act_symmetric: bool = option(False, "symmetric quantization of linears' inputs, q, k and v", tag="symmetric_act")
+
+    def __post_init__(self) -> None:
+        for flag, bits in (("w", self.weight), ("a", self.activation), ("q", self.query)):
+            _check_bits(f"--{flag}bits", bits)
+        _check_bits("--kbits", self.key)
+        _check_bits("--vbits", self.value)
+        _check_group("--group_size", self.group_size)
+        _check_group("--act_group_size", self.act_group_size)
+
+    @property
+    def attention(self) -> dict[str, int]:
+        """Bits of q, k and v by role."""
+        roles = {"query": self.query, "key": self.key, "value": self.value}
+        return {role: self.activation if bits is None else bits for role, bits in roles.items()}
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing is quantized."""
+        return min(self.weight, self.activation, *self.attention.values()) >= UNQUANTIZED_BITS
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """Clip ratios: `activation_ratio` for linear inputs, q and k, `weight_ratio` for weights; None: no clipping.
+
+    `kv_ratio` is for k, in place of `activation_ratio`, and for v, which has none otherwise.
+    """
+
+    TITLE: ClassVar[str] = "quantization"
+
+    activation_ratio: float | None = option(
+        None, "clip ratio of linears' inputs, q and k, in (0, 1] (default: no clipping)", flag="lac", tag="lac"
+    )
+    weight_ratio: float | None = option(
+        None, "clip ratio of weights in (0, 1] (default: no clipping)", flag="swc", tag="swc"
+    )
+    kv_ratio: float | None = option(
+        None, "clip ratio of k and v (default: --lac for k, no clipping for v)", flag="lac_kv", tag="lac_kv"
+    )
+
+    def __post_init__(self) -> None:
+        _check_ratio("--lac", self.activation_ratio)
+        _check_ratio("--swc", self.weight_ratio)
+        _check_ratio("--lac_kv", self.kv_ratio)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How `--lwc` trains the clip logits of one layer.
+
+    `augmented` adds the loss against the full-precision layer run on the quantized network's input; `offload` keeps the
+    samples on the host and moves them batch by batch.
+    """
+
+    TITLE: ClassVar[str] = "learned weight clipping"
+
+    epochs: int = option(20, "passes over the calibration samples per layer", tag="epochs")
+    learning_rate: float = option(1e-2, "learning rate", flag="lwc_lr", tag="lr")
+    weight_decay: float = option(0.0, "weight decay", flag="wd", tag="wd")
+    batch_size: int = option(1, "samples per step", tag="batch")
+    augmented: bool = option(
+        False, "also compare with the full-precision layer on the quantized input", flag="aug_loss", tag="aug_loss"
+    )
+    offload: bool = option(
+        False,
+        "keep the samples on the host, even if the GPU has room",
+        flag="offload_calibration",
+        changes=Changes.NOTHING,
+    )
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise InputError(f"--epochs {self.epochs}: must not be negative")
+        if self.learning_rate <= 0:
+            raise InputError(f"--lwc_lr {self.learning_rate:g}: must be positive")
+        if self.weight_decay < 0:
+            raise InputError(f"--wd {self.weight_decay:g}: must not be negative")
+        if self.batch_size < 1:
+            raise InputError(f"--batch_size {self.batch_size}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class SmoothSettings:
+    """`alpha`: how much of an activation's peak moves into the weights (0 none, 1 all)."""
+
+    TITLE: ClassVar[str] = "smoothing"
+
+    alpha: float = option(0.5, "how much of a peak moves, 0 to 1", tag="alpha")
+    weight_peak: WeightPeak = option(
+        WeightPeak.REPRESENTATIVE,
+        "weights whose peaks enter the scale: of q_proj and up_proj, or of all linears of a group",
+        flag="smooth_weight_peak",
+        tag="peak_of_",
+    )
+    gqa: GqaSmooth = option(
+        GqaSmooth.ONLINE,
+        "o_proj's scale where query heads share kv heads: online divides the activation, fold lets the heads of one kv "
+        "head share it, so that v_proj takes it",
+        flag="gqa_smooth",
+        tag="gqa_",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"--alpha {self.alpha:g}: must be between 0 and 1")
+
+
+def _block_size(text: str) -> int | None:
+    """What `--block_size` says: a number, or None for auto."""
+    if text != "auto" and not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
+    return None if text == "auto" else int(text)
+
+
+@dataclass(frozen=True)
+class RotationSettings:
+    """The dual transformation's search. `block_size` None means auto, -1 the whole width."""
+
+    TITLE: ClassVar[str] = "rotation and permutation"
+
+    block_size: int | None = option(
+        128, "channels per block; -1: the whole width; auto: at most 128", tag="b", type=_block_size
+    )
+    steps: int = option(256, "greedy steps per rotation", flag="max_rotation_step", tag="steps")
+    permutation_times: int = option(1, "(rotation, permutation) pairs before the last", tag="p")
+    rule: SearchRule = option(
+        SearchRule.CHANNEL,
+        "what a step exchanges: the outlier's channel (paper) or its row number (the original code)",
+        flag="rotation_search",
+        tag="rule_",
+    )
+    order: RotationOrder = option(
+        RotationOrder.RQ, "base rotation times random rotation (paper), or the reverse", flag="rotation_order", tag=""
+    )
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None and self.block_size != -1 and self.block_size < 2:
+            raise InputError(f"--block_size {self.block_size}: must be at least 2, -1 (the whole width) or auto")
+        if self.steps < 0:
+            raise InputError(f"--max_rotation_step {self.steps}: must not be negative")
+        if self.permutation_times < 0:
+            raise InputError(f"--permutation_times {self.permutation_times}: must not be negative")
+
+    def block_size_for(self, channels: int) -> int:
+        """Channels per block of an activation with that many channels; it need not divide (see `check_widths`)."""
+        if self.block_size == -1:
+            return channels
+        if self.block_size is None:
+            return max(size for size in range(1, AUTO_BLOCK_LIMIT + 1) if channels % size == 0)
+        return self.block_size
+
+
+@dataclass(frozen=True)
+class QuantSettings:
+    """Everything that decides what is done to a model. `training` and `smooth` are None where nothing is."""
+
+    TITLE: ClassVar[str] = "rotation and permutation"
+
+    bits: BitSettings = part(BitSettings)
+    clip: ClipSettings = part(ClipSettings)
+    smooth: SmoothSettings | None = part(
+        SmoothSettings, switch="smooth", help="move activation peaks into the weights first", tag="smooth"
+    )
+    transform: Transform = option(
+        Transform.DUAL,
+        "dual is DuQuant; rotation_permutation, rotation and permutation are parts of it, hadamard is a Hadamard "
+        "matrix with random signs per block, none nothing at all",
+        tag="",
+    )
+    rotation: RotationSettings = part(RotationSettings)
+    probe: Probe = option(
+        Probe.MEAN, "activation to search on: the mean of the samples, or a few samples", tag="probe_"
+    )
+    training: TrainingSettings | None = part(
+        TrainingSettings, switch="lwc", help="train the clipping of weights, layer by layer", tag="lwc"
+    )
+    seed: int = option(2, "of the samples drawn and of the random rotations", tag="seed", title="calibration")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed}: must be between 0 and {2**32 - 1}")
+        if self.training is not None and self.clip.weight_ratio is not None:
+            raise InputError("--lwc learns the clipping that --swc fixes: give one of them")
+
+    @property
+    def scheme(self) -> Scheme:
+        """What is rounded to what."""
+        bits, clip = self.bits, self.clip
+        head_clip = {"query": clip.activation_ratio, "key": clip.kv_ratio or clip.activation_ratio}
+        head_clip["value"] = clip.kv_ratio
+        heads = {
+            role: TensorScheme(bits=number, symmetric=bits.act_symmetric, clip=head_clip[role])
+            for role, number in bits.attention.items()
+        }
+        inputs = (bits.activation, bits.act_symmetric, bits.act_group_size, clip.activation_ratio)
+        return Scheme(
+            weight=TensorScheme("int", bits.weight, bits.symmetric, bits.group_size, clip.weight_ratio),
+            input=TensorScheme("int", *inputs),
+            **heads,
+            rotate_heads=self.transform.rotates,
+        )
+
+    @property
+    def label(self) -> str:
+        """Short name of the bit widths: `w4a4`, and `w4a4g32` where groups of weights have ranges of their own."""
+        group = f"g{self.bits.group_size}" if self.bits.group_size else ""
+        others = "".join(
+            f"{role[0]}{bits}" for role, bits in self.bits.attention.items() if bits != self.bits.activation
+        )
+        return f"w{self.bits.weight}a{self.bits.activation}{others}{group}"
+
+
+def check_widths(settings: QuantSettings, widths: dict[str, int]) -> None:
+    """Raise InputError if block or group size does not divide the input channels of a linear (name → channels).
+
+    The error names the linear, and sizes that divide all of them.
+    """
+    for name, channels in widths.items():
+        sizes = {"--group_size": settings.bits.group_size, "--act_group_size": settings.bits.act_group_size}
+        if settings.transform is not Transform.NONE:
+            sizes["--block_size"] = settings.rotation.block_size_for(channels)
+        for flag, size in sizes.items():
+            if size is not None and channels % size:
+                fitting = _common_divisors(list(widths.values()), nearest_to=size)
+                options = fitting + ["auto"] * (flag == "--block_size")
+                advice = f"try {' or '.join(options)}" if options else "no size divides all widths of this model"
+                raise InputError(f"{name}: {channels} input channels do not divide by {flag} {size}; {advice}")
+
+
+def _common_divisors(numbers: list[int], nearest_to: int) -> list[str]:
+    common = math.gcd(*numbers)
+    divisors = [size for size in range(2, common + 1) if common % size == 0]
+    return [str(size) for size in sorted(sorted(divisors, key=lambda size: abs(size - nearest_to))[:3])]

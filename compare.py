@@ -11,10 +11,11 @@ With folders of runs of main.py: their figures side by side, and every setting t
 import argparse
 from pathlib import Path
 
+from experiment.script import run_script
+
 from experiment.comparison_options import check_comparison, check_runs, parse_flags
 from experiment.evaluation_options import check_evaluation
 from experiment.options import make_quant_config
-from experiment.script import run_script
 from utils.errors import InputError
 
 

@@ -7,37 +7,61 @@ do it once for many experiments.
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from experiment.options import add_calibration_options, add_model_options
-from experiment.script import Parser, run_script
+from experiment.cli import Parser, run_script
+from experiment.options import CalibrationSettings, ModelSettings
+from quantize.settings import seed_option
 from utils.errors import InputError
+from utils.settings import Changes, add_flags, from_flags, option, part
+
+
+@dataclass(frozen=True)
+class StatisticsSettings:
+    """Everything that this script is told."""
+
+    TITLE: ClassVar[str] = "output"
+
+    model: ModelSettings = part(ModelSettings)
+    calibration: CalibrationSettings = part(CalibrationSettings)
+    seed: int = seed_option()
+    scales: Path = option(
+        Path("act_scales"),
+        "folder of <net>.safetensors",
+        flag=("scales_output_path", "scales-output-path"),
+        changes=Changes.NOTHING,
+    )
+    shifts: Path = option(
+        Path("act_shifts"),
+        "folder of <net>.safetensors",
+        flag=("shifts_output_path", "shifts-output-path"),
+        changes=Changes.NOTHING,
+    )
 
 
 def parse_flags() -> argparse.Namespace:
     """The command line's flags."""
     parser = Parser(__doc__)
-    add_model_options(parser)
-    add_calibration_options(parser)
-    group = parser.add_argument_group("output")
-    for flag, folder in (("--scales-output-path", "act_scales"), ("--shifts-output-path", "act_shifts")):
-        group.add_argument(flag, type=Path, default=Path(folder), help="folder of <net>.safetensors")
+    add_flags(parser, StatisticsSettings)
     return parser.parse_args()
 
 
-def main(args: argparse.Namespace) -> None:
+def main(flags: argparse.Namespace) -> None:
     """Compute and write."""
+    settings = from_flags(StatisticsSettings, flags)
     # torch and transformers load for seconds: not for --help or a wrong flag
-    from experiment.session import make_setup, open_model
+    from experiment.setup import make_setup, open_model
     from quantize.statistics import channel_statistics, save_statistics
 
-    setup = make_setup(args)
+    setup = make_setup(settings.model, settings.calibration, settings.seed)
     if setup.saved is not None:
-        raise InputError(f"--model {args.model}: is quantized already; give the full-precision model")
-    model = open_model(setup, args.attn_implementation)
+        raise InputError(f"--model {setup.source.name}: is quantized already; give the full-precision model")
+    model = open_model(setup)
     started = time.perf_counter()
     statistics = channel_statistics(model, setup.spec, setup.tokens, setup.device)
-    paths = [folder / f"{setup.net}.safetensors" for folder in (args.scales_output_path, args.shifts_output_path)]
+    paths = [folder / f"{setup.net}.safetensors" for folder in (settings.scales, settings.shifts)]
     try:
         save_statistics(statistics, *paths, setup.origin())
     except OSError as error:

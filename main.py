@@ -1,25 +1,15 @@
 """Quantize a language model with DuQuant and measure it.
 
 Walks the decoder layers one at a time: smoothing, greedy block rotation, zigzag permutation, second rotation, fake
-quantization of weights, activations, q, k and v. Then evaluates, and writes results.json and log.txt to
-OUTPUT_DIR/<net>_w<wbits>a<abits>/.
+quantization of weights, activations, q, k and v. Then evaluates, and writes results.json and log.txt to a folder in
+OUTPUT_DIR that is named after the settings.
 """
 
 import argparse
 
-from experiment.evaluation_options import add_evaluation_options, check_evaluation
-from experiment.options import (
-    add_calibration_options,
-    add_memory_options,
-    add_model_options,
-    add_output_options,
-    add_quantization_options,
-    add_report_options,
-    add_smoothing_options,
-    add_transform_options,
-    make_quant_config,
-)
-from experiment.script import Parser, run_script
+from experiment.cli import Parser, run_script
+from experiment.options import RunSettings
+from utils.settings import add_flags, from_flags
 
 EXAMPLES = """examples:
   bash run.sh                                       the bundled model, with its comparison table
@@ -30,28 +20,19 @@ EXAMPLES = """examples:
 """
 
 
-def main(args: argparse.Namespace) -> None:
-    """Run the experiment that the flags describe."""
-    quant = make_quant_config(args)
-    check_evaluation(args)
-    from experiment.run import run_experiment  # torch and transformers load for seconds: not for --help or a wrong flag
-
-    run_experiment(args, quant)
-
-
 def parse_flags() -> argparse.Namespace:
     """The command line's flags."""
     parser = Parser(__doc__, EXAMPLES)
-    add_model_options(parser)
-    add_memory_options(parser)
-    add_calibration_options(parser)
-    add_quantization_options(parser)
-    add_smoothing_options(parser)
-    add_transform_options(parser)
-    add_evaluation_options(parser)
-    add_output_options(parser)
-    add_report_options(parser)
+    add_flags(parser, RunSettings)
     return parser.parse_args()
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Run the experiment that the flags describe."""
+    settings = from_flags(RunSettings, flags)
+    from experiment.run import run_experiment  # torch and transformers load for seconds: not for --help or a wrong flag
+
+    run_experiment(settings)
 
 
 if __name__ == "__main__":

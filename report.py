@@ -6,8 +6,9 @@ Writes RUN_DIR/report/index.html, one page with everything in it, and its figure
 import argparse
 from pathlib import Path
 
-from experiment.options import add_report_layers
-from experiment.script import Parser, run_script
+from experiment.cli import Parser, run_script
+from experiment.options import ReportLayers
+from utils.settings import add_flags, from_flags
 
 EXAMPLES = """examples:
   python report.py output/tiny-llama_w4a4
@@ -19,15 +20,15 @@ def parse_flags() -> argparse.Namespace:
     """The command line's flags."""
     parser = Parser(__doc__, EXAMPLES)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder with results.json, as main.py wrote it")
-    add_report_layers(parser)
+    add_flags(parser, ReportLayers)
     return parser.parse_args()
 
 
-def main(args: argparse.Namespace) -> None:
+def main(flags: argparse.Namespace) -> None:
     """Draw what the flags name."""
     from reporting.page import write_report  # matplotlib loads for seconds: not for --help or a wrong flag
 
-    print(write_report(args.run_dir, args.report_layers))
+    print(write_report(flags.run_dir, from_flags(ReportLayers, flags).report_layers))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from quantize.settings import BitSettings, QuantSettings, Transform
+from quantize.settings import BitSettings, QuantSettings, TrainingSettings, Transform
 
 FULL, RTN, SMOOTH = "full", "rtn", "smooth"
 FULL_TITLE = "full precision"
@@ -47,18 +47,20 @@ class Row:
         return shown_bits(self.quant)
 
 
-def plan_rows(names: Sequence[str], quant: QuantSettings, learned: bool, seeds: Sequence[int]) -> tuple[Row, ...]:
+def plan_rows(
+    names: Sequence[str], quant: QuantSettings, training: TrainingSettings | None, seeds: Sequence[int]
+) -> tuple[Row, ...]:
     """The rows called `names`, in the order of the table, each with every seed that matters to it.
 
-    `quant` has the quantizers and, if anything is to be smoothed, the smoothing. With `learned` every quantized row is
+    `quant` has the quantizers and, if anything is to be smoothed, the smoothing. With `training` every quantized row is
     followed by the same one with learned weight clipping in place of `--swc`.
     """
     rows = []
     for name in (name for name in ROWS if name in names):
         config = row_config(name, quant)
         configs = {name: config}
-        if learned and name != FULL:
-            configs[f"{name}_lwc"] = replace(config, clip=replace(config.clip, learned=True, weight_ratio=None))
+        if training is not None and name != FULL:
+            configs[f"{name}_lwc"] = replace(config, training=training, clip=replace(config.clip, weight_ratio=None))
         for key, each in configs.items():
             if depends_on_seed(each):
                 rows += [Row(key, replace(each, seed=seed), seed) for seed in seeds]
@@ -78,9 +80,7 @@ def row_config(name: str, quant: QuantSettings) -> QuantSettings:
 
 def depends_on_seed(quant: QuantSettings) -> bool:
     """Whether calibration samples or random rotations enter: without any of these, rounding is all there is."""
-    return not quant.bits.untouched and bool(
-        quant.smooth or quant.clip.learned or quant.transform is not Transform.NONE
-    )
+    return not quant.bits.untouched and bool(quant.smooth or quant.training or quant.transform is not Transform.NONE)
 
 
 def method_name(quant: QuantSettings) -> str:
@@ -93,7 +93,7 @@ def method_name(quant: QuantSettings) -> str:
         name = "DuQuant" if quant.smooth else "DuQuant without smoothing"
     else:
         name = f"smoothing + {PARTS[quant.transform]}" if quant.smooth else PARTS[quant.transform]
-    return f"{name} + LWC" if quant.clip.learned else name
+    return f"{name} + LWC" if quant.training is not None else name
 
 
 def full_title(quant: QuantSettings) -> str:

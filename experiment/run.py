@@ -1,180 +1,303 @@
-"""One run of main.py: check, load, quantize, evaluate, and leave the figures."""
+"""One run of main.py: check, load, walk over the layers once, evaluate, and leave the figures."""
 
-import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 
-from quantize.export import save_model
-from quantize.record import Recorder
+from evaluation.base import FULL, QUANTIZED
+from evaluation.measured import Measured
+from evaluation.runner import Runner
 from torch import Tensor, nn
 
 from evaluation.journal import Journal
 from experiment.dry_run import dry_run
-from experiment.evaluations import FULL, QUANTIZED
-from experiment.evaluator import Evaluator
-from experiment.measured import Measured
-from experiment.outcome import Outcome, completions_text, summary_table, write_results
-from experiment.peaks import keep_statistics, known_peaks, needs_peaks
-from experiment.plan import Run, prepare
-from experiment.resuming import finished_layers, resume_command
-from experiment.rows import FULL_TITLE, full_title, method_name
-from experiment.session import Setup, open_model, settings_of
-from experiment.stream import execute_streamed
-from experiment.tracking import check_tracking, open_tracker
-from quantize.quantization import quantize_model
+from experiment.options import RunSettings
+from experiment.prepare import Prepared, model_identity, prepare, resume_command
+from experiment.results import Outcome, completions_text, summary_table, write_results
+from experiment.rows import FULL_TITLE, full_title
+from experiment.setup import Setup, keep_statistics, known_peaks, open_model
+from experiment.tracking import check_tracking, open_tracker, tracked_settings
+from models.saved import ModelWriter
+from models.streaming import LayerReader, load_shell
+from quantize.observer import Observer
+from quantize.quantization import Quantization
 from quantize.settings import QuantSettings
 from quantize.state import FinishedLayer
-from quantize.statistics import channel_statistics
+from quantize.statistics import ChannelStatistics, Observation
+from quantize.walk import Passenger, layers_in_memory, walk
 from utils.device import describe
-from utils.distributed import from_main, is_main, join_group, leave_group, make_equal_, world_size
+from utils.distributed import from_main, is_main, join_group, leave_group, world_size
 from utils.errors import Incomplete, InputError
 from utils.log import RESULT, add_log_file
-from utils.results import plain, versions
+from utils.memory import Allocate, available_memory, in_memory, on_disk
 
+MEMORY_SHARE = 0.5  # of the free memory, the most that hidden states take before they live in files
 logger = logging.getLogger(__name__)
 
 
-def run_experiment(args: argparse.Namespace, quant: QuantSettings) -> None:
+def run_experiment(settings: RunSettings) -> None:
     """Check everything, quantize, measure, write results.json. Raises InputError for what a user can mend.
 
     results.json is written whatever happens, with the error in it; only wrong input leaves what was there as it was.
     """
     join_group()
-    if not args.dry_run:
-        check_tracking(args.track)
-    run = prepare(args, quant)
-    if args.dry_run:
+    track = settings.output.track.track
+    if not settings.output.dry_run:
+        check_tracking(track)
+    prepared = prepare(settings)
+    if settings.output.dry_run:
         if is_main():
-            dry_run(run)
+            dry_run(prepared)
         leave_group()
         return
-    journal = Journal(run.folder / "unfinished.jsonl", run.evaluations.identity)
-    evaluator = Evaluator(run.evaluations, run.setup, journal, run.folder, run.folder.name)
-    evaluator.require_own_answers([QUANTIZED])
+    runner = open_runner(prepared)
     if is_main():
-        add_log_file(run.folder / "log.txt")
-    logger.info("%s", shlex.join(["python", *sys.argv]))
-    logger.info("%s on %s, %s", run.setup.source.name, describe(run.setup.device), run.setup.dtype)
-    if world_size() > 1:
-        logger.info("%d processes share the evaluation", world_size())
+        add_log_file(prepared.folder / "log.txt")
+    log_start(prepared, runner)
     outcome = Outcome()
-    if journal.parts:
-        logger.info("an earlier run did not finish its evaluation; going on behind %d parts of it", journal.parts)
-    with open_tracker(args.track, run.folder, run.folder.name, tracked_settings(run)) as tracker:
+    with open_tracker(track, prepared.folder, prepared.folder.name, tracked_settings(prepared)) as tracker:
         outcome.measured.watch = tracker.layer
-        execute_noting_error(run, outcome, evaluator)
+        execute_noting_error(prepared, outcome, runner)
         tracker.figures(outcome.measured.figures(), outcome.full.figures())
-        finish(run, outcome)
+        finish(prepared, outcome)
         if outcome.error is not None:
-            again = resume_command(sys.argv, run.checkpoint.folder) if run.checkpoint else "the same command"
+            again = resume_command(sys.argv, prepared.checkpoint.folder) if prepared.checkpoint else "the same command"
             raise Incomplete(f"{outcome.error}; the rest is kept, try these again with: {again}")
-    journal.close()
+    runner.journal.close()
     leave_group()
 
 
-def execute_noting_error(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
+def open_runner(prepared: Prepared) -> Runner:
+    """What measures the models of this run; raises InputError if answers in the folder are another model's."""
+    identity = model_identity(prepared.setup, prepared.quant, prepared.settings.statistics.act_scales)
+    journal = Journal(prepared.folder / "unfinished.jsonl", identity)
+    runner = Runner(prepared.evaluations, journal, prepared.folder, prepared.folder.name, identity)
+    runner.check([QUANTIZED])
+    return runner
+
+
+def log_start(prepared: Prepared, runner: Runner) -> None:
+    """What is run, where, and behind what."""
+    setup = prepared.setup
+    logger.info("%s", shlex.join(["python", *sys.argv]))
+    logger.info("%s on %s, %s", setup.source.name, describe(setup.device), setup.dtype)
+    if world_size() > 1:
+        logger.info("%d processes share the evaluation", world_size())
+    if runner.journal.parts:
+        logger.info(
+            "an earlier run did not finish its evaluation; going on behind %d parts of it", runner.journal.parts
+        )
+
+
+def execute_noting_error(prepared: Prepared, outcome: Outcome, runner: Runner) -> None:
     """`execute`; what ends it early is written into results.json, and how to go on is said."""
     try:
-        execute(run, outcome, evaluator)
+        execute(prepared, outcome, runner)
     except InputError:
         raise
     except BaseException as error:
         outcome.error = f"{type(error).__name__}: {error}".rstrip(": ")
-        write_results(run, outcome)
-        if run.checkpoint is not None:
-            logger.error("finished layers are kept; go on with: %s", resume_command(sys.argv, run.checkpoint.folder))
+        write_results(prepared, outcome)
+        if prepared.checkpoint is not None:
+            again = resume_command(sys.argv, prepared.checkpoint.folder)
+            logger.error("finished layers are kept; go on with: %s", again)
         raise
 
 
-def tracked_settings(run: Run) -> dict:
-    """What a tracked run is described by, as JSON has it."""
-    return plain({**settings_of(run.args, run.setup), "method": method_name(run.quant), "versions": versions()})
-
-
-def finish(run: Run, outcome: Outcome) -> None:
+def finish(prepared: Prepared, outcome: Outcome) -> None:
     """Write results.json and show the table."""
-    failures = outcome.failures(run.quant)
+    failures, report = outcome.failures(prepared.quant), prepared.settings.report
     outcome.error = f"failed: {', '.join(failures)}" if failures else None
-    write_results(run, outcome)
-    if run.args.report and is_main():
-        draw_report(run)
-    earlier = run.folder / "report/index.html"
-    if not run.args.report and earlier.exists():
+    write_results(prepared, outcome)
+    if report.report and is_main():
+        draw_report(prepared)
+    earlier = prepared.folder / "report/index.html"
+    if not report.report and earlier.exists():
         logger.warning("%s is of an earlier run, not of this one: --report would draw it anew", earlier)
-    if not run.evaluations.empty:
-        logger.log(RESULT, "\n%s\n", summary_table(run, outcome))
-    if run.evaluations.prompts:
-        rows = [(title, measured.completions) for title, measured in outcome.rows(run.quant)]
-        logger.log(RESULT, "%s\n", completions_text(run.evaluations.prompts, rows))
-    logger.info("results: %s", run.folder / "results.json")
+    if prepared.evaluations.members:
+        logger.log(RESULT, "\n%s\n", summary_table(prepared, outcome))
+    completions = [(title, measured.results["completions"]) for title, measured in outcome.rows(prepared.quant)]
+    if prepared.settings.evaluation.text.prompts.prompt:
+        logger.log(RESULT, "%s\n", completions_text(prepared.settings.evaluation.text.prompts.prompt, completions))
+    logger.info("results: %s", prepared.folder / "results.json")
 
 
-def draw_report(run: Run) -> None:
+def draw_report(prepared: Prepared) -> None:
     """Draw report/index.html; whatever prevents that costs the report, not the run."""
     from reporting.page import write_report  # matplotlib loads for seconds
 
     try:
-        logger.info("report: %s", write_report(run.folder, run.args.report_layers))
+        logger.info("report: %s", write_report(prepared.folder, prepared.settings.report.layers.report_layers))
     except InputError as error:
         logger.error("no report: %s", error)
     except Exception:
         logger.exception("the report failed; results.json is whole")
 
 
-def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
-    """Load, quantize, evaluate; figures go into `outcome` as they are found."""
-    if run.shards is not None:
-        execute_streamed(run, outcome, evaluator)
-        return
-    measured = outcome.measured
-    title = full_title(run.quant)
+def execute(prepared: Prepared, outcome: Outcome, runner: Runner) -> None:
+    """Load, walk, evaluate; figures go into `outcome` as they are found."""
+    setup, measured, full = prepared.setup, outcome.measured, outcome.full
+    compared = runner.for_comparison(prepared.settings.report.report)
     with measured.timing("load"):
-        model = open_model(run.setup, run.args.attn_implementation)
-    if run.setup.saved is not None:
-        logger.info("quantized already: %s", run.quant.label)
-        evaluator.measure(model, measured, QUANTIZED, title)
-        return
-    finished = from_main(lambda: finished_layers(run.args.resume, run.checkpoint, run.setup, run.quant))
-    peaks = None
-    if needs_peaks(run.quant, layers_left=len(finished) < run.setup.layers):
-        peaks = activation_peaks(run.args, run.setup, model, measured)
-    evaluator.for_comparison().measure(model, outcome.full, FULL, FULL_TITLE)
-    keep = run.checkpoint and run.checkpoint.keep
-    quantize_(run.setup, model, run.quant, peaks, measured, finished, keep, run.recorder())
-    if run.args.save_model is not None and is_main():
-        save_model(run.args.save_model, model, run.setup.tokenizer, run.setup.spec, run.quant)
-        logger.info("model saved: %s", run.args.save_model)
-    evaluator.measure(model, measured, QUANTIZED, title)
+        model = open_model(setup) if prepared.shards is None else open_shell(prepared)
+    if prepared.shards is None:
+        compared.part(whole=True).measure(model, full, FULL, FULL_TITLE)
+    finished = from_main(prepared.finished)
+    with ExitStack() as stack:
+        layers = stack.enter_context(layer_source(prepared, model, measured))
+        save_to, writer = prepared.settings.output.save_model, None
+        if save_to is not None and is_main():
+            writer = stack.enter_context(ModelWriter(save_to, setup.spec.layers, setup.layers))
+        states = state_tokens(prepared, finished) + compared.tokens(FULL) + runner.tokens(QUANTIZED)
+        allocate = choose_memory(prepared, states * setup.config.hidden_size * model.dtype.itemsize)
+        statistics = travel(
+            setup,
+            model,
+            layers,
+            prepared.quant if setup.saved is None else None,
+            measured,
+            before=[compared.board(model, full, FULL, allocate)],
+            behind=[*([writer] if writer else []), runner.board(model, measured, QUANTIZED, allocate)],
+            peaks=partial(known_peaks, prepared.settings.statistics, setup),
+            finished=finished,
+            observers=observers_of(prepared, measured),
+            allocate=allocate,
+        )
+        if statistics is not None:
+            keep_statistics(prepared.settings.statistics, setup, statistics)
+        if writer is not None:
+            writer.finish(model, setup.tokenizer, prepared.quant)
+            logger.info("model saved: %s", save_to)
+    compared.part(whole=False).measure(model, full, FULL, FULL_TITLE)
+    runner.measure(model, measured, QUANTIZED, full_title(prepared.quant))
 
 
-def activation_peaks(args: argparse.Namespace, setup: Setup, model: nn.Module, measured: Measured) -> dict[str, Tensor]:
-    """Channel peaks for smoothing: from the file if it is of this model and data, else computed (and kept if new)."""
-    known = known_peaks(args, setup)
-    if known is not None:
-        return known
-    with measured.timing("statistics"):
-        statistics = channel_statistics(model, setup.spec, setup.tokens, setup.device)
-    keep_statistics(args, setup, statistics)
-    return statistics.scales
-
-
-def quantize_(
+def travel(
     setup: Setup,
     model: nn.Module,
-    quant: QuantSettings,
-    peaks: dict[str, Tensor] | None,
+    layers: Iterable[nn.Module],
+    quant: QuantSettings | None,
     measured: Measured,
-    finished: dict[int, FinishedLayer] | None = None,
-    keep: Callable[[int, FinishedLayer], None] | None = None,
-    recorder: Recorder | None = None,
-) -> None:
-    """Quantize `model` in place, unless 16 bits on both sides ask for nothing; the same on every process."""
-    if quant.bits.untouched:
+    *,
+    before: Sequence[Passenger] = (),
+    behind: Sequence[Passenger] = (),
+    peaks: Callable[[], Mapping[str, Tensor] | None],
+    finished: Mapping[int, FinishedLayer] | None = None,
+    observers: Sequence[Observer] = (),
+    allocate: Allocate = in_memory,
+) -> ChannelStatistics | None:
+    """Visit every layer once: statistics if they are needed, passengers `before`, quantization, passengers `behind`.
+
+    `quant` None: the model is quantized already. `peaks` finds the activation peaks that are known; where it gives None
+    they are observed on the way, and returned with the other statistics.
+    """
+    passengers = [*before, *behind]
+    observation = None
+    if quant is not None and quant.bits.untouched:
         logger.info("16-bit weights and activations: nothing to quantize")
+    elif quant is not None:
+        found = peaks() if needs_peaks(setup, quant, finished) else None
+        if found is None and needs_peaks(setup, quant, finished):
+            with measured.timing("statistics"):
+                observation = Observation(model, setup.spec, setup.tokens, setup.device, allocate)
+            found = observation.statistics.scales
+        with measured.timing("quantize"):
+            how = (quant, setup.device, finished, observers, allocate)
+            quantization = Quantization(model, setup.spec, setup.tokens, found, *how)
+        middle = [Timed(quantization, measured, "quantize")]
+        first = [Timed(observation, measured, "statistics")] if observation is not None else []
+        passengers = [*first, *before, *middle, *behind]
+    walk(layers, passengers, setup.layers)
+    if quant is not None and not quant.bits.untouched:
+        measured.seconds["search"] = quantization.search_seconds
+    return observation and observation.statistics
+
+
+def needs_peaks(setup: Setup, quant: QuantSettings, finished: Mapping[int, FinishedLayer] | None) -> bool:
+    """Whether something is still to be smoothed."""
+    return quant.smooth is not None and not quant.bits.untouched and len(finished or {}) < setup.layers
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A passenger whose visits are counted under a stage of `measured`."""
+
+    passenger: Passenger
+    measured: Measured
+    stage: str
+
+    def visit(self, index: int, layer: nn.Module) -> None:
+        """Pass the layer on."""
+        with self.measured.timing(self.stage):
+            self.passenger.visit(index, layer)
+
+
+@dataclass(frozen=True)
+class LayerFigures(Observer):
+    """Notes the figures of every layer as soon as it is done."""
+
+    measured: Measured
+
+    def layer_done(self, index: int, finished: FinishedLayer, restored: bool) -> None:
+        """Add them."""
+        self.measured.add_layer(index, finished.figures)
+
+
+def observers_of(prepared: Prepared, measured: Measured) -> list[Observer]:
+    """Who looks on while the layers are quantized: the report, then the checkpoint, then the figures."""
+    found: list[Observer] = [prepared.checkpoint] if prepared.checkpoint is not None else []
+    if prepared.settings.report.report and is_main():
+        from reporting.recorder import Recorder
+
+        found.insert(0, Recorder(prepared.folder / "report/data"))
+    return [*found, LayerFigures(measured)]
+
+
+def open_shell(prepared: Prepared) -> nn.Module:
+    """The model without the weights of its layers."""
+    setup = prepared.setup
+    how = (setup.dtype, setup.compute_dtype, setup.model.attn_implementation)
+    return load_shell(setup.source, setup.config, setup.spec, prepared.shards, *how)
+
+
+@contextmanager
+def layer_source(prepared: Prepared, model: nn.Module, measured: Measured) -> Iterator[Iterable[nn.Module]]:
+    """The decoder layers, each with its weights on the device when its turn comes: from memory or from the files."""
+    setup = prepared.setup
+    if prepared.shards is None:
+        yield layers_in_memory(model, setup.spec, setup.device)
         return
-    with measured.timing("quantize"):
-        how = (quant, setup.device, finished, keep, recorder, measured.add_layer)
-        quantize_model(model, setup.spec, setup.tokens, peaks, *how)
-    make_equal_(model)
+    with LayerReader(model, setup.spec, prepared.shards, setup.dtype, setup.device) as reader:
+        yield timed_layers(reader.layers(), measured)
+
+
+def timed_layers(layers: Iterator[nn.Module], measured: Measured) -> Iterator[nn.Module]:
+    """`layers`, with the time that getting each takes counted as reading."""
+    while True:
+        with measured.timing("read"):
+            layer = next(layers, None)
+        if layer is None:
+            return
+        yield layer
+
+
+def state_tokens(prepared: Prepared, finished: Mapping[int, FinishedLayer]) -> int:
+    """How many calibration tokens' hidden states the walk holds: for statistics, and for the quantization's own flow."""
+    setup, quant = prepared.setup, prepared.quant
+    if setup.tokens is None or quant.bits.untouched or len(finished) >= setup.layers:
+        return 0
+    flowing = 2 if quant.training is not None else 1
+    return (needs_peaks(setup, quant, finished) + flowing) * setup.tokens.numel()
+
+
+def choose_memory(prepared: Prepared, needed: int) -> Allocate:
+    """Where hidden states of `needed` bytes are to live: in files where they would fill the memory."""
+    free, folder = available_memory(), prepared.setup.model.cache_dir
+    files = needed > MEMORY_SHARE * free
+    where = f"in files in {folder}" if files else "in memory"
+    logger.info("hidden states: %.2f GB, %s (%.1f GB are free)", needed / 1e9, where, free / 1e9)
+    return on_disk(folder) if files else in_memory

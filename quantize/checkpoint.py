@@ -17,20 +17,22 @@ import socket
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quantize.settings import QuantSettings, Transform
+from quantize.observer import Observer
+from quantize.settings import QuantSettings
 from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer, LayerState
 from utils.errors import InputError
 from utils.io import read_tensors, write_json, write_tensors
 from utils.results import differences
+from utils.settings import defaults
 
 FORMAT = 1
 logger = logging.getLogger(__name__)
 
 
-class Checkpoint:
+class Checkpoint(Observer):
     """A checkpoint folder that this process holds the lock of. Made by `create` or `resume`."""
 
     def __init__(self, folder: Path, identity: dict, lock: int):
@@ -65,7 +67,7 @@ class Checkpoint:
 
         Raises InputError that names every difference, or says what is wrong with the folder.
         """
-        require_same_run(folder, identity)
+        saved = require_same_run(folder, identity)
         try:
             lock = _lock(folder)
             # of a run that was killed while it wrote
@@ -73,14 +75,16 @@ class Checkpoint:
                 leftover.unlink()
         except OSError as error:
             raise InputError(f"--resume {folder}: cannot be written ({error.strerror})") from None
-        return cls(folder, identity, lock)
+        return cls(folder, saved, lock)
 
     def path(self, index: int) -> Path:
         """The file of one layer."""
         return self.folder / "layers" / f"layer_{index:03d}.safetensors"
 
-    def keep(self, index: int, finished: FinishedLayer) -> None:
-        """Write a finished layer."""
+    def layer_done(self, index: int, finished: FinishedLayer, restored: bool) -> None:
+        """Write a layer that was not restored."""
+        if restored:
+            return
         tensors, figures = finished.state.tensors(), json.dumps(finished.figures)
         metadata = {"run": self.run, "digest": _digest(self.run, index, tensors, figures), "figures": figures}
         try:
@@ -120,15 +124,20 @@ def require_new(folder: Path) -> None:
         raise InputError(f"--save_dir {folder}: holds a checkpoint; go on with --resume {folder}, or choose another")
 
 
-def require_same_run(folder: Path, identity: dict) -> None:
-    """Raise InputError, naming every difference, unless the checkpoint in `folder` is of the run `identity` is of."""
+def require_same_run(folder: Path, identity: dict) -> dict:
+    """The identity that the checkpoint in `folder` was begun with: that of this run, `identity`.
+
+    A setting that did not exist then had its default. Raises InputError, naming every difference, if it is another's.
+    """
     saved = read_run(folder)
     if saved.pop("format", None) != FORMAT:
         raise InputError(f"--resume {folder}: made by another version of this suite; quantize again")
     saved.pop("model", None)  # where it was then; its digests decide
-    different = differences(saved, identity)
+    usual = {f"--{name}": value for name, value in defaults(QuantSettings).items()}
+    different = differences({key: usual[key] for key in identity if key in usual} | saved, identity)
     if different:
         raise InputError(f"--resume {folder}: is of another run: {'; '.join(different)}")
+    return saved
 
 
 def read_run(folder: Path) -> dict:
@@ -142,24 +151,6 @@ def read_run(folder: Path) -> dict:
     if not isinstance(saved, dict):
         raise InputError(f"--resume {folder}: run.json cannot be read (it is no JSON object)")
     return saved
-
-
-def bytes_needed(model: nn.Module, spec: DecoderSpec, config: QuantSettings) -> int:
-    """About how large a checkpoint becomes, from the model's shapes (it may be on the meta device)."""
-    total = 0
-    for index, layer in enumerate(spec.decoder_layers(model)):
-        for group in spec.at(index).groups:
-            linears = [layer.get_submodule(path) for path in group.linears]
-            channels = linears[0].in_features
-            if config.transform is not Transform.NONE:
-                permutations = config.transform.permutations(config.rotation.permutation_times)
-                total += 4 * (permutations + 1) * config.rotation.block_size_for(channels) ** 2
-                total += 4 * permutations * channels
-            total += 4 * channels if config.smooth else 0
-            if config.training is not None:
-                groups = channels // (config.bits.group_size or channels)
-                total += 8 * groups * sum(linear.out_features for linear in linears)
-    return total + 2**16 * len(spec.decoder_layers(model))
 
 
 def _nearest_existing(folder: Path) -> Path:

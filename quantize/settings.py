@@ -87,6 +87,17 @@ def _check_group(flag: str, size: int | None) -> None:
         raise InputError(f"{flag} {size}: must be a positive number of channels")
 
 
+def check_seed(flag: str, seed: int) -> None:
+    """Raise InputError for a number that seeds no generator."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"{flag} {seed}: must be between 0 and {2**32 - 1}")
+
+
+def seed_option() -> int:
+    """The field of every class that has a seed."""
+    return option(2, "of the samples drawn and of the random rotations", tag="seed", title="calibration")
+
+
 @dataclass(frozen=True)
 class BitSettings:
     """Bits and granularity by role. `query`, `key` and `value` are those of `activation` where they are None."""
@@ -282,11 +293,10 @@ class QuantSettings:
     training: TrainingSettings | None = part(
         TrainingSettings, switch="lwc", help="train the clipping of weights, layer by layer", tag="lwc"
     )
-    seed: int = option(2, "of the samples drawn and of the random rotations", tag="seed", title="calibration")
+    seed: int = seed_option()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed {self.seed}: must be between 0 and {2**32 - 1}")
+        check_seed("--seed", self.seed)
         if self.training is not None and self.clip.weight_ratio is not None:
             raise InputError("--lwc learns the clipping that --swc fixes: give one of them")
 

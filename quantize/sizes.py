@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import nn
 
 from duquant.scheme import UNQUANTIZED_BITS
@@ -51,3 +52,26 @@ def transform_bytes(width: int, config: QuantSettings) -> int:
         return 0
     times = config.rotation.permutation_times
     return HALF * (times + 1) * config.rotation.block_size_for(width) ** 2 + INDEX * times * width
+
+
+def checkpoint_bytes(model: nn.Module, spec: DecoderSpec, config: QuantSettings) -> int:
+    """About how large a checkpoint becomes, from the model's shapes (it may be on the meta device)."""
+    total = 0
+    for index, layer in enumerate(spec.decoder_layers(model)):
+        for group in spec.at(index).groups:
+            linears = [layer.get_submodule(path) for path in group.linears]
+            channels = linears[0].in_features
+            if config.transform is not Transform.NONE:
+                permutations = config.transform.permutations(config.rotation.permutation_times)
+                total += 4 * (permutations + 1) * config.rotation.block_size_for(channels) ** 2
+                total += 4 * permutations * channels
+            total += 4 * channels if config.smooth else 0
+            if config.training is not None:
+                groups = channels // (config.bits.group_size or channels)
+                total += 8 * groups * sum(linear.out_features for linear in linears)
+    return total + 2**16 * len(spec.decoder_layers(model))
+
+
+def model_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of all parameters of `model` (shapes are enough) in `dtype`."""
+    return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import random_tokens, run_script, tiny_model
+from experiment.plan import refuse_for_saved
 from quantize.export import TRANSFORMS_FILE, attach_transforms_, save_model, saved_config
 from safetensors.torch import load_file
 from test_cli import assert_refused, snapshot
@@ -14,7 +15,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from evaluation.perplexity import perplexity
-from experiment.plan import refuse_for_saved
 from models import decoder_spec
 from models.load import ModelSource, load_config, load_model
 from quantize.quantization import quantize_model

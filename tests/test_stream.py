@@ -7,22 +7,22 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import experiment.plan
+import experiment.stream
 import pytest
 import torch
 from conftest import random_tokens, tiny_model
+from experiment.outcome import Outcome
+from experiment.plan import must_stream, prepare
 from safetensors.torch import load_file, save_file
 from starter import shared_starter
 from test_cli import assert_refused
 from test_resume_cli import kill_at, layer_content
 
-import experiment.plan
-import experiment.stream
 from evaluation.journal import Journal
 from experiment.evaluation_options import check_evaluation
 from experiment.evaluator import Evaluator
 from experiment.options import make_quant_config
-from experiment.outcome import Outcome
-from experiment.plan import must_stream, prepare
 from experiment.run import execute
 from models.shards import INDEX
 from utils.errors import InputError

@@ -1,0 +1,202 @@
+"""One run, checked: what will be done, before any weight is loaded."""
+
+import logging
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from evaluation.runner import Evaluations, open_evaluations
+
+from experiment.options import RunSettings
+from experiment.setup import Setup, make_setup
+from models.load import config_digest, model_fingerprint, weights_digest
+from models.saved import require_empty
+from models.shards import Shards, open_shards
+from quantize.checkpoint import Checkpoint, require_new, require_same_run
+from quantize.original import read_original
+from quantize.quantization import check_shapes
+from quantize.settings import QuantSettings
+from quantize.sizes import checkpoint_bytes, model_bytes
+from quantize.state import FinishedLayer
+from quantize.statistics import load_scales
+from utils.data import data_fingerprint
+from utils.distributed import is_main, world_size
+from utils.errors import InputError
+from utils.io import file_digest
+from utils.memory import available_memory
+from utils.settings import Changes, flat, folder_name
+
+FILLED = 0.9  # of the free memory: the most that a model may take as a whole
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Settings, model and calibration data, what is measured, folder, checkpoint.
+
+    `shards`: where the weights are, if they are read layer by layer.
+    """
+
+    settings: RunSettings
+    setup: Setup
+    evaluations: Evaluations
+    folder: Path
+    checkpoint: Checkpoint | None = None
+    shards: Shards | None = None
+
+    @property
+    def quant(self) -> QuantSettings:
+        """The method's settings: of a saved model those it was made with."""
+        return self.setup.saved or self.settings.quant
+
+    def finished(self) -> dict[int, FinishedLayer]:
+        """Layers that need not be computed, by index."""
+        setup, output = self.setup, self.settings.output
+        if output.original:
+            return read_original(output.resume, setup.skeleton, setup.spec, self.quant)
+        return self.checkpoint.finished(setup.layers, setup.spec) if self.checkpoint else {}
+
+
+def prepare(settings: RunSettings) -> Prepared:
+    """Check the settings against the model's shapes and the data. Raises InputError for whatever is wrong."""
+    quant, output = settings.quant, settings.output
+    setup = make_setup(settings.model, settings.calibration, quant.seed, calibrates=not quant.bits.untouched)
+    if setup.saved is None:
+        check_shapes(setup.skeleton, setup.spec, quant)
+    else:
+        refuse_for_saved(settings)
+    if setup.tokens is not None and len(setup.tokens) < world_size():
+        raise InputError(f"--nsamples {len(setup.tokens)}: fewer than the {world_size()} processes that share them")
+    if settings.report.report:
+        check_report(settings.report.layers.report_layers, setup.layers, quant)
+    if output.save_model is not None:
+        require_empty(output.save_model)
+        if quant.bits.untouched:
+            raise InputError("--save_model: nothing is quantized, so there is nothing to save; drop the flag")
+    evaluations = open_evaluations(settings.evaluation, setup.context(settings.calibration.seqlen, quant.seed))
+    if settings.statistics.act_scales is not None:
+        load_scales(settings.statistics.act_scales, setup.origin(), setup.skeleton, setup.spec)
+    whole = evaluations.need_whole_model
+    shards = open_shards(setup.source, setup.config, setup.skeleton) if must_stream(settings, setup, whole) else None
+    folder = output.output_dir / run_folder(settings, setup)
+    return Prepared(settings, setup, evaluations, folder, open_checkpoint(settings, setup), shards)
+
+
+def run_folder(settings: RunSettings, setup: Setup) -> str:
+    """The name of the run's folder: two runs whose figures can differ have different ones."""
+    quant = setup.saved or settings.quant
+    stem = f"{setup.net}_w{quant.bits.weight}a{quant.bits.activation}" + "_original" * settings.output.original
+    told = replace(settings, quant=quant)
+    return folder_name(stem, told, ("wbits", "abits"))
+
+
+def model_identity(setup: Setup, quant: QuantSettings, statistics: Path | None) -> dict[str, object]:
+    """What decides every figure of the model that these settings make, contents and not names of files."""
+    return {
+        "model": model_fingerprint(setup.source, setup.config),
+        "dtype": str(setup.dtype),
+        "attn_implementation": setup.model.attn_implementation,
+        "calibration": None if setup.tokens is None else data_fingerprint(setup.tokens),
+        "activation statistics": statistics_identity(statistics),
+        **flat(quant, Changes.LAYERS),
+    }
+
+
+def statistics_identity(path: Path | None) -> str:
+    """What tells a statistics file from others: its content, or that there is none."""
+    return "computed" if path is None else file_digest(path)
+
+
+def must_stream(settings: RunSettings, setup: Setup, whole: bool) -> bool:
+    """Whether the model is read layer by layer: by `--stream`, or because the host's memory is too small for it whole.
+
+    Raises InputError if something needs the whole model, as evaluations do if `whole` says so.
+    """
+    wanted, given = settings.memory.stream, "--stream reads one layer at a time"
+    if wanted is False:
+        return False
+    if wanted is None:
+        needed, free = model_bytes(setup.skeleton, setup.compute_dtype), available_memory()
+        if setup.saved is not None or needed <= FILLED * free:
+            return False
+        reason = f"the model needs {needed / 1e9:.1f} GB of the host's memory and {free / 1e9:.1f} GB are free"
+        logger.info("%s: it is streamed", reason)
+        given = f"{reason}, so it must be streamed, layer by layer (or give --no-stream)"
+    if setup.saved is not None:
+        raise InputError(f"--stream: {setup.source.name} is quantized already and can only be loaded whole; drop it")
+    if world_size() > 1:
+        raise InputError(f"{given}, in a single process: start one, without a launcher")
+    if whole:
+        needing = next(entry for entry in settings.evaluation.asked() if entry.NEEDS_WHOLE_MODEL)
+        raise InputError(f"{given}, and {needing.FLAG} needs the whole model: drop one of the two")
+    return True
+
+
+def check_report(chosen: tuple[int, ...] | None, layers: int, quant: QuantSettings) -> None:
+    """Raise InputError for a report that could not be drawn: of layers the model has not, or of no quantization."""
+    if quant.bits.untouched:
+        raise InputError("--report: 16-bit weights and activations leave nothing to show; drop the flag")
+    for layer in chosen or ():
+        if layer >= layers:
+            raise InputError(f"--report_layers {layer}: the model has layers 0 to {layers - 1}")
+
+
+def refuse_for_saved(settings: RunSettings) -> None:
+    """Raise InputError for flags that make no sense for a model that is quantized already."""
+    output = settings.output
+    given = {"--act-scales": settings.statistics.act_scales, "--eval_kl": settings.evaluation.perplexity.eval_kl}
+    given |= {"--report": settings.report.report, "--save_dir": output.save_dir, "--resume": output.resume}
+    for flag, value in (given | {"--save_model": output.save_model}).items():
+        if value:
+            named = settings.model.model
+            raise InputError(f"{flag}: {named} is quantized already and can only be evaluated; drop the flag")
+
+
+def open_checkpoint(settings: RunSettings, setup: Setup) -> Checkpoint | None:
+    """The checkpoint folder that `--resume` or `--save_dir` names, if any. Of several processes the main one has it.
+
+    With `--dry_run` it is only looked at: None.
+    """
+    output, quant = settings.output, settings.quant
+    resumed = output.resume is not None and not output.original
+    if quant.bits.untouched and (output.resume or output.save_dir):
+        raise InputError("--save_dir and --resume: 16-bit weights and activations leave nothing to keep; drop the flag")
+    if not is_main() or not (resumed or output.save_dir):
+        return None
+    identity = checkpoint_identity(settings, setup)
+    if output.dry_run:
+        if resumed:
+            require_same_run(output.resume, identity)
+        else:
+            require_new(output.save_dir)
+        return None
+    if resumed:
+        return Checkpoint.resume(output.resume, identity)
+    needed = checkpoint_bytes(setup.skeleton, setup.spec, quant)
+    return Checkpoint.create(output.save_dir, identity, setup.source.name, needed)
+
+
+def checkpoint_identity(settings: RunSettings, setup: Setup) -> dict[str, object]:
+    """What decides the state of every layer: a checkpoint is used only where all of it is the same."""
+    made = {f"--{name}": value for name, value in flat(settings.quant, Changes.LAYERS).items()}
+    statistics = statistics_identity(settings.statistics.act_scales)
+    return {
+        "model config": config_digest(setup.config),
+        "model weights": weights_digest(setup.source, setup.config),
+        "calibration data": data_fingerprint(setup.tokens),
+        "dtype": str(setup.dtype),
+        **({"activation statistics": statistics} if settings.quant.smooth else {}),
+        **made,
+        "--attn_implementation": setup.model.attn_implementation,
+    }
+
+
+def resume_command(argv: list[str], folder: Path) -> str:
+    """The command that goes on with the checkpoint in `folder`."""
+    flags = ("--save_dir", "--resume")
+    kept, skip = [], False
+    for argument in argv:
+        if not skip and argument.partition("=")[0] not in flags:
+            kept.append(argument)
+        skip = not skip and argument in flags
+    return shlex.join(["python", *kept, "--resume", str(folder)])

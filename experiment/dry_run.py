@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from experiment.estimate import Estimate, Plan, estimate, probe_tokens, work_of
-from experiment.plan import Run
+from experiment.prepare import Prepared as Run
 from experiment.rates import measure_rates, stage_seconds
-from quantize.layer import absorbers, describe_folding
+from quantize.build import absorbers, describe_folding
 from quantize.settings import QuantSettings, Transform
 from quantize.spec import DecoderSpec
 from utils.capacity import free_device_memory, free_disk

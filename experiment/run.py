@@ -8,17 +8,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from evaluation.base import FULL, QUANTIZED
-from evaluation.measured import Measured
-from evaluation.runner import Runner
 from torch import Tensor, nn
 
+from evaluation.base import FULL, QUANTIZED
 from evaluation.journal import Journal
+from evaluation.measured import Measured
+from evaluation.runner import Runner
 from experiment.dry_run import dry_run
 from experiment.options import RunSettings
 from experiment.prepare import Prepared, model_identity, prepare, resume_command
 from experiment.results import Outcome, completions_text, run_settings, summary_table, write_results
-from experiment.rows import FULL_TITLE, full_title
+from experiment.rows import FULL_TITLE, full_title, method_name
 from experiment.setup import Setup, keep_statistics, known_peaks, open_model
 from experiment.tracking import check_tracking, open_tracker
 from models.saved import ModelWriter
@@ -33,8 +33,8 @@ from utils.device import describe
 from utils.distributed import from_main, is_main, join_group, leave_group, world_size
 from utils.errors import Incomplete, InputError
 from utils.log import RESULT, add_log_file
-from utils.results import plain, versions
 from utils.memory import Allocate, available_memory, in_memory, on_disk
+from utils.results import plain, versions
 
 MEMORY_SHARE = 0.5  # of the free memory, the most that hidden states take before they live in files
 logger = logging.getLogger(__name__)
@@ -293,7 +293,7 @@ def timed_layers(layers: Iterator[nn.Module], measured: Measured) -> Iterator[nn
 
 
 def state_tokens(prepared: Prepared, finished: Mapping[int, FinishedLayer]) -> int:
-    """How many calibration tokens' hidden states the walk holds: for statistics, and for the quantization's own flow."""
+    """How many calibration tokens' hidden states the walk holds: for statistics, and for the quantization."""
     setup, quant = prepared.setup, prepared.quant
     if setup.tokens is None or quant.bits.untouched or len(finished) >= setup.layers:
         return 0

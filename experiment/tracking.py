@@ -12,9 +12,9 @@ from pathlib import Path
 
 from evaluation.base import Kind
 from evaluation.figures import figures_of
-from utils.tracking import Sink, TensorBoard, WandB, require_login
 from utils.distributed import is_main
 from utils.errors import InputError
+from utils.tracking import Sink, TensorBoard, WandB, require_login
 
 LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # package → what of it is imported
 logger = logging.getLogger(__name__)

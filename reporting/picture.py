@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
 from evaluation.base import FULL, Kind
 from evaluation.figures import TableRow, headings, show
 from utils.io import write_atomically

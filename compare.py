@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 from experiment.comparison_options import check_comparison, check_runs, parse_flags
-from experiment.evaluation_options import check_evaluation
 from experiment.options import make_quant_config
 from experiment.script import run_script
 from utils.errors import InputError
@@ -45,7 +44,6 @@ def compare_runs(args: argparse.Namespace) -> None:
 def compare_methods(args: argparse.Namespace) -> None:
     """Quantize one model in every way asked for."""
     check_comparison(args)
-    check_evaluation(args)
     quant = make_quant_config(argparse.Namespace(**{**vars(args), "lwc": False}))  # a row of its own, beside --swc
     from experiment.compare import run_comparison  # torch and transformers load for seconds
 

@@ -7,7 +7,7 @@ OUTPUT_DIR/<net>_w<wbits>a<abits>/.
 
 import argparse
 
-from experiment.evaluation_options import add_evaluation_options, check_evaluation
+from evaluation.settings import EvaluationSettings
 from experiment.options import (
     add_calibration_options,
     add_memory_options,
@@ -20,6 +20,8 @@ from experiment.options import (
     make_quant_config,
 )
 from experiment.script import Parser, run_script
+from utils.flags import refuse_idle
+from utils.settings import add_flags, from_flags
 
 EXAMPLES = """examples:
   bash run.sh                                       the bundled model, with its comparison table
@@ -33,7 +35,8 @@ EXAMPLES = """examples:
 def main(args: argparse.Namespace) -> None:
     """Run the experiment that the flags describe."""
     quant = make_quant_config(args)
-    check_evaluation(args)
+    from_flags(EvaluationSettings, args)  # wrong ones are named before anything is loaded
+    refuse_idle("report", args.report, report_layers=args.report_layers)
     from experiment.run import run_experiment  # torch and transformers load for seconds: not for --help or a wrong flag
 
     run_experiment(args, quant)
@@ -48,7 +51,7 @@ def parse_flags() -> argparse.Namespace:
     add_quantization_options(parser)
     add_smoothing_options(parser)
     add_transform_options(parser)
-    add_evaluation_options(parser)
+    add_flags(parser, EvaluationSettings)
     add_output_options(parser)
     add_report_options(parser)
     return parser.parse_args()

@@ -1,7 +1,6 @@
 """One model, quantized in several ways: each row by itself, everything they share computed once."""
 
 import argparse
-import hashlib
 import json
 import logging
 import shlex
@@ -12,11 +11,11 @@ from pathlib import Path
 from torch import Tensor
 
 from evaluation.journal import Journal
+from evaluation.measured import Measured
+from evaluation.runner import Evaluations, Runner, open_evaluations
+from evaluation.settings import EvaluationSettings
 from experiment.comparison_output import Finished, write_outputs
-from experiment.evaluations import Evaluations, plan_evaluations
-from experiment.evaluator import Evaluator
-from experiment.figures import flatten
-from experiment.measured import Measured
+from experiment.measuring import evaluation_context
 from experiment.rows import FULL, FULL_TITLE, Row, plan_rows
 from experiment.run import activation_peaks, quantize_
 from experiment.session import Setup, fetch_tokens, make_setup, open_model, settings_of
@@ -31,7 +30,8 @@ from utils.distributed import from_main, is_main, join_group, leave_group, world
 from utils.errors import Incomplete, InputError
 from utils.io import file_digest, write_json
 from utils.log import add_log_file
-from utils.results import differences, plain, versions
+from utils.results import differences, flatten, plain, versions
+from utils.settings import from_flags
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +59,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Shared:
-    """What rows compute once for all: activation peaks by seed, and what the full-precision model gave (for KL)."""
+    """What rows compute once for all: activation peaks by seed."""
 
     peaks: dict[int, dict[str, Tensor]]
-    teachers: dict[str, Tensor]
 
 
 def run_comparison(args: argparse.Namespace, quant: QuantConfig) -> None:
@@ -102,7 +101,7 @@ def prepare(args: argparse.Namespace, quant: QuantConfig) -> Comparison:
     rows = plan_rows(args.rows, quant, args.lwc, args.seeds)
     for row in rows:
         check_shapes(setup.skeleton, setup.spec, row.quant)
-    evaluations = plan_evaluations(args, setup)
+    evaluations = open_evaluations(from_flags(EvaluationSettings, args), evaluation_context(args, setup))
     if args.act_scales is not None:
         load_scales(args.act_scales, setup.origin(), setup.skeleton, setup.spec)
     setups = {seed: setup if seed == args.seed else at_seed(args, setup, seed) for seed in args.seeds}
@@ -110,7 +109,7 @@ def prepare(args: argparse.Namespace, quant: QuantConfig) -> Comparison:
         "model": model_fingerprint(setup.source, setup.config),
         "dtype": str(setup.dtype),
         "--attn_implementation": args.attn_implementation,
-        "measured": asked(evaluations),
+        "measured": {"--limit": args.limit, "--eval_kl": args.eval_kl, **evaluations.identity()},
     }
     statistics = file_digest(args.act_scales) if args.act_scales is not None else "computed"
     identities = {row.key: shared | row_identity(row, setups, statistics) for row in rows}
@@ -123,26 +122,6 @@ def at_seed(args: argparse.Namespace, setup: Setup, seed: int) -> Setup:
     """The same model with the calibration samples of another seed."""
     flags = argparse.Namespace(**{**vars(args), "seed": seed})
     return replace(setup, tokens=fetch_tokens(flags, setup.config, setup.tokenizer))
-
-
-def asked(evaluations: Evaluations) -> dict[str, object]:
-    """What is measured, on what data."""
-    found: dict[str, object] = {"--limit": evaluations.limit, "--eval_kl": evaluations.divergence}
-    found["test windows"] = {label: data_fingerprint(tokens) for label, tokens in evaluations.windows.items()}
-    found["lm-eval"] = evaluations.tasks and digest(evaluations.tasks.identity)
-    found["MMLU"] = [evaluations.identity["MMLU"], evaluations.shots] if evaluations.subjects else None
-    found["prompts"] = [evaluations.prompts, evaluations.max_new_tokens] if evaluations.prompts else None
-    if evaluations.conversations is not None:
-        talk = evaluations.conversations
-        judge = talk.endpoint and talk.endpoint.model
-        settings = [[asdict(each) for each in talk.questions], talk.form.name, asdict(talk.settings), judge]
-        found["MT-Bench"] = digest(settings)
-    return found
-
-
-def digest(value: object) -> str:
-    """Short sha256 of what JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def row_identity(row: Row, setups: dict[int, Setup], statistics: str) -> dict[str, object]:
@@ -182,10 +161,10 @@ def read_row(comparison: Comparison, row: Row) -> dict | None:
 
 def measure_rows(comparison: Comparison, found: dict[str, dict | None]) -> list[Finished]:
     """Every row with its figures: those in `found` as they are, the others measured now and kept."""
-    shared, finished = Shared({}, {}), []
+    shared, finished = Shared({}), []
     pending = [row for row in comparison.rows if found[row.key] is None]
-    if comparison.evaluations.divergence and pending and pending[0].name != FULL:
-        teach(comparison, shared)
+    if comparison.evaluations.teaching().members and pending and pending[0].name != FULL:
+        teach(comparison)
     for number, row in enumerate(comparison.rows, start=1):
         if found[row.key] is not None:
             logger.info("row %d of %d, %s: from an earlier run", number, len(comparison.rows), row.key)
@@ -223,37 +202,29 @@ def track_row(comparison: Comparison, row: Row, required: bool) -> Tracker:
     return open_tracker(comparison.args.track, folder, row.key, plain(settings), group=folder.name, required=required)
 
 
-def open_evaluator(comparison: Comparison, row: Row, shared: Shared) -> Evaluator:
-    """What measures one row; parts of it that an interrupted run has found are not measured again."""
-    identity = comparison.evaluations.identity | {"model": comparison.identities[row.key]}
-    journal = Journal(comparison.path(row).with_suffix(".unfinished.jsonl"), identity)
-    setup = comparison.setups.get(row.seed, comparison.setup)
-    plan = replace(comparison.evaluations, identity=identity)
-    return Evaluator(plan, setup, journal, comparison.folder, comparison.folder.name, shared.teachers)
-
-
 def measure_row(comparison: Comparison, row: Row, shared: Shared, measured: Measured) -> None:
-    """Load the model, quantize it as `row` says, and measure it."""
-    evaluator = open_evaluator(comparison, row, shared)
-    setup, args = evaluator.setup, comparison.args
+    """Load the model, quantize it as `row` says, and measure it; what an interrupted run found is taken over."""
+    identity, folder = comparison.identities[row.key], comparison.folder
+    journal = Journal(comparison.path(row).with_suffix(".unfinished.jsonl"), identity)
+    runner = Runner(comparison.evaluations, journal, folder, folder.name, identity)
+    setup, args = comparison.setups.get(row.seed, comparison.setup), comparison.args
     with measured.timing("load"):
         model = open_model(setup, args.attn_implementation)
     if row.quant.smooth is not None and row.seed not in shared.peaks:
         shared.peaks[row.seed] = activation_peaks(args, setup, model, measured)
     quantize_(setup, model, row.quant, shared.peaks.get(row.seed), measured)
-    evaluator.measure(model, measured, row.key, row.full_title)
+    runner.measure(model, measured, row.key, row.full_title)
     if not measured.failures:
-        evaluator.journal.close()
+        journal.close()
 
 
-def teach(comparison: Comparison, shared: Shared) -> None:
+def teach(comparison: Comparison) -> None:
     """What the divergence is measured from, where the full-precision row is not about to be measured anyway."""
-    full = Row(FULL, comparison.rows[0].quant, None)
-    setup = comparison.setup
-    journal = Journal(comparison.folder / "rows" / "teacher.unfinished.jsonl", comparison.identities)
-    plan = replace(comparison.evaluations.for_comparison(), prompts=())
-    evaluator = Evaluator(plan, setup, journal, comparison.folder, comparison.folder.name, shared.teachers)
-    evaluator.measure(open_model(setup, comparison.args.attn_implementation), Measured(), full.key, FULL_TITLE)
+    folder = comparison.folder
+    journal = Journal(folder / "rows" / "teacher.unfinished.jsonl", comparison.identities)
+    runner = Runner(comparison.evaluations.teaching(), journal, folder, folder.name, comparison.identities)
+    model = open_model(comparison.setup, comparison.args.attn_implementation)
+    runner.measure(model, Measured(), FULL, FULL_TITLE)
     journal.close()
 
 

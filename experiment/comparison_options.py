@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from experiment.evaluation_options import add_evaluation_options
+from evaluation.settings import EvaluationSettings, entries
 from experiment.options import (
     add_calibration_options,
     add_model_options,
@@ -16,13 +16,13 @@ from experiment.rows import ROWS, SMOOTH
 from experiment.script import Parser
 from quantize.config import Transform
 from utils.errors import InputError
+from utils.settings import add_flags, from_flags
 
 EXAMPLES = """examples:
   python compare.py --model meta-llama/Llama-2-7b-hf --alpha 0.6 --abits 4 --lac 0.9 --swc 0.8 --eval_ppl
   python compare.py --model DIR --rows full rtn smooth dual --seeds 2 3 4 --abits 4 --eval_ppl
   python compare.py output/Llama-2-7b-hf_w4a4 other/Llama-2-7b-hf_w4a4
 """
-MEASURING = ("eval_ppl", "tasks", "eval_mmlu", "eval_mtbench", "prompt")  # a comparison needs one of them
 NOT_FOR_ROWS = {"transform": Transform.DUAL, "save_dir": None, "resume": None, "save_model": None}
 NOT_FOR_ROWS |= {"report": False, "report_layers": None}
 
@@ -55,7 +55,7 @@ def make_parser(description: str) -> Parser:
     add_quantization_options(parser)
     add_smoothing_options(parser)
     add_search_options(parser.add_argument_group("rotation and permutation"))
-    add_evaluation_options(parser)
+    add_flags(parser, EvaluationSettings)
     parser.set_defaults(smooth=True, **NOT_FOR_ROWS)
     return parser
 
@@ -81,8 +81,9 @@ def check_comparison(args: argparse.Namespace) -> None:
     """Raise InputError for a comparison that cannot be; complete the rows and seeds."""
     if args.output is not None:
         raise InputError("--output is for finished runs: with --model everything goes to --output_dir")
-    if not any(getattr(args, name) for name in MEASURING):
-        raise InputError("nothing to compare by: add --eval_ppl, --tasks, --eval_mmlu, --eval_mtbench or --prompt")
+    if not from_flags(EvaluationSettings, args).asked():
+        *others, last = (entry.FLAG for entry in entries())
+        raise InputError(f"nothing to compare by: add {', '.join(others)} or {last}")
     if min(args.wbits, args.abits) >= 16:
         raise InputError(f"--wbits {args.wbits} --abits {args.abits}: nothing is quantized, so every row is the same")
     if not args.smooth and SMOOTH in (args.rows or ()):

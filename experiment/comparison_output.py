@@ -5,10 +5,11 @@ import io
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiment.figures import SECONDS, figure_values, headings, show
+from evaluation.base import Figure, Kind
+from evaluation.figures import figures_of, headings, show
 from experiment.outcome import completions_text
 from experiment.rows import Row
 from utils.io import write_json, write_text
@@ -31,8 +32,13 @@ class Finished:
 class Spread:
     """Mean over seeds, and the sample standard deviation, which is there from two seeds on."""
 
-    mean: float
+    figure: Figure
     deviation: float | None = None
+
+    @property
+    def mean(self) -> float:
+        """The mean alone."""
+        return self.figure.value
 
 
 @dataclass(frozen=True)
@@ -53,32 +59,36 @@ def table_rows(finished: Sequence[Finished]) -> list[TableRow]:
         groups.setdefault(each.row.name, []).append(each)
     rows = []
     for name, group in groups.items():
-        row, found = group[0].row, [figure_values(each.figures) for each in group]
+        row, found = group[0].row, [figures_of(each.figures, compact=True) for each in group]
         values = {each: spread_of([one[each] for one in found if each in one]) for each in headings(found)}
         seeds = tuple(each.row.seed for each in group if each.row.seed is not None)
         rows.append(TableRow(name, row.title, row.bits, seeds, values))
     return rows
 
 
-def spread_of(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation (n − 1) of one or more values."""
+def spread_of(figures: Sequence[Figure]) -> Spread:
+    """Mean and sample standard deviation (n − 1) of one or more figures."""
+    values = [figure.value for figure in figures]
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
-        return Spread(mean)
-    return Spread(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)))
+        return Spread(figures[0])
+    return Spread(
+        replace(figures[0], value=mean),
+        math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)),
+    )
 
 
-def show_spread(heading: str, spread: Spread | None) -> str:
+def show_spread(spread: Spread | None) -> str:
     """A cell of the table: `6.281 ± 0.012`. Seconds go without."""
-    if spread is None or spread.deviation is None or heading in SECONDS:
-        return show(heading, spread and spread.mean)
-    return f"{show(heading, spread.mean)} ± {show(heading, spread.deviation)}"
+    if spread is None or spread.deviation is None or spread.figure.kind is Kind.SECONDS:
+        return show(spread and spread.figure)
+    return f"{show(spread.figure)} ± {show(replace(spread.figure, value=spread.deviation))}"
 
 
 def markdown_table(rows: Sequence[TableRow]) -> str:
     """The table as Markdown."""
     columns = headings(row.values for row in rows)
-    cells = [[row.title, row.bits, *(show_spread(each, row.values.get(each)) for each in columns)] for row in rows]
+    cells = [[row.title, row.bits, *(show_spread(row.values.get(each)) for each in columns)] for row in rows]
     return format_table(["", "bits", *columns], cells)
 
 

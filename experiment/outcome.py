@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from experiment.figures import SECONDS, figure_values, headings, show
-from experiment.measured import Measured
+from evaluation.base import Kind
+from evaluation.figures import figures_of, headings, show
+from evaluation.measured import Measured
 from experiment.plan import Run
 from experiment.rows import FULL_TITLE, full_title, method_name
 from experiment.session import settings_of
@@ -68,10 +69,10 @@ def write_results(run: Run, outcome: Outcome) -> None:
 def summary_table(run: Run, outcome: Outcome) -> str:
     """Every figure and the seconds of the run, as Markdown; beside the full-precision model's where it was measured."""
     found = {FULL_TITLE: outcome.full} | {full_title(run.quant): outcome.measured}
-    values = {title: figure_values(measured.figures(), metrics=None) for title, measured in found.items()}
-    values = {title: each for title, each in values.items() if set(each) - set(SECONDS)}
-    rows = [[each, *(show(each, column.get(each)) for column in values.values())] for each in headings(values.values())]
-    return format_table(["", *values], rows)
+    columns = {title: figures_of(measured.figures()) for title, measured in found.items()}
+    columns = {title: each for title, each in columns.items() if any(f.kind is not Kind.SECONDS for f in each.values())}
+    rows = [[each, *(show(column.get(each)) for column in columns.values())] for each in headings(columns.values())]
+    return format_table(["", *columns], rows)
 
 
 def completions_text(prompts: Sequence[str], rows: Sequence[tuple[str, dict[str, str]]]) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiment.figures import SECONDS, headings, show
+from evaluation.base import Kind
+from evaluation.figures import headings, show
 from experiment.rows import FULL
 from utils.io import write_atomically
 
@@ -20,7 +21,8 @@ LOG_RANGE = 5  # largest over smallest value from which on a linear axis would s
 
 def draw(rows: "Sequence[TableRow]", title: str, folder: Path) -> None:
     """Write comparison.png and comparison.svg into `folder`; nothing where no figure was measured."""
-    panels = [heading for heading in headings(row.values for row in rows) if heading not in SECONDS][:MOST_PANELS]
+    figures = {heading: spread.figure for row in rows for heading, spread in row.values.items()}
+    panels = [heading for heading in headings([figures]) if figures[heading].kind is not Kind.SECONDS][:MOST_PANELS]
     if not panels:
         return
     import matplotlib as mpl
@@ -51,7 +53,7 @@ def draw_panel(axis, rows: "Sequence[TableRow]", heading: str) -> None:
     for place, row, value in shown:
         colour = GREY if row.name == FULL else VERMILION if row.name.startswith("dual") else BLUE
         axis.errorbar(value.mean, place, xerr=value.deviation, fmt="o", color=colour, capsize=3)
-        text, clear = show(heading, value.mean), {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        text, clear = show(value.figure), {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         where = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
         axis.annotate(text, (value.mean, place), **where, fontsize=8, bbox=clear)
         if row.name == FULL:
@@ -60,7 +62,8 @@ def draw_panel(axis, rows: "Sequence[TableRow]", heading: str) -> None:
     if means and min(means) > 0 and max(means) / min(means) > LOG_RANGE:
         axis.set_xscale("log")
     axis.margins(x=0.15)
-    better = "lower" if heading.endswith((" ppl", " KL")) else "higher"
+    lower = next(row.values[heading].figure.lower_is_better for row in rows if heading in row.values)
+    better = "lower" if lower else "higher"
     axis.set_xlabel(f"{heading} ({better} is better)")
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

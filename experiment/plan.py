@@ -5,7 +5,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.evaluations import Evaluations, plan_evaluations
+from evaluation.runner import Evaluations, open_evaluations
+from evaluation.settings import EvaluationSettings
+from experiment.measuring import evaluation_context
 from experiment.resuming import open_checkpoint
 from experiment.session import Setup, make_setup
 from models.shards import Shards, open_shards
@@ -18,6 +20,7 @@ from quantize.walk import check_shapes
 from utils.distributed import is_main, world_size
 from utils.errors import InputError
 from utils.memory import available_memory
+from utils.settings import from_flags
 
 FILLED = 0.9  # of the free memory: the most that a model may take as a whole
 logger = logging.getLogger(__name__)
@@ -57,7 +60,7 @@ def prepare(args: argparse.Namespace, quant: QuantConfig) -> Run:
         check_report(args.report_layers, setup.layers, quant)
     if args.save_model is not None:
         require_empty(args.save_model)
-    evaluations = plan_evaluations(args, setup)
+    evaluations = open_evaluations(from_flags(EvaluationSettings, args), evaluation_context(args, setup))
     if args.act_scales is not None:
         load_scales(args.act_scales, setup.origin(), setup.skeleton, setup.spec)
     shards = open_shards(setup.source, setup.config, setup.skeleton) if must_stream(args, setup) else None
@@ -90,9 +93,8 @@ def refuse_for_stream(args: argparse.Namespace, setup: Setup, given: str) -> Non
         raise InputError(f"--stream: {args.model} is quantized already and can only be loaded whole; drop the flag")
     if world_size() > 1:
         raise InputError(f"{given}, in a single process: start one, without a launcher")
-    whole = {"--tasks": args.tasks, "--eval_mmlu": args.eval_mmlu, "--eval_mtbench": args.eval_mtbench}
-    whole |= {"--prompt": args.prompt, "--save_model": args.save_model}
-    needing = [flag for flag, value in whole.items() if value]
+    needing = [entry.FLAG for entry in from_flags(EvaluationSettings, args).asked() if entry.NEEDS_WHOLE_MODEL]
+    needing += ["--save_model"] if args.save_model else []
     if needing:
         raise InputError(f"{given}, and {needing[0]} needs the whole model: drop one of the two")
 

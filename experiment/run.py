@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from evaluation.base import FULL, QUANTIZED
 from evaluation.journal import Journal
+from evaluation.measured import Measured
+from evaluation.runner import Runner
 from experiment.dry_run import dry_run
-from experiment.evaluations import FULL, QUANTIZED
-from experiment.evaluator import Evaluator
-from experiment.measured import Measured
+from experiment.measuring import model_identity
 from experiment.outcome import Outcome, completions_text, summary_table, write_results
 from experiment.peaks import keep_statistics, known_peaks, needs_peaks
 from experiment.plan import Run, prepare
@@ -50,9 +51,10 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
             dry_run(run)
         leave_group()
         return
-    journal = Journal(run.folder / "unfinished.jsonl", run.evaluations.identity)
-    evaluator = Evaluator(run.evaluations, run.setup, journal, run.folder, run.folder.name)
-    evaluator.require_own_answers([QUANTIZED])
+    identity = model_identity(run.args, run.setup)
+    journal = Journal(run.folder / "unfinished.jsonl", identity)
+    runner = Runner(run.evaluations, journal, run.folder, run.folder.name, identity)
+    runner.check([QUANTIZED])
     if is_main():
         add_log_file(run.folder / "log.txt")
     logger.info("%s", shlex.join(["python", *sys.argv]))
@@ -64,7 +66,7 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
         logger.info("an earlier run did not finish its evaluation; going on behind %d parts of it", journal.parts)
     with open_tracker(args.track, run.folder, run.folder.name, tracked_settings(run)) as tracker:
         outcome.measured.watch = tracker.layer
-        execute_noting_error(run, outcome, evaluator)
+        execute_noting_error(run, outcome, runner)
         tracker.figures(outcome.measured.figures(), outcome.full.figures())
         finish(run, outcome)
         if outcome.error is not None:
@@ -74,10 +76,10 @@ def run_experiment(args: argparse.Namespace, quant: QuantConfig) -> None:
     leave_group()
 
 
-def execute_noting_error(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
+def execute_noting_error(run: Run, outcome: Outcome, runner: Runner) -> None:
     """`execute`; what ends it early is written into results.json, and how to go on is said."""
     try:
-        execute(run, outcome, evaluator)
+        execute(run, outcome, runner)
     except InputError:
         raise
     except BaseException as error:
@@ -103,11 +105,11 @@ def finish(run: Run, outcome: Outcome) -> None:
     earlier = run.folder / "report/index.html"
     if not run.args.report and earlier.exists():
         logger.warning("%s is of an earlier run, not of this one: --report would draw it anew", earlier)
-    if not run.evaluations.empty:
+    if run.evaluations.members:
         logger.log(RESULT, "\n%s\n", summary_table(run, outcome))
-    if run.evaluations.prompts:
-        rows = [(title, measured.completions) for title, measured in outcome.rows(run.quant)]
-        logger.log(RESULT, "%s\n", completions_text(run.evaluations.prompts, rows))
+    if run.args.prompt:
+        rows = [(title, measured.results["completions"]) for title, measured in outcome.rows(run.quant)]
+        logger.log(RESULT, "%s\n", completions_text(run.args.prompt, rows))
     logger.info("results: %s", run.folder / "results.json")
 
 
@@ -123,10 +125,10 @@ def draw_report(run: Run) -> None:
         logger.exception("the report failed; results.json is whole")
 
 
-def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
+def execute(run: Run, outcome: Outcome, runner: Runner) -> None:
     """Load, quantize, evaluate; figures go into `outcome` as they are found."""
     if run.shards is not None:
-        execute_streamed(run, outcome, evaluator)
+        execute_streamed(run, outcome, runner)
         return
     measured = outcome.measured
     title = full_title(run.quant)
@@ -134,19 +136,19 @@ def execute(run: Run, outcome: Outcome, evaluator: Evaluator) -> None:
         model = open_model(run.setup, run.args.attn_implementation)
     if run.setup.saved is not None:
         logger.info("quantized already: %s", run.quant.label)
-        evaluator.measure(model, measured, QUANTIZED, title)
+        runner.measure(model, measured, QUANTIZED, title)
         return
     finished = from_main(lambda: finished_layers(run.args.resume, run.checkpoint, run.setup, run.quant))
     peaks = None
     if needs_peaks(run.quant, layers_left=len(finished) < run.setup.layers):
         peaks = activation_peaks(run.args, run.setup, model, measured)
-    evaluator.for_comparison().measure(model, outcome.full, FULL, FULL_TITLE)
+    runner.for_comparison(run.args.report).measure(model, outcome.full, FULL, FULL_TITLE)
     keep = run.checkpoint and run.checkpoint.keep
     quantize_(run.setup, model, run.quant, peaks, measured, finished, keep, run.recorder())
     if run.args.save_model is not None and is_main():
         save_model(run.args.save_model, model, run.setup.tokenizer, run.setup.spec, run.quant)
         logger.info("model saved: %s", run.args.save_model)
-    evaluator.measure(model, measured, QUANTIZED, title)
+    runner.measure(model, measured, QUANTIZED, title)
 
 
 def activation_peaks(args: argparse.Namespace, setup: Setup, model: nn.Module, measured: Measured) -> dict[str, Tensor]:

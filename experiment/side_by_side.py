@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiment.figures import figure_values, flatten, headings, show
+from evaluation.figures import figures_of, headings, show
 from utils.errors import InputError
-from utils.results import format_table
+from utils.results import flatten, format_table
 
 WHERE = ("output_dir", "cache_dir", "save_dir", "resume", "save_model", "net", "eval_batch_size")
 WHERE += ("quiet", "track")  # none of them changes a figure
@@ -60,10 +60,10 @@ def legend(runs: dict[str, dict]) -> str:
 
 def figures_table(runs: dict[str, dict]) -> str:
     """A line per figure, a column per run."""
-    values = [figure_values(results, metrics=None) for results in runs.values()]
+    columns = [figures_of(results) for results in runs.values()]
     marks = [" (unfinished)" if results.get("error") else "" for results in runs.values()]
     header = ["", *(f"run {number}{mark}" for number, mark in enumerate(marks, start=1))]
-    rows = [[heading, *(show(heading, found.get(heading)) for found in values)] for heading in headings(values)]
+    rows = [[heading, *(show(column.get(heading)) for column in columns)] for heading in headings(columns)]
     return format_table(header, rows) if rows else "No figures."
 
 

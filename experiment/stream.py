@@ -6,24 +6,22 @@ so are the figures, bit for bit.
 """
 
 import logging
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from experiment.evaluations import FULL, QUANTIZED
-from experiment.evaluator import Evaluator
+from evaluation.base import FULL, QUANTIZED
+from evaluation.runner import Runner
 from experiment.outcome import Outcome
 from experiment.peaks import keep_statistics, known_peaks, needs_peaks
 from experiment.plan import Run
 from experiment.resuming import finished_layers
 from experiment.rows import FULL_TITLE, full_title
 from models.streaming import LayerReader, load_shell
-from quantize.observe import LayerCalls, advance_, layer_calls
+from quantize.observe import advance_, layer_calls
 from quantize.state import FinishedLayer
 from quantize.statistics import ChannelStatistics, observed
 from quantize.walk import Quantization
-from utils.batching import BatchSize
 from utils.log import progress
 from utils.memory import Allocate, available_memory, in_memory, on_disk
 
@@ -31,7 +29,7 @@ MEMORY_SHARE = 0.5  # of the free memory, the most that hidden states take befor
 logger = logging.getLogger(__name__)
 
 
-def execute_streamed(run: Run, outcome: Outcome, evaluator: Evaluator, files: bool | None = None) -> None:
+def execute_streamed(run: Run, outcome: Outcome, runner: Runner, files: bool | None = None) -> None:
     """Quantize and measure layer by layer; figures go into `outcome`.
 
     `files`: whether hidden states live in files under `--cache_dir`; None: where they would fill the memory.
@@ -39,18 +37,17 @@ def execute_streamed(run: Run, outcome: Outcome, evaluator: Evaluator, files: bo
     setup, measured = run.setup, outcome.measured
     with measured.timing("load"):
         model = open_shell(run)
-    full = evaluator.for_comparison()
-    windows = {FULL: full.travellers(FULL), QUANTIZED: evaluator.travellers(QUANTIZED)}
-    walk = Walk(run, model, outcome, windows, evaluator, files)
+    full = runner.for_comparison(run.args.report)
+    walk = Walk(run, model, outcome, full, runner, files)
     with LayerReader(model, setup.spec, run.shards, setup.dtype, setup.device) as reader:
         for index in progress(range(setup.layers), "layers", unit="layer"):
             with measured.timing("read"):
                 layer = reader.open(index)
             walk.pass_(index, layer)
             reader.drop_(layer)
-    evaluator.travelled |= walk.finish()
+    walk.finish()
     full.measure(model, outcome.full, FULL, FULL_TITLE)
-    evaluator.measure(model, measured, QUANTIZED, full_title(run.quant))
+    runner.measure(model, measured, QUANTIZED, full_title(run.quant))
 
 
 def open_shell(run: Run) -> nn.Module:
@@ -61,22 +58,10 @@ def open_shell(run: Run) -> nn.Module:
     return load_shell(setup.source, setup.config, setup.spec, run.shards, setup.dtype, compute, attention)
 
 
-@dataclass(frozen=True)
-class Traveller:
-    """Hidden states that go through one layer after the other, in batches of calibration if no other size is given."""
-
-    calls: LayerCalls
-    batch_size: BatchSize | None = None
-
-    def advance_(self, index: int, layer: nn.Module, device: torch.device) -> None:
-        """Replace the hidden states by what `layer`, number `index`, makes of them."""
-        advance_(layer, self.calls.hidden, self.calls.kwargs[index], device, self.batch_size)
-
-
 class Walk:
     """What one layer leaves to the next: samples for statistics, evaluation windows, and the quantization's own flow.
 
-    `windows`: token ids [N, T] by label, of every row that is measured.
+    `full` and `runner`: what measures the full-precision and the quantized model.
     """
 
     def __init__(
@@ -84,8 +69,8 @@ class Walk:
         run: Run,
         model: nn.Module,
         outcome: Outcome,
-        windows: dict[str, dict[str, Tensor]],
-        evaluator: Evaluator,
+        full: Runner,
+        runner: Runner,
         files: bool | None,
     ):
         self.run, self.outcome, setup = run, outcome, run.setup
@@ -95,18 +80,13 @@ class Walk:
         observing = needs_peaks(run.quant, left) and self.peaks is None
         flowing = left * (2 if run.quant.clip.learned else 1)
         tokens = (observing + flowing) * setup.tokens.numel()
-        tokens += sum(each.numel() for labels in windows.values() for each in labels.values())
+        tokens += full.tokens(FULL) + runner.tokens(QUANTIZED)
         allocate = choose_memory(run, tokens * setup.config.hidden_size * model.dtype.itemsize, files)
 
-        def start(tokens: Tensor, batch_size: BatchSize | None = None) -> Traveller:
-            return Traveller(layer_calls(model, setup.spec, tokens, setup.device, allocate), batch_size)
-
         self.statistics = ChannelStatistics({}, {})
-        self.samples = start(setup.tokens) if observing else None
-        self.travellers = {
-            row: {label: start(each, evaluator.batch_size(each)) for label, each in labels.items()}
-            for row, labels in windows.items()
-        }
+        self.samples = layer_calls(model, setup.spec, setup.tokens, setup.device, allocate) if observing else None
+        self.before = full.board(model, outcome.full, FULL, allocate)
+        self.after = runner.board(model, outcome.measured, QUANTIZED, allocate)
         self.quantization = self._begin(model, finished, allocate)
 
     def _begin(self, model: nn.Module, finished: dict[int, FinishedLayer], allocate: Allocate) -> Quantization | None:
@@ -120,33 +100,24 @@ class Walk:
 
     def pass_(self, index: int, layer: nn.Module) -> None:
         """Use `layer`, number `index`, on the device: first as it is, then quantized, which it stays."""
-        measured, full = self.outcome.measured, self.outcome.full
+        measured = self.outcome.measured
         spec, device = self.run.setup.spec, self.run.setup.device
         if self.samples is not None:
             with measured.timing("statistics"), observed(layer, index, spec, self.statistics):
-                self.samples.advance_(index, layer, device)
-        with full.timing("perplexity"):
-            for traveller in self.travellers[FULL].values():
-                traveller.advance_(index, layer, device)
+                advance_(layer, self.samples.hidden, self.samples.kwargs[index], device)
+        self.before.visit(index, layer)
         if self.quantization is not None:
             peaks = self.statistics.scales if self.peaks is None else self.peaks
             with measured.timing("quantize"):
                 self.quantization.quantize_(index, layer, peaks)
-        with measured.timing("perplexity"):
-            for traveller in self.travellers[QUANTIZED].values():
-                traveller.advance_(index, layer, device)
+        self.after.visit(index, layer)
 
-    def finish(self) -> dict[tuple[str, str], Tensor]:
-        """Behind the last layer: note what was found, and return the hidden states by row and label."""
+    def finish(self) -> None:
+        """Behind the last layer: note what was found."""
         if self.samples is not None:
             keep_statistics(self.run.args, self.run.setup, self.statistics)
         if self.quantization is not None:
             self.outcome.measured.seconds["search"] = self.quantization.search_seconds
-        return {
-            (row, label): traveller.calls.hidden
-            for row, labels in self.travellers.items()
-            for label, traveller in labels.items()
-        }
 
 
 def choose_memory(run: Run, needed: int, files: bool | None) -> Allocate:

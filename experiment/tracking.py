@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from experiment.figures import SECONDS, figure_values
+from evaluation.base import Kind
+from evaluation.figures import figures_of
 from experiment.tracking_sinks import Sink, TensorBoard, WandB, require_login
 from utils.distributed import is_main
 from utils.errors import InputError
@@ -53,7 +54,7 @@ def _recorded(recorded: dict) -> dict[str, object]:
 
 def final_scalars(figures: dict, part: str) -> dict[str, float]:
     """What was measured of a model (`Measured.figures()`) by tag, such as `<part>/test ppl`; and seconds by stage."""
-    found = {name: value for name, value in figure_values(figures, metrics=None).items() if name not in SECONDS}
+    found = {name: each.value for name, each in figures_of(figures).items() if each.kind is not Kind.SECONDS}
     found |= {f"seconds/{stage}": spent for stage, spent in (figures.get("seconds") or {}).items()}
     return _finite({f"{part}/{name}": value for name, value in found.items()})
 

@@ -21,7 +21,6 @@ import experiment.tracking
 import experiment.tracking_sinks
 import main
 import quantize.walk
-from experiment.evaluation_options import check_evaluation
 from experiment.options import make_quant_config
 from experiment.run import run_experiment
 from experiment.tracking import Tracker, check_tracking, final_scalars, layer_scalars, open_tracker
@@ -441,7 +440,6 @@ def run_here(flags: tuple, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["main.py", *map(str, flags)])
     monkeypatch.setattr(experiment.run, "add_log_file", lambda path: path.parent.mkdir(parents=True))
     args = main.parse_flags()
-    check_evaluation(args)
     run_experiment(args, make_quant_config(args))
 
 

@@ -68,16 +68,16 @@ def make_plan(run: Run) -> Plan:
     """What a checked run does, as the estimate wants it."""
     setup, evaluations = run.setup, run.evaluations
     statistics = run.quant.smooth is not None and run.args.act_scales is None
-    placed = evaluations.tasks or evaluations.subjects or evaluations.conversations or evaluations.prompts
+    compared = evaluations.for_comparison(run.args.report)
     return Plan(
         dtype=setup.dtype,
         on_gpu=setup.device.type == "cuda",
         calibration=(0, setup.seqlen) if setup.tokens is None else tuple(setup.tokens.shape),
-        windows=tuple(tuple(windows.shape) for windows in evaluations.windows.values()),
+        windows=evaluations.windows,
         statistics=setup.saved is None and statistics,
-        models=2 if evaluations.divergence or evaluations.compared else 1,
-        divergence=evaluations.divergence,
-        whole=bool(placed) and not evaluations.spread,
+        models=2 if compared.windows else 1,
+        divergence=bool(evaluations.teaching().members),
+        whole=evaluations.need_whole_model and not evaluations.spread,
     )
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from quantize.sizes import checkpoint_bytes as bytes_needed
 from quantize.observe import TOKENS_PER_FORWARD
-from quantize.settings import Probe, QuantSettings, Transform
-from quantize.spec import DecoderSpec
 from quantize.quantization import PROBE_SAMPLES
+from quantize.settings import Probe, QuantSettings, Transform
+from quantize.sizes import checkpoint_bytes as bytes_needed
+from quantize.spec import DecoderSpec
 
 WIDE = 4  # bytes of a number in float32
 PROCESS_BYTES = 10**9  # Python with torch and transformers, and what the allocator keeps

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from evaluation import endpoint as endpoint_module
-from evaluation.endpoint import Endpoint, JudgeError, open_endpoint
-from evaluation.judge import (
+from evaluation.mtbench import endpoint as endpoint_module
+from evaluation.mtbench.answers import Question, read_questions, read_references
+from evaluation.mtbench.endpoint import Endpoint, JudgeError, open_endpoint
+from evaluation.mtbench.judge import (
     ask_for_rating,
     find_rating,
     judge_answers,
@@ -22,7 +23,6 @@ from evaluation.judge import (
     score_table,
     summarize,
 )
-from evaluation.mtbench import Question, read_questions, read_references
 from utils.errors import InputError
 
 KEY = "sk-secret-0123456789"
@@ -415,7 +415,7 @@ def test_half_a_surrogate_pair_can_be_kept(judged, server, tmp_path):
 
 
 def test_other_processes_ask_nothing(judged, server, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.judge.is_main", lambda: False)
+    monkeypatch.setattr("evaluation.mtbench.judge.is_main", lambda: False)
     assert judged() == []
     assert not server.requests
     assert not kept(tmp_path)

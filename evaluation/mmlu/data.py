@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.mmlu_subjects import CATEGORY_OF
+from evaluation.mmlu.subjects import CATEGORY_OF
 from utils.errors import InputError
 
 LETTERS = ("A", "B", "C", "D")

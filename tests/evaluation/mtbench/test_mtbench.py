@@ -13,22 +13,21 @@ import torch
 from conftest import ROOT, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation import mtbench
-from evaluation.conversation import FORMATS, Format
 from evaluation.generation import end_tokens, fit_prompt, generate_text
-from evaluation.mtbench import (
+from evaluation.mtbench import answers as answers_module
+from evaluation.mtbench.answers import (
     HUB_QUESTIONS,
-    TEMPERATURES,
     AnswerFile,
     AnswerSettings,
     Question,
-    Temperature,
     answer_question,
     answer_questions,
     fetch_from_hub,
     read_questions,
     read_references,
 )
+from evaluation.mtbench.conversation import FORMATS, Format
+from evaluation.mtbench.settings import TEMPERATURES, Temperature
 from models import decoder_spec
 from quantize.quantization import quantize_model
 from quantize.settings import BitSettings, QuantSettings, Transform
@@ -167,7 +166,7 @@ def test_run_that_is_interrupted_twice_keeps_both_parts(answered, tmp_path, monk
     whole = answered(name="whole.jsonl")
     first, second = (json.dumps(row) for row in whole[:2])
     (tmp_path / "cut.jsonl").write_text(f"{first}\n{second[:-9]}", encoding="utf-8")
-    original = mtbench.answer_question
+    original = answers_module.answer_question
 
     def interrupted(*arguments):
         if arguments[2].question_id == whole[2]["question_id"]:
@@ -175,7 +174,7 @@ def test_run_that_is_interrupted_twice_keeps_both_parts(answered, tmp_path, monk
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mtbench, "answer_question", interrupted)
+        patch.setattr(answers_module, "answer_question", interrupted)
         with pytest.raises(KeyboardInterrupt):
             answered(name="cut.jsonl")
     assert turns_of(read_lines(tmp_path / "cut.jsonl")) == turns_of(whole[:2])
@@ -184,20 +183,20 @@ def test_run_that_is_interrupted_twice_keeps_both_parts(answered, tmp_path, monk
 
 def test_finished_file_is_not_generated_again(answered, monkeypatch):
     before = answered()
-    monkeypatch.setattr(mtbench, "generate_text", lambda *_: pytest.fail("generated"))
+    monkeypatch.setattr(answers_module, "generate_text", lambda *_: pytest.fail("generated"))
     assert answered() == before
 
 
 def test_every_answer_is_on_disk_before_the_next_is_begun(answered, tmp_path, monkeypatch):
     lines = []
-    original = mtbench.answer_question
+    original = answers_module.answer_question
 
     def spy(*arguments):
         path = tmp_path / "answers.jsonl"
         lines.append(len(read_lines(path)) if path.exists() else 0)
         return original(*arguments)
 
-    monkeypatch.setattr(mtbench, "answer_question", spy)
+    monkeypatch.setattr(answers_module, "answer_question", spy)
     answered()
     assert lines == [0, 1, 2]
 
@@ -372,8 +371,9 @@ import sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from evaluation.conversation import FORMATS
-from evaluation.mtbench import AnswerFile, AnswerSettings, Temperature, answer_questions, read_questions
+from evaluation.mtbench.conversation import FORMATS
+from evaluation.mtbench.answers import AnswerFile, AnswerSettings, answer_questions, read_questions
+from evaluation.mtbench.settings import Temperature
 from utils.distributed import join_group, leave_group
 torch.set_num_threads(1)
 folder, model = Path(sys.argv[1]), sys.argv[2]
@@ -487,7 +487,7 @@ def test_too_few_new_tokens_are_refused():
 
 def test_without_a_network_the_flag_for_a_local_copy_is_named(tmp_path):
     code = (
-        "from evaluation.mtbench import *\n"
+        "from evaluation.mtbench.answers import *\n"
         "try:\n    fetch_from_hub(HUB_QUESTIONS, '--mtbench_questions')\n"
         "except InputError as error:\n    print(error)"
     )

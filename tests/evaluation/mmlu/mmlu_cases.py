@@ -10,8 +10,8 @@ from tokenizers.models import BPE
 from torch import nn
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from evaluation.mmlu import ENDINGS
-from evaluation.mmlu_data import Question, Subject
+from evaluation.mmlu.answers import ENDINGS
+from evaluation.mmlu.data import Question, Subject
 
 CPU = torch.device("cpu")
 TINY_LLAMA = ROOT / "assets/tiny-llama"

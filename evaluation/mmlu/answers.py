@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from evaluation.journal import Journal
-from evaluation.mmlu_choices import Prompt, cut_left, encode_prompts, ending_log_probabilities
-from evaluation.mmlu_data import LETTERS, Subject, prompt
-from evaluation.mmlu_subjects import CATEGORIES
+from evaluation.mmlu.choices import Prompt, cut_left, encode_prompts, ending_log_probabilities
+from evaluation.mmlu.data import LETTERS, Subject, prompt
+from evaluation.mmlu.subjects import CATEGORIES
 from utils.distributed import is_main, share
 from utils.io import write_atomically
 from utils.log import progress

@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from evaluation.endpoint import Endpoint, JudgeError
-from evaluation.jsonl import append_row, read_kept_rows, write_rows
-from evaluation.mtbench import Question, QuestionId
+from evaluation.mtbench.answers import Question, QuestionId
+from evaluation.mtbench.endpoint import Endpoint, JudgeError
+from evaluation.mtbench.jsonl import append_row, read_kept_rows, write_rows
 from utils.distributed import is_main
 from utils.log import progress
 from utils.results import format_table

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from evaluation.journal import Journal
-from evaluation.task_plan import PAPER_TASKS, TaskPlan, quiet_logger, task_manager
-from evaluation.task_scores import TaskScore, ZeroShot, mean_of, summary
+from evaluation.tasks.plan import PAPER_TASKS, TaskPlan, quiet_logger, task_manager
+from evaluation.tasks.scores import TaskScore, ZeroShot, mean_of, summary
 from utils.distributed import gather, is_main, together
 from utils.documents import in_short
 from utils.errors import InputError
@@ -31,7 +31,7 @@ from utils.results import plain
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-    from evaluation.harness import PlacedLM
+    from evaluation.tasks.harness import PlacedLM
 
 BATCH_SIZE_CPU = 16
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-eval's own
@@ -58,7 +58,7 @@ def evaluate_tasks(
     the evaluation is. `log_samples`: folder for samples_<task>.jsonl, a line per item. Seeds Python's, numpy's and
     torch's generators, as lm-eval does. Every process must make the same call.
     """
-    from evaluation.harness import PlacedLM
+    from evaluation.tasks.harness import PlacedLM
 
     if batch_size is None:
         batch_size = "auto" if device.type == "cuda" else BATCH_SIZE_CPU

@@ -7,9 +7,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from evaluation.mmlu import ENDINGS
-from evaluation.mmlu_choices import common_prefix, encode_prompts, ending_log_probabilities
-from evaluation.mmlu_data import prompt
+from evaluation.mmlu.answers import ENDINGS
+from evaluation.mmlu.choices import common_prefix, encode_prompts, ending_log_probabilities
+from evaluation.mmlu.data import prompt
 from utils.errors import InputError
 
 

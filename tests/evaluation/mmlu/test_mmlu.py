@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duquant.attention import install
 from evaluation.journal import Journal
-from evaluation.mmlu import (
+from evaluation.mmlu.answers import (
     ENDINGS,
     MMLU,
     answer_subject,
@@ -38,8 +38,8 @@ from evaluation.mmlu import (
     summarize,
     write_mmlu,
 )
-from evaluation.mmlu_choices import encode_prompts, ending_log_probabilities
-from evaluation.mmlu_data import Subject, prompt
+from evaluation.mmlu.choices import encode_prompts, ending_log_probabilities
+from evaluation.mmlu.data import Subject, prompt
 from models import decoder_spec
 from quantize.quantization import quantize_model
 from quantize.settings import BitSettings, QuantSettings, RotationSettings
@@ -278,7 +278,7 @@ def test_an_evaluation_that_was_interrupted_goes_on_behind_what_it_kept(tmp_path
 
 WORKER = """
 import json, sys, torch
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+sys.path[:0] = sys.argv[1:]
 from pathlib import Path
 import test_mmlu as t
 from evaluation.journal import Journal
@@ -298,7 +298,7 @@ def test_several_processes_share_the_subjects_and_agree(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WORKER, str(ROOT)]
+    command = [sys.executable, "-c", WORKER, str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
     processes = [subprocess.Popen(command, cwd=tmp_path, env={**common, "RANK": str(rank)}) for rank in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     results, own = zip(*(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)), strict=True)

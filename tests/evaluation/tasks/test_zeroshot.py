@@ -18,10 +18,10 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.journal import Journal
-from evaluation.task_data import read_items
-from evaluation.task_plan import PAPER_TASKS, TaskPlan, check_tasks, needed_splits, task_index
-from evaluation.task_scores import TaskScore, ZeroShot, mean_of, zero_shot_table
-from evaluation.zeroshot import evaluate_tasks, samples_path
+from evaluation.tasks.data import read_items
+from evaluation.tasks.plan import PAPER_TASKS, TaskPlan, check_tasks, needed_splits, task_index
+from evaluation.tasks.scores import TaskScore, ZeroShot, mean_of, zero_shot_table
+from evaluation.tasks.zeroshot import evaluate_tasks, samples_path
 from utils import log
 from utils.errors import InputError
 
@@ -342,7 +342,7 @@ def test_boolq_takes_the_answers_of_the_original_dataset(tmp_path):
 
 
 def test_a_task_that_fails_keeps_the_others_and_is_tried_again(run, data_dir, monkeypatch, caplog):
-    from evaluation import zeroshot
+    from evaluation.tasks import zeroshot
 
     evaluate_unit = zeroshot._evaluate_unit
 
@@ -485,8 +485,8 @@ from dataclasses import asdict
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluation.journal import Journal
-from evaluation.task_plan import check_tasks
-from evaluation.zeroshot import evaluate_tasks
+from evaluation.tasks.plan import check_tasks
+from evaluation.tasks.zeroshot import evaluate_tasks
 from utils.distributed import join_group, leave_group, rank
 
 model_folder, data, out = map(Path, sys.argv[1:])
@@ -507,7 +507,7 @@ leave_group()
     ("lengths", "kept"), [((5, 3), (5, 3)), ((0, 7), (0, 7)), ((5, 8), (1, 7)), ((5, 30), (1, 7)), ((0, 8), (1, 7))]
 )
 def test_a_continuation_longer_than_the_context_keeps_its_end(lengths, kept):
-    from evaluation.harness import last_tokens
+    from evaluation.tasks.harness import last_tokens
 
     context, continuation = list(range(lengths[0])), list(range(100, 100 + lengths[1]))
     found = last_tokens(context, continuation, 8)

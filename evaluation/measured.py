@@ -1,31 +1,35 @@
-"""The figures of one way to run the model."""
+"""What was measured of one model, as it is found."""
 
+import copy
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from evaluation.mmlu import MMLU
-from evaluation.perplexity import Perplexity
-from evaluation.task_scores import ZeroShot
+from evaluation.settings import entries
+
+
+def nothing() -> dict:
+    """The part of results.json that evaluations fill, where they found nothing."""
+    return copy.deepcopy({key: value for entry in entries() for key, value in entry.EMPTY.items()})
 
 
 @dataclass
 class Measured:
-    """Perplexity by dataset label, scores, completions of the prompts, wall seconds by stage, figures per layer.
+    """What evaluations found, as results.json has it, wall seconds by stage, figures per layer.
 
     `failures`: by evaluation, what ended it. `watch`: told the number and the figures of every layer when it is done.
     """
 
-    perplexity: dict[str, Perplexity] = field(default_factory=dict)
-    zero_shot: ZeroShot | None = None
-    mmlu: tuple[MMLU, ...] = ()
-    mt_bench: dict | None = None
-    completions: dict[str, str] = field(default_factory=dict)
+    results: dict = field(default_factory=nothing)
     failures: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     layers: list[dict] = field(default_factory=list)
     watch: Callable[[int, dict], None] | None = None
+
+    def add(self, results: dict) -> None:
+        """Add what an evaluation found; dicts of the same name become one."""
+        _merge_(self.results, results)
 
     def add_layer(self, index: int, figures: dict) -> None:
         """Note what layer `index`, the next one, gave: a run that ends early has the figures of what it did."""
@@ -44,13 +48,12 @@ class Measured:
 
     def figures(self) -> dict:
         """What results.json says of it; `layers` stands apart there."""
-        return {
-            "perplexity": {label: result.perplexity for label, result in self.perplexity.items()},
-            "perplexity_details": {label: asdict(result) for label, result in self.perplexity.items()},
-            "zero_shot": self.zero_shot and asdict(self.zero_shot),
-            "mmlu": {f"{result.shots}_shot": result.figures() for result in self.mmlu},
-            "mt_bench": self.mt_bench,
-            "completions": self.completions,
-            "failures": self.failures,
-            "seconds": dict(self.seconds),
-        }
+        return {**self.results, "failures": self.failures, "seconds": dict(self.seconds)}
+
+
+def _merge_(whole: dict, more: dict) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(whole.get(key), dict):
+            _merge_(whole[key], value)
+        else:
+            whole[key] = value

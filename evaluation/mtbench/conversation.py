@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from evaluation.mtbench.settings import CHAT_FORMATS, TEMPLATE
 from utils.errors import InputError
 
 Turn = tuple[str, str | None]  # what the user said, and the answer; None: the one that is wanted now
-TEMPLATE = "template"
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -64,7 +64,6 @@ FORMATS = {
     "mistral": Format("mistral", render_mistral, ("</s>",)),
     "plain": Format("plain", render_plain, ("\nQuestion:",)),
 }
-CHOICES = (TEMPLATE, *FORMATS)  # of --chat_format
 _NAMES = {r"vicuna": "vicuna", r"llama[-_]?2.*chat": "llama-2", r"mi[sx]tral.*instruct": "mistral"}
 
 
@@ -73,8 +72,8 @@ def pick_format(tokenizer: PreTrainedTokenizerBase, model_name: str, wanted: str
 
     Raises InputError if there is no such format, or if the chat template is wanted and there is none, or it fails.
     """
-    if wanted is not None and wanted not in CHOICES:
-        raise InputError(f"--chat_format {wanted}: unknown; choose one of {', '.join(CHOICES)}")
+    if wanted is not None and wanted not in CHAT_FORMATS:
+        raise InputError(f"--chat_format {wanted}: unknown; choose one of {', '.join(CHAT_FORMATS)}")
     if wanted == TEMPLATE and not tokenizer.chat_template:
         raise InputError(f"--chat_format {TEMPLATE}: the tokenizer has none; choose one of {', '.join(FORMATS)}")
     if wanted in FORMATS:
@@ -119,13 +118,6 @@ def prompt_tokens(form: Format, tokenizer: PreTrainedTokenizerBase, turns: Seque
     while not form.adds_bos and ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add it, too
         ids.pop()
     return ids
-
-
-def cut_at_stops(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of the stops, without space around it."""
-    for stop in stops:
-        text = text.partition(stop)[0]
-    return text.strip()
 
 
 def _end_of_answer(tokenizer: PreTrainedTokenizerBase, written: str) -> tuple[str, ...]:

@@ -12,16 +12,16 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from evaluation.conversation import Format, Turn, prompt_tokens
 from evaluation.generation import fit_prompt, generate_text
-from evaluation.jsonl import append_row, read_kept_rows, read_rows, write_rows
+from evaluation.mtbench.conversation import Format, Turn, prompt_tokens
+from evaluation.mtbench.jsonl import append_row, read_kept_rows, read_rows, write_rows
+from evaluation.mtbench.settings import Temperature
 from utils.distributed import is_main, share, together
 from utils.errors import InputError
 from utils.log import progress
@@ -29,32 +29,9 @@ from utils.log import progress
 HUB_SPACE = "lmsys/mt-bench"
 HUB_QUESTIONS = "data/mt_bench/question.jsonl"
 HUB_REFERENCES = "data/mt_bench/reference_answer/gpt-4.jsonl"
-# The benchmark's, by category; a category it does not have is sampled like prose.
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
-OTHER_TEMPERATURE = 0.7
 
 logger = logging.getLogger(__name__)
 QuestionId = int | str
-
-
-class Temperature(StrEnum):
-    """How the next token is chosen: the likeliest, or drawn at the benchmark's temperature of the category."""
-
-    GREEDY = "greedy"
-    CATEGORY = "category"
-
-    def of(self, category: str) -> float:
-        """The temperature for a category; 0 is greedy."""
-        return 0.0 if self is Temperature.GREEDY else TEMPERATURES.get(category, OTHER_TEMPERATURE)
 
 
 @dataclass(frozen=True)

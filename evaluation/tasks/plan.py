@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluation.task_data import load_dataset, read_items
+from evaluation.tasks.data import load_dataset, read_items
 from utils.errors import InputError
 from utils.io import file_digest
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from lm_eval.tasks import TaskManager
 
-ROOT = Path(__file__).resolve().parents[1]
-OWN_TASKS = Path(__file__).with_name("tasks")
+ROOT = Path(__file__).resolve().parents[2]
+OWN_TASKS = Path(__file__).parent
 BUNDLED = {"stories_qa": ROOT / "assets/stories/questions.jsonl"}
 PAPER_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq", "piqa")
 PAPER_FOLDERS = ("arc", "hellaswag", "winogrande", "super_glue/boolq", "piqa")  # where lm-eval describes them

@@ -9,7 +9,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from evaluation.conversation import CHOICES, FORMATS, TEMPLATE, cut_at_stops, pick_format, prompt_tokens
+from evaluation.generation import cut_at_stops
+from evaluation.mtbench.conversation import FORMATS, pick_format, prompt_tokens
+from evaluation.mtbench.settings import CHAT_FORMATS, TEMPLATE
 from utils.errors import InputError
 
 TURNS = [("Name a river.", "The Nile."), ("Another?", None)]
@@ -141,7 +143,7 @@ def test_formats_that_cannot_be_used_are_refused_in_one_line(chat_template, want
 
 
 def test_choices_are_all_formats():
-    assert set(CHOICES) == {TEMPLATE, *FORMATS}
+    assert set(CHAT_FORMATS) == {TEMPLATE, *FORMATS}
 
 
 def test_text_is_cut_at_the_first_stop_that_occurs():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib import error, parse, request
 
+from evaluation.base import EvaluationError
 from utils.errors import InputError
 
 LONGEST_WAIT = 120.0  # seconds before a request is made again, whatever the server asks for
@@ -19,7 +20,7 @@ PASSING = (408, 409, 425, 429)  # what a client may try again; so are all of 500
 logger = logging.getLogger(__name__)
 
 
-class JudgeError(RuntimeError):
+class JudgeError(EvaluationError):
     """The endpoint cannot be reached or does not keep the protocol, although it was tried several times."""
 
 

@@ -3,8 +3,8 @@
 import pytest
 from mmlu_cases import NAMES, make_subject, write_folder
 
-from evaluation.mmlu_data import Question, Subject, digest, prompt, read_mmlu
-from evaluation.mmlu_subjects import CATEGORIES, CATEGORY_OF
+from evaluation.mmlu.data import Question, Subject, digest, prompt, read_mmlu
+from evaluation.mmlu.subjects import CATEGORIES, CATEGORY_OF
 from utils.errors import InputError
 
 

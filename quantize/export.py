@@ -18,7 +18,7 @@ from quantize.linear import QuantLinear
 from quantize.spec import DecoderSpec
 from quantize.transform import DualTransform
 from utils.errors import InputError
-from utils.io import read_tensors, write_tensors
+from utils.io import read_tensors, system_errors, write_tensors
 
 METHOD = "duquant"
 TRANSFORMS_FILE = "duquant_transforms.safetensors"
@@ -40,7 +40,8 @@ def save_model(
     model.config.quantization_config = {"quant_method": METHOD, **_settings(config)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder, state_dict=ordinary)
+        with system_errors(folder):
+            model.save_pretrained(folder, state_dict=ordinary)
         tokenizer.save_pretrained(folder)
         write_tensors(folder / TRANSFORMS_FILE, transforms, {"format": "pt"})
     except OSError as error:

@@ -327,21 +327,6 @@ def test_a_full_disk_is_noticed_at_the_start_and_nothing_changes(tmp_path, monke
     assert snapshot(tmp_path) == before
 
 
-def test_a_disk_that_fills_up_while_a_layer_is_written_keeps_the_others(whole, tmp_path, monkeypatch):
-    folder = copy_of(whole, tmp_path)
-    layer_file(folder, 1).unlink()
-    before = layer_bytes(folder)
-
-    def full(tensors, path, metadata=None):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("utils.io.save_file", full)
-    with resumed(folder) as checkpoint, pytest.raises(InputError, match=r"layer_001.*No space left on device"):
-        quantize(settings(), checkpoint)
-    assert layer_bytes(folder) == before
-
-
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_place_that_cannot_be_written_is_named(name, tmp_path):
     (tmp_path / "file").write_text("mine")

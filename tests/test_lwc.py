@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -16,7 +17,7 @@ from quantize.clipping import INITIAL_LOGIT, LearnedClip
 from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig
 from quantize.layer import quantize_layer
 from quantize.linear import QuantLinear
-from quantize.lwc import Samples, TrainingReport, train_clipping_
+from quantize.lwc import Batch, Samples, TrainingReport, clips, train_clipping_, train_step
 from quantize.observe import run
 from quantize.statistics import channel_statistics
 from quantize.transform import DualTransform
@@ -68,9 +69,15 @@ class Reached(Exception):
 
 
 @torch.no_grad()
-def make_case(patch: pytest.MonkeyPatch, config: QuantConfig, layer_index: int = 0, seed: int = 0) -> Case:
+def make_case(
+    patch: pytest.MonkeyPatch,
+    config: QuantConfig,
+    layer_index: int = 0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
     """Quantize a tiny model up to the training of the layer `layer_index`."""
-    model = tiny_model(seed=seed)
+    model = tiny_model(dtype, seed)
     spec, tokens = decoder_spec(model.config), random_tokens(SAMPLES, 16)
     peaks = channel_statistics(model, spec, tokens, CPU).scales
     install(model)
@@ -177,6 +184,76 @@ def test_with_no_finite_sample_at_all_the_initial_logits_stay(monkeypatch):
     assert report.restored == EPOCHS * SAMPLES
     assert report.losses == report.gradient_norms == (None,) * EPOCHS
     assert all((logit == INITIAL_LOGIT).all() for logit in case.logits)
+
+
+def change_gradients(case: Case, change: Callable[[int, Tensor], Tensor]) -> list[list[Tensor]]:
+    """Every logit's gradient becomes `change(step, gradient)`; by logit, the list is its value at every step."""
+    values = []
+    for clip in (module for module in case.layer.modules() if isinstance(module, LearnedClip)):
+        for logit in clip.parameters():
+            values.append(seen := [])
+
+            def hook(gradient: Tensor, logit: Tensor = logit, seen: list = seen) -> Tensor:
+                seen.append(logit.detach().clone())
+                return change(len(seen) - 1, gradient)
+
+            logit.requires_grad_(True).register_hook(hook)
+    return values
+
+
+def test_a_gradient_that_overflows_leaves_its_step_out_and_undoes_none(monkeypatch):
+    case = make_case(monkeypatch, settings())
+    values = change_gradients(case, lambda step, gradient: gradient * math.inf if step == 2 else gradient)
+    report = case.train(epochs=1)
+    assert any(not torch.equal(seen[2], seen[1]) for seen in values)
+    assert all(torch.equal(seen[3], seen[2]) for seen in values)
+    assert report.restored == 1
+    assert report.losses[0] == pytest.approx(report.loss_before, rel=0.2)
+
+
+def test_a_layer_that_ends_above_its_start_keeps_its_best_epoch(monkeypatch):
+    case = make_case(monkeypatch, settings(BitConfig(3, 4)), seed=2)
+    change_gradients(case, lambda step, gradient: gradient if step < 6 * SAMPLES else -gradient)
+    report = case.train(epochs=20, learning_rate=0.1)
+    gain = report.loss_before - min(report.losses)
+    assert report.losses[-1] > report.loss_before, "the case must really diverge"
+    assert report.loss_before - report.loss_after > 0.8 * gain > 0
+    assert report.loss_after == pytest.approx(case.loss(), rel=1e-4)
+
+
+def test_a_last_epoch_that_ends_best_is_kept_although_its_mean_is_not_the_least(monkeypatch):
+    case = make_case(monkeypatch, settings(BitConfig(4, 4)), seed=0)
+    ends = []
+
+    def at_the_end_of_an_epoch(values: list[float]) -> float:
+        ends.append(case.logits)
+        return sum(values) / len(values)
+
+    monkeypatch.setattr("quantize.lwc.mean_or_none", at_the_end_of_an_epoch)
+    report = case.train(epochs=10)
+    assert report.losses[-1] > min(report.losses), "the case must really have a better mean before"
+    assert all(torch.equal(*pair) for pair in zip(case.logits, ends[-1], strict=True))
+
+
+def test_a_process_without_a_share_takes_part_in_a_scaled_step(monkeypatch):
+    case = make_case(monkeypatch, settings())
+    monkeypatch.setattr("quantize.lwc.world_size", lambda: 2)
+    logits = [logit.requires_grad_(True) for clip in clips(case.layer) for logit in clip.parameters()]
+    optimizer = torch.optim.AdamW(logits, lr=0.01)
+    none = Batch(case.samples.inputs[:0], [target[:0] for target in case.samples.targets], 0.0)
+    scaler = torch.amp.GradScaler("cpu")
+    assert train_step(case.layer, none, case.kwargs, logits, optimizer, scaler) == (0.0, 0.0)
+
+
+def test_half_precision_trains_on_when_its_first_scales_overflow(monkeypatch):
+    make = torch.amp.GradScaler
+    monkeypatch.setattr("torch.amp.GradScaler", lambda device, enabled: make(device, 2.0**30, enabled=enabled))
+    case = make_case(monkeypatch, settings(BitConfig(3, 4)), seed=2, dtype=torch.float16)
+    assert case.samples.inputs.dtype is torch.float16
+    report = case.train(epochs=10)
+    assert 0 < report.restored < 20
+    assert None not in report.losses
+    assert report.loss_after < report.loss_before
 
 
 def test_no_epochs_train_nothing(monkeypatch):

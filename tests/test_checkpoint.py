@@ -1,5 +1,7 @@
 """The checkpoint folder: what is restored, what is recomputed, and what is refused."""
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -7,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -382,6 +384,32 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_ends(who
     with resumed(folder) as checkpoint:
         assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
         assert set(checkpoint.finished(LAYERS, decoder_spec(tiny_config()))) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_costs_a_warning_only(number, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fcntl, "flock", flock_that_fails(number))
+    with created(tmp_path / "run") as checkpoint:
+        quantize(settings(), checkpoint)
+    assert f"{tmp_path / 'run'}: cannot be locked there ({os.strerror(number)})" in caplog.text
+    (tmp_path / "run/layers/layer_001.safetensors").unlink()
+    with resumed(tmp_path / "run") as checkpoint:
+        assert quantize(settings(), checkpoint).computed == [1]
+
+
+def test_a_lock_that_fails_otherwise_is_refused_with_the_system_s_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", flock_that_fails(errno.EIO))
+    with pytest.raises(InputError, match=r"--save_dir .*cannot be written \(Input/output error\)"):
+        Checkpoint.create(tmp_path / "run", IDENTITY, "tiny", 0)
+
+
+def flock_that_fails(number: int) -> Callable[[int, int], None]:
+    """What such a file system answers; none can be mounted for a test."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock
 
 
 @pytest.mark.parametrize("name", CASES)

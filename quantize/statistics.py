@@ -16,6 +16,7 @@ from utils.distributed import gather, own_part
 from utils.errors import InputError
 from utils.io import read_tensors, write_tensors
 from utils.log import progress
+from utils.memory import all_finite
 
 MIDPOINT_DECAY = 0.99
 
@@ -168,6 +169,6 @@ def load_scales(path: Path, origin: Origin, skeleton: nn.Module, spec: DecoderSp
                 if found is None or found.shape != (width,):
                     problem = "is missing" if found is None else f"has shape {list(found.shape)}, not [{width}]"
                     raise InputError(f"--act-scales {path}: not of this model ({name} {problem})")
-                if not torch.isfinite(found).all():
+                if not all_finite(found):
                     raise InputError(f"--act-scales {path}: {name} contains NaN or inf; make the file again")
     return {name: scale.float() for name, scale in scales.items()}

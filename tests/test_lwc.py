@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import random_tokens, tiny_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import decoder_spec
 from quantize.attention import install
@@ -17,7 +18,7 @@ from quantize.clipping import INITIAL_LOGIT, LearnedClip
 from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig
 from quantize.layer import quantize_layer
 from quantize.linear import QuantLinear
-from quantize.lwc import Batch, Samples, TrainingReport, clips, train_clipping_, train_step
+from quantize.lwc import Batch, Samples, TrainingReport, clips, placed, train_clipping_, train_step
 from quantize.observe import run
 from quantize.statistics import channel_statistics
 from quantize.transform import DualTransform
@@ -301,11 +302,22 @@ def test_a_second_run_gives_bitwise_the_same_logits_and_figures(monkeypatch):
     assert replace(reports[0], seconds=0) == replace(reports[1], seconds=0)
 
 
-def test_offloaded_samples_give_the_same_logits(monkeypatch):
-    first, second = (make_case(monkeypatch, settings(epochs=1)) for _ in range(2))
-    first.train()
-    second.train(offload=True)
-    assert all(torch.equal(a, b) for a, b in zip(first.logits, second.logits, strict=True))
+@pytest.mark.parametrize(
+    ("spare", "offload", "places"),
+    [(0, False, ["cuda:0"] * 3), (-1, False, ["pinned"] * 3), (10**6, True, ["pinned"] * 3)],
+    ids=["fits", "does not fit", "offloaded"],
+)
+def test_samples_go_to_the_gpu_where_half_of_its_free_memory_holds_them(spare, offload, places, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    with FakeTensorMode():  # of fake tensors the device is known, and no GPU is needed
+        tensors = [torch.empty(2, 3, 4, dtype=torch.float16) for _ in range(3)]
+        free = 2 * sum(tensor.nbytes for tensor in tensors) + spare
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+        found = placed(Samples(tensors[0], tuple(tensors[1:]), 2), torch.device("cuda:0"), offload)
+    held = [found.inputs, *found.targets]
+    is_pinned = [any(tensor is each for each in pinned) for tensor in held]
+    assert ["pinned" if kept else str(each.device) for kept, each in zip(is_pinned, held, strict=True)] == places
 
 
 def quantized(config: QuantConfig, seed: int = 0) -> tuple[nn.Module, list[dict]]:

@@ -1,5 +1,7 @@
 """The checkpoint folder: what is restored, what is recomputed, and what is refused."""
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -7,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -337,21 +339,6 @@ def test_a_full_disk_is_noticed_at_the_start_and_nothing_changes(tmp_path, monke
     assert snapshot(tmp_path) == before
 
 
-def test_a_disk_that_fills_up_while_a_layer_is_written_keeps_the_others(whole, tmp_path, monkeypatch):
-    folder = copy_of(whole, tmp_path)
-    layer_file(folder, 1).unlink()
-    before = layer_bytes(folder)
-
-    def full(tensors, path, metadata=None):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("utils.io.save_file", full)
-    with resumed(folder) as checkpoint, pytest.raises(InputError, match=r"layer_001.*No space left on device"):
-        quantize(settings(), checkpoint)
-    assert layer_bytes(folder) == before
-
-
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_place_that_cannot_be_written_is_named(name, tmp_path):
     (tmp_path / "file").write_text("mine")
@@ -407,6 +394,32 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_ends(who
     with resumed(folder) as checkpoint:
         assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
         assert set(checkpoint.finished(LAYERS, decoder_spec(tiny_config()))) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_costs_a_warning_only(number, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fcntl, "flock", flock_that_fails(number))
+    with created(tmp_path / "run") as checkpoint:
+        quantize(settings(), checkpoint)
+    assert f"{tmp_path / 'run'}: cannot be locked there ({os.strerror(number)})" in caplog.text
+    (tmp_path / "run/layers/layer_001.safetensors").unlink()
+    with resumed(tmp_path / "run") as checkpoint:
+        assert quantize(settings(), checkpoint).computed == [1]
+
+
+def test_a_lock_that_fails_otherwise_is_refused_with_the_system_s_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", flock_that_fails(errno.EIO))
+    with pytest.raises(InputError, match=r"--save_dir .*cannot be written \(Input/output error\)"):
+        Checkpoint.create(tmp_path / "run", IDENTITY, "tiny", 0)
+
+
+def flock_that_fails(number: int) -> Callable[[int, int], None]:
+    """What such a file system answers; none can be mounted for a test."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,24 +10,18 @@ import torch
 import torch.nn.functional as F
 from conftest import random_tokens, tiny_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from duquant.attention import install
-from duquant.linear import QuantLinear
-from duquant.transform import DualTransform
 from models import decoder_spec
+from quantize.attention import install
 from quantize.clipping import INITIAL_LOGIT, LearnedClip
+from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig
 from quantize.layer import quantize_layer
-from quantize.lwc import Samples, TrainingReport, train_clipping_
+from quantize.linear import QuantLinear
+from quantize.lwc import Batch, Samples, TrainingReport, clips, placed, train_clipping_, train_step
 from quantize.observe import run
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-)
 from quantize.statistics import channel_statistics
+from quantize.transform import DualTransform
 from quantize.walk import Flow, quantize_model
 
 CPU = torch.device("cpu")
@@ -34,13 +29,13 @@ SAMPLES, EPOCHS = 4, 3
 LINEARS = 7  # of a Llama layer
 
 
-def settings(bits: BitSettings | None = None, learned: bool = True, **training) -> QuantSettings:
-    return QuantSettings(
-        bits or BitSettings(4, 4),
-        ClipSettings(0.95, None, learned),
-        SmoothSettings(),
-        rotation=RotationSettings(16, 8),
-        training=TrainingSettings(**{"epochs": EPOCHS, **training}),
+def settings(bits: BitConfig | None = None, learned: bool = True, **training) -> QuantConfig:
+    return QuantConfig(
+        bits or BitConfig(4, 4),
+        ClipConfig(0.95, None, learned),
+        SmoothConfig(),
+        rotation=RotationConfig(16, 8),
+        training=TrainingConfig(**{"epochs": EPOCHS, **training}),
     )
 
 
@@ -51,7 +46,7 @@ class Case:
     layer: nn.Module
     samples: Samples
     kwargs: dict
-    config: TrainingSettings
+    config: TrainingConfig
 
     def train(self, **changes) -> TrainingReport:
         """Train the layer as it is now, with some settings changed."""
@@ -75,9 +70,15 @@ class Reached(Exception):
 
 
 @torch.no_grad()
-def make_case(patch: pytest.MonkeyPatch, config: QuantSettings, layer_index: int = 0, seed: int = 0) -> Case:
+def make_case(
+    patch: pytest.MonkeyPatch,
+    config: QuantConfig,
+    layer_index: int = 0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
     """Quantize a tiny model up to the training of the layer `layer_index`."""
-    model = tiny_model(seed=seed)
+    model = tiny_model(dtype, seed)
     spec, tokens = decoder_spec(model.config), random_tokens(SAMPLES, 16)
     peaks = channel_statistics(model, spec, tokens, CPU).scales
     install(model)
@@ -99,12 +100,12 @@ def make_case(patch: pytest.MonkeyPatch, config: QuantSettings, layer_index: int
 @pytest.mark.parametrize(
     "bits",
     [
-        BitSettings(4, 4),
-        BitSettings(4, 4, group_size=16),
-        BitSettings(3, 4, symmetric=True),
-        BitSettings(3, 4, group_size=8, symmetric=True),
-        BitSettings(2, 4),
-        BitSettings(3, 16),
+        BitConfig(4, 4),
+        BitConfig(4, 4, group_size=16),
+        BitConfig(3, 4, symmetric=True),
+        BitConfig(3, 4, group_size=8, symmetric=True),
+        BitConfig(2, 4),
+        BitConfig(3, 16),
     ],
     ids=str,
 )
@@ -122,7 +123,7 @@ def test_training_lowers_the_loss_over_all_samples(bits, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_loss_never_ends_above_where_it_began(seed, monkeypatch):
-    case = make_case(monkeypatch, settings(BitSettings(4, 4, symmetric=True), epochs=2, learning_rate=0.1), seed=seed)
+    case = make_case(monkeypatch, settings(BitConfig(4, 4, symmetric=True), epochs=2, learning_rate=0.1), seed=seed)
     before = case.loss()
     report = case.train()
     assert report.loss_after <= report.loss_before
@@ -130,7 +131,7 @@ def test_the_loss_never_ends_above_where_it_began(seed, monkeypatch):
 
 
 def test_every_range_has_a_pair_of_logits_and_starts_at_the_initial_value(monkeypatch):
-    case = make_case(monkeypatch, settings(BitSettings(4, 4, group_size=16)))
+    case = make_case(monkeypatch, settings(BitConfig(4, 4, group_size=16)))
     assert len(case.logits) == 2 * LINEARS
     linear = case.layer.get_submodule("mlp.down_proj")
     assert linear.weight_quantizer.clip.low_logit.shape == (48, 5, 1)
@@ -186,6 +187,76 @@ def test_with_no_finite_sample_at_all_the_initial_logits_stay(monkeypatch):
     assert all((logit == INITIAL_LOGIT).all() for logit in case.logits)
 
 
+def change_gradients(case: Case, change: Callable[[int, Tensor], Tensor]) -> list[list[Tensor]]:
+    """Every logit's gradient becomes `change(step, gradient)`; by logit, the list is its value at every step."""
+    values = []
+    for clip in (module for module in case.layer.modules() if isinstance(module, LearnedClip)):
+        for logit in clip.parameters():
+            values.append(seen := [])
+
+            def hook(gradient: Tensor, logit: Tensor = logit, seen: list = seen) -> Tensor:
+                seen.append(logit.detach().clone())
+                return change(len(seen) - 1, gradient)
+
+            logit.requires_grad_(True).register_hook(hook)
+    return values
+
+
+def test_a_gradient_that_overflows_leaves_its_step_out_and_undoes_none(monkeypatch):
+    case = make_case(monkeypatch, settings())
+    values = change_gradients(case, lambda step, gradient: gradient * math.inf if step == 2 else gradient)
+    report = case.train(epochs=1)
+    assert any(not torch.equal(seen[2], seen[1]) for seen in values)
+    assert all(torch.equal(seen[3], seen[2]) for seen in values)
+    assert report.restored == 1
+    assert report.losses[0] == pytest.approx(report.loss_before, rel=0.2)
+
+
+def test_a_layer_that_ends_above_its_start_keeps_its_best_epoch(monkeypatch):
+    case = make_case(monkeypatch, settings(BitConfig(3, 4)), seed=2)
+    change_gradients(case, lambda step, gradient: gradient if step < 6 * SAMPLES else -gradient)
+    report = case.train(epochs=20, learning_rate=0.1)
+    gain = report.loss_before - min(report.losses)
+    assert report.losses[-1] > report.loss_before, "the case must really diverge"
+    assert report.loss_before - report.loss_after > 0.8 * gain > 0
+    assert report.loss_after == pytest.approx(case.loss(), rel=1e-4)
+
+
+def test_a_last_epoch_that_ends_best_is_kept_although_its_mean_is_not_the_least(monkeypatch):
+    case = make_case(monkeypatch, settings(BitConfig(4, 4)), seed=0)
+    ends = []
+
+    def at_the_end_of_an_epoch(values: list[float]) -> float:
+        ends.append(case.logits)
+        return sum(values) / len(values)
+
+    monkeypatch.setattr("quantize.lwc.mean_or_none", at_the_end_of_an_epoch)
+    report = case.train(epochs=10)
+    assert report.losses[-1] > min(report.losses), "the case must really have a better mean before"
+    assert all(torch.equal(*pair) for pair in zip(case.logits, ends[-1], strict=True))
+
+
+def test_a_process_without_a_share_takes_part_in_a_scaled_step(monkeypatch):
+    case = make_case(monkeypatch, settings())
+    monkeypatch.setattr("quantize.lwc.world_size", lambda: 2)
+    logits = [logit.requires_grad_(True) for clip in clips(case.layer) for logit in clip.parameters()]
+    optimizer = torch.optim.AdamW(logits, lr=0.01)
+    none = Batch(case.samples.inputs[:0], [target[:0] for target in case.samples.targets], 0.0)
+    scaler = torch.amp.GradScaler("cpu")
+    assert train_step(case.layer, none, case.kwargs, logits, optimizer, scaler) == (0.0, 0.0)
+
+
+def test_half_precision_trains_on_when_its_first_scales_overflow(monkeypatch):
+    make = torch.amp.GradScaler
+    monkeypatch.setattr("torch.amp.GradScaler", lambda device, enabled: make(device, 2.0**30, enabled=enabled))
+    case = make_case(monkeypatch, settings(BitConfig(3, 4)), seed=2, dtype=torch.float16)
+    assert case.samples.inputs.dtype is torch.float16
+    report = case.train(epochs=10)
+    assert 0 < report.restored < 20
+    assert None not in report.losses
+    assert report.loss_after < report.loss_before
+
+
 def test_no_epochs_train_nothing(monkeypatch):
     case = make_case(monkeypatch, settings())
     report = case.train(epochs=0)
@@ -195,7 +266,7 @@ def test_no_epochs_train_nothing(monkeypatch):
 
 
 def test_augmented_loss_adds_the_full_precision_layer_on_the_students_input(monkeypatch):
-    config = settings(BitSettings(2, 4), epochs=0)  # of the layer before: the streams are the same
+    config = settings(BitConfig(2, 4), epochs=0)  # of the layer before: the streams are the same
     usual = make_case(monkeypatch, config, layer_index=1)
     augmented = make_case(monkeypatch, replace(config, training=replace(config.training, augmented=True)), 1)
     assert torch.equal(augmented.samples.targets[0], usual.samples.targets[0])
@@ -231,14 +302,25 @@ def test_a_second_run_gives_bitwise_the_same_logits_and_figures(monkeypatch):
     assert replace(reports[0], seconds=0) == replace(reports[1], seconds=0)
 
 
-def test_offloaded_samples_give_the_same_logits(monkeypatch):
-    first, second = (make_case(monkeypatch, settings(epochs=1)) for _ in range(2))
-    first.train()
-    second.train(offload=True)
-    assert all(torch.equal(a, b) for a, b in zip(first.logits, second.logits, strict=True))
+@pytest.mark.parametrize(
+    ("spare", "offload", "places"),
+    [(0, False, ["cuda:0"] * 3), (-1, False, ["pinned"] * 3), (10**6, True, ["pinned"] * 3)],
+    ids=["fits", "does not fit", "offloaded"],
+)
+def test_samples_go_to_the_gpu_where_half_of_its_free_memory_holds_them(spare, offload, places, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    with FakeTensorMode():  # of fake tensors the device is known, and no GPU is needed
+        tensors = [torch.empty(2, 3, 4, dtype=torch.float16) for _ in range(3)]
+        free = 2 * sum(tensor.nbytes for tensor in tensors) + spare
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+        found = placed(Samples(tensors[0], tuple(tensors[1:]), 2), torch.device("cuda:0"), offload)
+    held = [found.inputs, *found.targets]
+    is_pinned = [any(tensor is each for each in pinned) for tensor in held]
+    assert ["pinned" if kept else str(each.device) for kept, each in zip(is_pinned, held, strict=True)] == places
 
 
-def quantized(config: QuantSettings, seed: int = 0) -> tuple[nn.Module, list[dict]]:
+def quantized(config: QuantConfig, seed: int = 0) -> tuple[nn.Module, list[dict]]:
     model = tiny_model(seed=seed)
     spec, tokens = decoder_spec(model.config), random_tokens(8, 16)
     peaks = channel_statistics(model, spec, tokens, CPU).scales
@@ -262,7 +344,7 @@ def test_a_model_with_learned_clipping_is_baked_and_closer_to_full_precision_tha
     errors = {True: [], False: []}
     for seed in range(3):
         for learned in errors:
-            model, figures = quantized(settings(BitSettings(3, 8), learned), seed)
+            model, figures = quantized(settings(BitConfig(3, 8), learned), seed)
             errors[learned] += [layer["output_error"] for layer in figures]
             linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
             assert len(linears) == LINEARS * 2
@@ -273,6 +355,6 @@ def test_a_model_with_learned_clipping_is_baked_and_closer_to_full_precision_tha
 
 
 def test_unquantized_weights_have_nothing_to_train():
-    model, figures = quantized(settings(BitSettings(16, 4), epochs=1))
+    model, figures = quantized(settings(BitConfig(16, 4), epochs=1))
     assert model(random_tokens(1, 8)).logits.isfinite().all()
     assert all(layer["training"]["losses"] == () for layer in figures)

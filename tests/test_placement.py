@@ -8,7 +8,7 @@ from models import decoder_spec
 from quantize.quantization import quantize_model
 from quantize.settings import BitSettings, QuantSettings, RotationSettings
 from utils.errors import InputError
-from utils.placement import parse_memory, placed
+from utils.placement import device_map, free_memory, parse_memory, placed, room_for_weights
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens(2, 12)
@@ -52,6 +52,40 @@ def test_the_model_comes_back_when_the_block_fails(model):
 def test_limits_that_leave_no_room_are_named(model):
     with pytest.raises(InputError, match="--max_memory"), placed(model, CPU, spread=True, limits={"cpu": "1KB"}):
         pass
+
+
+@pytest.fixture
+def two_gpus(model, monkeypatch) -> int:
+    """Two GPUs with room for the model and a twentieth more each; half of it is in PyTorch's cache. Bytes that fit."""
+    room = sum(parameter.nbytes for parameter in model.parameters()) * 21 // 20
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (room // 2, 10 * room))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda number: room)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda number: room - room // 2)
+    return room
+
+
+def test_what_pytorch_has_cached_counts_as_free(two_gpus):
+    free = free_memory()
+    assert free[0] == free[1] == pytest.approx(two_gpus, abs=2)
+    assert free["cpu"] > 0
+
+
+def test_weights_leave_an_eighth_of_every_gpu_to_activations(model, two_gpus):
+    limits = room_for_weights(model, free_memory())
+    places = device_map(model, limits)
+    held = dict.fromkeys(limits, 0)
+    for name, parameter in model.named_parameters():
+        part = next(part for part in places if name == part or name.startswith(f"{part}."))
+        held[places[part]] += parameter.nbytes
+    assert 0 < held[0] <= two_gpus * 7 / 8
+    assert 0 < held[1] <= two_gpus * 7 / 8
+    assert held["cpu"] == 0
+
+
+def test_a_model_on_the_host_may_stay_where_less_than_as_much_again_is_free(model):
+    free = sum(tensor.nbytes for tensor in state(model).values()) // 2
+    assert set(device_map(model, room_for_weights(model, {"cpu": free})).values()) == {"cpu"}
 
 
 def test_running_out_of_memory_names_what_helps(model):

@@ -94,6 +94,23 @@ def test_statistics_do_not_depend_on_batching(model, tokens_per_forward, monkeyp
         torch.testing.assert_close(found.shifts[name], expected.shifts[name], **tolerance)
 
 
+def test_a_batch_that_runs_out_of_memory_half_way_counts_once(model, monkeypatch):
+    with monkeypatch.context() as one_by_one:
+        one_by_one.setattr(observe, "TOKENS_PER_FORWARD", 1)
+        expected = statistics_of(model)
+
+    def fill_memory(module: nn.Module, args: tuple[Tensor]) -> None:
+        if len(args[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(fill_memory)
+    found = statistics_of(model)
+    for name in expected.scales:
+        assert torch.equal(found.scales[name], expected.scales[name])
+        assert torch.equal(found.shifts[name], expected.shifts[name])
+
+
 def test_the_model_is_left_as_it_was(model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     statistics_of(model)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, random_tokens, tiny_config, tiny_model
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PretrainedConfig
 
 from duquant.attention import install
@@ -378,6 +379,18 @@ def test_mean_probe_of_half_precision_samples_is_summed_in_float32(dtype):
     probe = make_probe(hidden, Probe.MEAN)
     assert probe.dtype == dtype
     assert torch.equal(probe, hidden[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_mean_probe_needs_no_wide_copy_of_the_samples(dtype):
+    hidden = torch.randn(32, 16, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        probe = make_probe(hidden, Probe.MEAN)
+    allocated = max(event.cpu_memory_usage for event in watched.events())
+    assert 0 < allocated <= 4 * hidden[0].numel()
+    wide = hidden.mean(dim=0, keepdim=True, dtype=torch.float32)
+    torch.testing.assert_close(probe, wide.to(dtype), atol=1e-7, rtol=torch.finfo(dtype).eps)
+    assert dtype is not torch.float32 or torch.equal(probe, wide)
 
 
 def test_the_kind_of_probe_decides_the_rotations():

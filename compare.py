@@ -2,8 +2,8 @@
 
 With --model: round-to-nearest, smoothing, a Hadamard rotation, the parts of DuQuant and all of it, with the same
 quantizers, data and seeds, beside the full-precision model. Leaves table.md, table.csv, comparison.png and .svg,
-results.json and log.txt in OUTPUT_DIR/<net>_w<wbits>a<abits>_compare/; every finished row is kept in rows/ there, and
-the same command, started again, computes what is missing.
+results.json and log.txt in a folder in OUTPUT_DIR that is named after the settings; every finished row is kept in
+rows/ there, and the same command, started again, computes what is missing.
 
 With folders of runs of main.py: their figures side by side, and every setting that differs.
 """
@@ -11,47 +11,69 @@ With folders of runs of main.py: their figures side by side, and every setting t
 import argparse
 from pathlib import Path
 
-from experiment.script import run_script
-
-from experiment.comparison_options import check_comparison, check_runs, parse_flags
-from experiment.evaluation_options import check_evaluation
-from experiment.options import make_quant_config
+from experiment.cli import Parser, run_script
+from experiment.rows import CompareSettings
 from utils.errors import InputError
+from utils.settings import add_flags, from_flags
+
+EXAMPLES = """examples:
+  python compare.py --model meta-llama/Llama-2-7b-hf --alpha 0.6 --abits 4 --lac 0.9 --swc 0.8 --eval_ppl
+  python compare.py --model DIR --rows full rtn smooth dual --seeds 2 3 4 --abits 4 --eval_ppl
+  python compare.py output/RUN_A output/RUN_B
+"""
 
 
-def main(args: argparse.Namespace) -> None:
+def make_parser() -> Parser:
+    """The parser of compare.py."""
+    parser = Parser(__doc__, EXAMPLES)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, instead of a model")
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="with RUNs: also write what is printed")
+    add_flags(parser, CompareSettings, leave_out=("transform",))
+    return parser
+
+
+def parse_flags() -> argparse.Namespace:
+    """The command line's flags. Raises InputError unless there is a model or there are runs, and not both."""
+    parser = make_parser()
+    flags = parser.parse_args()
+    if bool(flags.runs) == bool(flags.model):
+        raise InputError("give --model to compare ways to quantize it, or the folders of finished runs, and not both")
+    given = [name for name, value in vars(flags).items() if value != parser.get_default(name)]
+    for name in given if flags.runs else ():
+        if name not in ("runs", "output", "quiet"):
+            raise InputError(f"--{name} is for --model: finished runs are only read; drop the flag")
+    return flags
+
+
+def main(flags: argparse.Namespace) -> None:
     """Compare what the flags name."""
-    if args.runs:
-        compare_runs(args)
-    else:
-        compare_methods(args)
+    if flags.runs:
+        compare_runs([Path(folder) for folder in flags.runs], flags.output)
+        return
+    if flags.output is not None:
+        raise InputError("--output is for finished runs: with --model everything goes to --output_dir")
+    settings = from_flags(CompareSettings, flags)
+    if not settings.evaluation.asked():
+        raise InputError("nothing to compare by: add --eval_ppl, --tasks, --eval_mmlu, --eval_mtbench or --prompt")
+    from experiment.compare import run_comparison  # torch and transformers load for seconds
+
+    run_comparison(settings)
 
 
-def compare_runs(args: argparse.Namespace) -> None:
+def compare_runs(folders: list[Path], output: Path | None) -> None:
     """Put finished runs side by side."""
-    check_runs(args)
-    from experiment.side_by_side import side_by_side
+    from experiment.tables import side_by_side
 
-    text = side_by_side([Path(folder) for folder in args.runs])
-    if args.output is not None:
+    text = side_by_side(folders)
+    if output is not None:
         from utils.io import write_text
 
         try:
-            write_text(args.output, text)
+            write_text(output, text)
         except OSError as error:
-            raise InputError(f"--output {args.output}: cannot be written ({error.strerror})") from None
+            raise InputError(f"--output {output}: cannot be written ({error.strerror})") from None
     print(text)
 
 
-def compare_methods(args: argparse.Namespace) -> None:
-    """Quantize one model in every way asked for."""
-    check_comparison(args)
-    check_evaluation(args)
-    quant = make_quant_config(argparse.Namespace(**{**vars(args), "lwc": False}))  # a row of its own, beside --swc
-    from experiment.compare import run_comparison  # torch and transformers load for seconds
-
-    run_comparison(args, quant)
-
-
 if __name__ == "__main__":
-    run_script(lambda: parse_flags(__doc__), main)
+    run_script(parse_flags, main)

@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.mmlu import ENDINGS, SubjectScore, answer_subject
-from evaluation.mmlu_choices import Prompt, cut_left, encode_prompts, ending_log_probabilities
-from evaluation.mmlu_data import LETTERS, Subject, prompt, read_mmlu
+from evaluation.mmlu.answers import ENDINGS, SubjectScore, answer_subject
+from evaluation.mmlu.choices import Prompt, cut_left, encode_prompts, ending_log_probabilities
+from evaluation.mmlu.data import LETTERS, Subject, prompt, read_mmlu
 from models.load import ModelSource, load_config, load_model, load_tokenizer
 from utils.results import format_table
 

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from evaluation.task_plan import PAPER_TASKS, TaskPlan, check_tasks, task_index  # noqa: E402
+from evaluation.tasks.plan import PAPER_TASKS, TaskPlan, check_tasks, task_index  # noqa: E402
 from utils.results import format_table  # noqa: E402
 
 

@@ -16,6 +16,7 @@ class GroupInput(nn.Module):
     """Q_x(T(x Λ⁻¹)): the transform and the rounding of one activation, for all linears that read it.
 
     `readers`: how many linears read the same tensor one after the other; all but the first are given what it was given.
+    While gradients are recorded each computes its own: their sum would be rounded in another order.
     """
 
     def __init__(self, transform: DualTransform, quantizer: nn.Module, readers: int = 1):
@@ -25,28 +26,28 @@ class GroupInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C] in the dtype of `x`, which is left as it is."""
-        if self._left and self._seen() is x and self._state == _state_of(x):
+        if torch.is_grad_enabled():
+            return self._computed(x)
+        if self._left and self._seen() is x and self._version == x._version:
             self._left -= 1
             result = self._result
             if not self._left:
                 self._forget()
             return result
-        result = self.quantizer(self.transform(x)).to(x.dtype)
+        result = self._computed(x)
         if self.readers > 1:
-            self._seen, self._state, self._left, self._result = weakref.ref(x), _state_of(x), self.readers - 1, result
+            self._seen, self._version, self._left, self._result = weakref.ref(x), x._version, self.readers - 1, result
         return result
 
+    def _computed(self, x: Tensor) -> Tensor:
+        return self.quantizer(self.transform(x)).to(x.dtype)
+
     def _forget(self) -> None:
-        self._seen, self._state, self._left, self._result = None, None, 0, None
+        self._seen, self._version, self._left, self._result = None, 0, 0, None
 
     def extra_repr(self) -> str:
         """Show how many linears share it."""
         return f"readers={self.readers}"
-
-
-def _state_of(x: Tensor) -> tuple:
-    """What must be the same for a result of `x` to be used again: its content, and whether gradients are wanted."""
-    return x._version, torch.is_grad_enabled()
 
 
 class QuantLinear(nn.Module):

@@ -1,12 +1,13 @@
 """Text that a model generates: a prompt that fits, tokens one at a time with a cache, and where it ends."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from evaluation.conversation import cut_at_stops
+from evaluation.base import Candidate, Context, Evaluation, Finding
+from evaluation.settings import EvaluationSettings, PromptSettings
 
 
 def fit_prompt(tokens: list[int], context: int, max_new_tokens: int, bos: int | None) -> list[int]:
@@ -70,6 +71,13 @@ def generate_text(
     return cut_at_stops(tokenizer.decode(tokens, skip_special_tokens=True), stops)
 
 
+def cut_at_stops(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first of the stops, without space around it."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text.strip()
+
+
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> list[int]:
     """Ids at which generation ends: the model's and the tokenizer's EOS, and stops that are single special tokens."""
     own = model.generation_config.eos_token_id
@@ -83,3 +91,26 @@ def complete(
 ) -> str:
     """What `model` writes behind `prompt`, the most probable token each time, up to `max_new_tokens` or its end."""
     return generate_text(model, tokenizer, tokenizer(prompt).input_ids, max_new_tokens, 0.0, (), device)
+
+
+class Completions(Evaluation):
+    """What every candidate writes behind the prompts."""
+
+    def __init__(self, settings: PromptSettings, context: Context, common: EvaluationSettings):
+        super().__init__(settings.STAGE, settings)
+        self.prompts, self.context = settings.prompt, context
+        self.max_new_tokens = common.text.max_new_tokens or 64
+
+    def identity(self) -> dict[str, object]:
+        """The prompts, and the most tokens that are written behind each."""
+        return {"prompts": self.prompts, "max_new_tokens": self.max_new_tokens}
+
+    def for_comparison(self, shown: bool) -> bool:
+        """Both models' texts are shown beneath each other."""
+        return True
+
+    def run(self, model: nn.Module, candidate: Candidate) -> Iterator[Finding]:
+        """Text by prompt."""
+        for prompt in self.prompts:
+            text = complete(model, self.context.tokenizer, prompt, self.context.device, self.max_new_tokens)
+            yield Finding({"completions": {prompt: text}})

@@ -1,18 +1,27 @@
-"""Perplexity and KL divergence, one decoder layer on the device at a time: no more memory than quantizing needed."""
+"""Perplexity and KL divergence, one decoder layer on the device at a time: no more memory than quantizing needed.
+
+The windows of tokens are a passenger of a walk over the layers, alone (`final_hidden`) or beside others (`Windows`).
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluation.base import FULL, Candidate, Context, Evaluation, Finding
+from evaluation.settings import EvaluationSettings, PerplexitySettings
 from quantize.observe import advance_, layer_calls, layers_replaced, shell_on_device
 from quantize.spec import DecoderSpec
+from utils import data
 from utils.batching import BatchSize
 from utils.device import on_device
 from utils.distributed import own_part, together
+from utils.errors import InputError
 from utils.log import progress
+from utils.memory import Allocate, in_memory
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,37 @@ def perplexity(
     return score(model, spec, tokens, final_hidden(model, spec, tokens, device, label, batch_size), device)
 
 
-@torch.no_grad()
+class Windows:
+    """Windows of token ids [N, T] on their way through the decoder layers of `model`; `visit` them in order.
+
+    `hidden` [n, T, C], on the host, is what the last layer that was visited gives, before the final norm. Several
+    processes share the windows: each has the part that is its own. The layers need no weights before they are visited.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: DecoderSpec,
+        tokens: Tensor,
+        device: torch.device,
+        batch_size: BatchSize | None = None,
+        allocate: Allocate = in_memory,
+    ):
+        own = own_part(tokens)
+        self._calls = layer_calls(model, spec, own, device, allocate) if len(own) else None
+        self._device, self._batch_size = device, batch_size
+
+    @property
+    def hidden(self) -> Tensor:
+        """What the last layer gave; empty for a process that has no window."""
+        return torch.empty(0) if self._calls is None else self._calls.hidden
+
+    def visit(self, index: int, layer: nn.Module) -> None:
+        """Replace `hidden` by what `layer`, number `index`, on the device, makes of it."""
+        if self._calls is not None:
+            advance_(layer, self._calls.hidden, self._calls.kwargs[index], self._device, self._batch_size)
+
+
 def final_hidden(
     model: nn.Module,
     spec: DecoderSpec,
@@ -55,18 +94,12 @@ def final_hidden(
     label: str,
     batch_size: BatchSize | None = None,
 ) -> Tensor:
-    """What the last decoder layer gives for windows of token ids [N, T], before the final norm: [n, T, C], on the host.
-
-    Several processes share the windows; each has the part that is its own.
-    """
-    tokens = own_part(tokens)
-    if not len(tokens):
-        return torch.empty(0)
-    calls = layer_calls(model, spec, tokens, device)
+    """`Windows.hidden` of windows of token ids [N, T] that go alone through a model that is there as a whole."""
+    windows = Windows(model, spec, tokens, device, batch_size)
     for index, layer in enumerate(progress(spec.decoder_layers(model), label, unit="layer")):
         with on_device(layer, device):
-            advance_(layer, calls.hidden, calls.kwargs[index], device, batch_size)
-    return calls.hidden
+            windows.visit(index, layer)
+    return windows.hidden
 
 
 def score(
@@ -119,3 +152,85 @@ def head_logits(model: nn.Module, spec: DecoderSpec, tokens: Tensor, hidden: Ten
     """
     with layers_replaced(spec.decoder_layers(model), lambda index, states, **kwargs: hidden):
         return model(input_ids=tokens, use_cache=False).logits
+
+
+class WindowPerplexity(Evaluation):
+    """Perplexity of every candidate on the windows [N, T] of one dataset.
+
+    With `divergence` also how far it is from the full-precision model, which is measured first: what that gives before
+    its head is kept for the others.
+    """
+
+    KEY = "result"  # in the journal
+
+    def __init__(self, label: str, tokens: Tensor, settings: PerplexitySettings, context: Context, batch: int | None):
+        super().__init__(f"perplexity {label}", settings)
+        self.label, self.tokens, self.context = label, tokens, context
+        self.windows, self.teaches = tuple(tokens.shape), settings.eval_kl
+        self._batch, self._teacher = batch, None
+
+    def identity(self) -> dict[str, object]:
+        """The tokens, and whether the divergence is wanted too."""
+        return {"tokens": data.data_fingerprint(self.tokens), "divergence": self.teaches}
+
+    def for_comparison(self, shown: bool) -> bool:
+        """The divergence needs the full-precision model, shown or not."""
+        return shown or self.teaches
+
+    def rides(self, candidate: Candidate) -> bool:
+        """The journal lacks its result, or that of what is compared with it."""
+        return self.KEY not in candidate.journal or self._teaches_now(candidate)
+
+    def passenger(self, model: nn.Module, allocate: Allocate) -> Windows:
+        """The windows, before the first layer."""
+        context = self.context
+        return Windows(model, context.spec, self.tokens, context.device, self._batch_size(), allocate)
+
+    def run(self, model: nn.Module, candidate: Candidate) -> Iterator[Finding]:
+        """The result from the journal, or from windows that went through the layers, now if not before."""
+        if self.rides(candidate):
+            result = self._measure(model, candidate)
+            candidate.journal.keep(self.KEY, asdict(result))
+        else:
+            result = Perplexity(**candidate.journal.get(self.KEY))
+        found = {"perplexity": {self.label: result.perplexity}, "perplexity_details": {self.label: asdict(result)}}
+        yield Finding(found, f"{self.label}: {result}")
+
+    def _measure(self, model: nn.Module, candidate: Candidate) -> Perplexity:
+        spec, tokens, device = self.context.spec, self.tokens, self.context.device
+        if candidate.walked is None:
+            hidden = final_hidden(model, spec, tokens, device, f"{self.label} perplexity", self._batch_size())
+        else:
+            hidden = candidate.walked.hidden
+        result = score(model, spec, tokens, hidden, device, self._teacher)
+        if self._teaches_now(candidate):
+            self._teacher = hidden
+        return result
+
+    def _teaches_now(self, candidate: Candidate) -> bool:
+        """Whether what the candidate gives is still needed to compare the run's own model with."""
+        return self.teaches and candidate.row == FULL and self.KEY not in candidate.student
+
+    def _batch_size(self) -> BatchSize:
+        return BatchSize.choose(self._batch, self.tokens.shape[1], self.context.device)
+
+
+def open_perplexities(
+    settings: PerplexitySettings, context: Context, common: EvaluationSettings
+) -> list[WindowPerplexity]:
+    """One evaluation for every dataset, on the first `--limit` of its windows. Raises InputError for its text."""
+    tokens: dict[str, Tensor] = {}
+    for dataset in settings.test_dataset:
+        label = data.dataset_label(dataset)
+        if label in tokens:
+            raise InputError(f"--test_dataset: two of them would be called {label}; rename a file or drop one")
+        windows = data.test_tokens(
+            dataset,
+            context.tokenizer,
+            seqlen=context.given_seqlen if data.is_token_file(dataset) else context.seqlen,
+            cache_dir=context.cache_dir,
+            vocab_size=context.config.vocab_size,
+        )
+        tokens[label] = windows[: common.limit]
+    batch = common.eval_batch_size
+    return [WindowPerplexity(label, windows, settings, context, batch) for label, windows in tokens.items()]

@@ -14,7 +14,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Keeps the layout of descriptions, and shows a default where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in (action.help or "")
+        shown = action.default not in (None, False, [], (), argparse.SUPPRESS) and "default" not in (action.help or "")
         return super()._get_help_string(action) if shown else action.help
 
 

@@ -1,46 +1,48 @@
 """One model, quantized in several ways: each row by itself, everything they share computed once."""
 
-import argparse
-import hashlib
 import json
 import logging
 import shlex
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from evaluation.base import FULL
 from evaluation.journal import Journal
-from experiment.comparison_output import Finished, write_outputs
-from experiment.evaluations import Evaluations, plan_evaluations
-from experiment.evaluator import Evaluator
-from experiment.figures import flatten
-from experiment.measured import Measured
-from experiment.rows import FULL, FULL_TITLE, Row, plan_rows
-from experiment.run import activation_peaks, quantize_
-from experiment.session import Setup, fetch_tokens, make_setup, open_model, settings_of
+from evaluation.measured import Measured
+from evaluation.runner import Evaluations, Runner, open_evaluations
+from experiment.prepare import statistics_identity
+from experiment.results import settings_dict
+from experiment.rows import FULL_TITLE, CompareSettings, Row, plan_rows
+from experiment.run import LayerFigures, travel
+from experiment.setup import Setup, fetch_tokens, keep_statistics, known_peaks, make_setup, open_model
+from experiment.tables import Finished, comparison_text, csv_table, row_facts, table_rows
 from experiment.tracking import Tracker, check_tracking, open_tracker
 from models.load import model_fingerprint
 from quantize.quantization import check_shapes
-from quantize.settings import QuantSettings, Transform
+from quantize.settings import Transform
 from quantize.statistics import load_scales
+from quantize.walk import layers_in_memory
+from reporting.picture import draw
 from utils.data import data_fingerprint
 from utils.device import describe, peak_memory
 from utils.distributed import from_main, is_main, join_group, leave_group, world_size
 from utils.errors import Incomplete, InputError
-from utils.io import file_digest, write_json
-from utils.log import add_log_file
-from utils.results import differences, plain, versions
+from utils.io import write_json, write_text
+from utils.log import RESULT, add_log_file
+from utils.results import differences, flatten, plain, versions
+from utils.settings import Changes, flat, folder_name
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Flags, the model with the calibration tokens of every seed, what is measured, the rows, and their folder."""
+    """Settings, the model with the calibration tokens of every seed, what is measured, the rows, and their folder."""
 
-    args: argparse.Namespace
+    settings: CompareSettings
     setups: dict[int, Setup]
     evaluations: Evaluations
     rows: tuple[Row, ...]
@@ -57,23 +59,18 @@ class Comparison:
         return self.folder / "rows" / f"{row.key}.json"
 
 
-@dataclass(frozen=True)
-class Shared:
-    """What rows compute once for all: activation peaks by seed, and what the full-precision model gave (for KL)."""
-
-    peaks: dict[int, dict[str, Tensor]]
-    teachers: dict[str, Tensor]
+Peaks = dict[int, dict[str, Tensor]]  # by seed: activation peaks, which rows compute once for all
 
 
-def run_comparison(args: argparse.Namespace, quant: QuantSettings) -> None:
+def run_comparison(settings: CompareSettings) -> None:
     """Measure every row that is not there yet, and write table, picture and results.
 
-    `quant` has the quantizers and the smoothing. A row that fails is recorded, the others go on. Raises InputError for
-    what a user can mend, Incomplete if a row failed.
+    A row that fails is recorded, the others go on. Raises InputError for what a user can mend, Incomplete if a row
+    failed.
     """
     join_group()
-    check_tracking(args.track)
-    comparison = prepare(args, quant)
+    check_tracking(settings.track.track)
+    comparison = prepare(settings)
     found = from_main(lambda: {row.key: read_row(comparison, row) for row in comparison.rows})
     if is_main():
         add_log_file(comparison.folder / "log.txt")
@@ -88,61 +85,44 @@ def run_comparison(args: argparse.Namespace, quant: QuantSettings) -> None:
     errors = [f"{each.row.key}: {each.error}" for each in finished if each.error is not None]
     error = f"failed: {'; '.join(errors)}" if errors else None
     if is_main():
-        write_outputs(comparison.folder, finished, run_facts(comparison) | {"error": error}, args.prompt)
+        write_outputs(comparison, finished, error)
     leave_group()
     if error is not None:
         raise Incomplete(f"{error}; the other rows are kept, try these again with the same command")
 
 
-def prepare(args: argparse.Namespace, quant: QuantSettings) -> Comparison:
-    """Check the flags against the model's shapes and the data. Raises InputError for whatever is wrong."""
-    setup = make_setup(args)
+def prepare(settings: CompareSettings) -> Comparison:
+    """Check the settings against the model's shapes and the data. Raises InputError for whatever is wrong."""
+    seeds, files = settings.seeds, settings.statistics
+    setup = make_setup(settings.model, settings.calibration, seeds[0])
     if setup.saved is not None:
-        raise InputError(f"--model {args.model}: is quantized already; give the full-precision model")
-    rows = plan_rows(args.rows, quant, args.lwc, args.seeds)
+        raise InputError(f"--model {setup.source.name}: is quantized already; give the full-precision model")
+    rows = plan_rows(settings.row_names, settings.quant.untrained, settings.quant.training, seeds)
     for row in rows:
         check_shapes(setup.skeleton, setup.spec, row.quant)
-    evaluations = plan_evaluations(args, setup)
-    if args.act_scales is not None:
-        load_scales(args.act_scales, setup.origin(), setup.skeleton, setup.spec)
-    setups = {seed: setup if seed == args.seed else at_seed(args, setup, seed) for seed in args.seeds}
+    evaluations = open_evaluations(settings.evaluation, setup.context(settings.calibration.seqlen, seeds[0]))
+    if files.act_scales is not None:
+        load_scales(files.act_scales, setup.origin(), setup.skeleton, setup.spec)
+    setups = {seed: setup if seed == seeds[0] else at_seed(settings, setup, seed) for seed in seeds}
     shared = {
         "model": model_fingerprint(setup.source, setup.config),
         "dtype": str(setup.dtype),
-        "--attn_implementation": args.attn_implementation,
-        "measured": asked(evaluations),
+        "--attn_implementation": settings.model.attn_implementation,
+        "measured": {"--limit": settings.evaluation.limit, **evaluations.identity()},
     }
-    statistics = file_digest(args.act_scales) if args.act_scales is not None else "computed"
+    statistics = statistics_identity(files.act_scales)
     identities = {row.key: shared | row_identity(row, setups, statistics) for row in rows}
     identities = {key: json.loads(json.dumps(plain(flatten(each)))) for key, each in identities.items()}
-    folder = args.output_dir / f"{setup.net}_{quant.label}_compare"
-    return Comparison(args, setups, evaluations, rows, folder, identities)
+    stem = f"{setup.net}_w{settings.quant.bits.weight}a{settings.quant.bits.activation}_compare"
+    # a row says itself what its seed is
+    folder = settings.comparison.output_dir / folder_name(stem, settings, ("wbits", "abits", "seed"))
+    return Comparison(settings, setups, evaluations, rows, folder, identities)
 
 
-def at_seed(args: argparse.Namespace, setup: Setup, seed: int) -> Setup:
+def at_seed(settings: CompareSettings, setup: Setup, seed: int) -> Setup:
     """The same model with the calibration samples of another seed."""
-    flags = argparse.Namespace(**{**vars(args), "seed": seed})
-    return replace(setup, tokens=fetch_tokens(flags, setup.config, setup.tokenizer))
-
-
-def asked(evaluations: Evaluations) -> dict[str, object]:
-    """What is measured, on what data."""
-    found: dict[str, object] = {"--limit": evaluations.limit, "--eval_kl": evaluations.divergence}
-    found["test windows"] = {label: data_fingerprint(tokens) for label, tokens in evaluations.windows.items()}
-    found["lm-eval"] = evaluations.tasks and digest(evaluations.tasks.identity)
-    found["MMLU"] = [evaluations.identity["MMLU"], evaluations.shots] if evaluations.subjects else None
-    found["prompts"] = [evaluations.prompts, evaluations.max_new_tokens] if evaluations.prompts else None
-    if evaluations.conversations is not None:
-        talk = evaluations.conversations
-        judge = talk.endpoint and talk.endpoint.model
-        settings = [[asdict(each) for each in talk.questions], talk.form.name, asdict(talk.settings), judge]
-        found["MT-Bench"] = digest(settings)
-    return found
-
-
-def digest(value: object) -> str:
-    """Short sha256 of what JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    tokens = fetch_tokens(settings.model, settings.calibration, seed, setup.config, setup.tokenizer)
+    return replace(setup, tokens=tokens)
 
 
 def row_identity(row: Row, setups: dict[int, Setup], statistics: str) -> dict[str, object]:
@@ -150,11 +130,12 @@ def row_identity(row: Row, setups: dict[int, Setup], statistics: str) -> dict[st
     quant = row.quant
     if quant.bits.untouched:
         return {}
-    settings = asdict(quant)
-    settings["training"].pop("offload")
-    unused = {"training": not quant.clip.learned, "seed": row.seed is None, "smooth": quant.smooth is None}
-    unused |= dict.fromkeys(("rotation", "probe"), quant.transform is Transform.NONE)
-    found: dict[str, object] = {"quantization": {key: value for key, value in settings.items() if not unused.get(key)}}
+    made = flat(quant, Changes.LAYERS)
+    if row.seed is None:
+        del made["seed"]
+    for name in flat(quant.rotation) | {"probe": None} if quant.transform is Transform.NONE else ():
+        del made[name]
+    found: dict[str, object] = {"quantization": made}
     if row.seed is not None:
         found["calibration"] = data_fingerprint(setups[row.seed].tokens)
     return found | ({"activation statistics": statistics} if quant.smooth else {})
@@ -182,10 +163,11 @@ def read_row(comparison: Comparison, row: Row) -> dict | None:
 
 def measure_rows(comparison: Comparison, found: dict[str, dict | None]) -> list[Finished]:
     """Every row with its figures: those in `found` as they are, the others measured now and kept."""
-    shared, finished = Shared({}, {}), []
+    peaks: Peaks = {}
+    finished = []
     pending = [row for row in comparison.rows if found[row.key] is None]
-    if comparison.evaluations.divergence and pending and pending[0].name != FULL:
-        teach(comparison, shared)
+    if comparison.evaluations.teaching().members and pending and pending[0].name != FULL:
+        teach(comparison)
     for number, row in enumerate(comparison.rows, start=1):
         if found[row.key] is not None:
             logger.info("row %d of %d, %s: from an earlier run", number, len(comparison.rows), row.key)
@@ -197,7 +179,7 @@ def measure_rows(comparison: Comparison, found: dict[str, dict | None]) -> list[
         try:
             with tracker:
                 measured.watch = tracker.layer
-                measure_row(comparison, row, shared, measured)
+                measure_row(comparison, row, peaks, measured)
                 tracker.figures(measured.figures())
                 tracker.failed = bool(measured.failures)
         except Exception as error:
@@ -215,45 +197,44 @@ def measure_rows(comparison: Comparison, found: dict[str, dict | None]) -> list[
 
 def track_row(comparison: Comparison, row: Row, required: bool) -> Tracker:
     """What tracks one row; unless it is `required`, a row that cannot be tracked is measured all the same."""
-    quant, settings = row.quant, shared_settings(comparison)
-    settings |= {"row": row.key, "method": row.title, "seed": row.seed, "smooth": quant.smooth is not None}
-    settings |= {"wbits": quant.bits.weight, "abits": quant.bits.activation, "transform": quant.transform}
-    settings |= {"lwc": quant.clip.learned, "swc": quant.clip.weight_ratio, "versions": versions()}
-    folder = comparison.folder
-    return open_tracker(comparison.args.track, folder, row.key, plain(settings), group=folder.name, required=required)
+    settings = shared_settings(comparison) | flat(row.quant)
+    settings |= {"row": row.key, "method": row.title, "seed": row.seed, "versions": versions()}
+    kind, folder = comparison.settings.track.track, comparison.folder
+    return open_tracker(kind, folder, row.key, plain(settings), group=folder.name, required=required)
 
 
-def open_evaluator(comparison: Comparison, row: Row, shared: Shared) -> Evaluator:
-    """What measures one row; parts of it that an interrupted run has found are not measured again."""
-    identity = comparison.evaluations.identity | {"model": comparison.identities[row.key]}
+def measure_row(comparison: Comparison, row: Row, peaks: Peaks, measured: Measured) -> None:
+    """Load the model, quantize it as `row` says, and measure it; what an interrupted run found is taken over."""
+    identity, folder = comparison.identities[row.key], comparison.folder
     journal = Journal(comparison.path(row).with_suffix(".unfinished.jsonl"), identity)
-    setup = comparison.setups.get(row.seed, comparison.setup)
-    plan = replace(comparison.evaluations, identity=identity)
-    return Evaluator(plan, setup, journal, comparison.folder, comparison.folder.name, shared.teachers)
-
-
-def measure_row(comparison: Comparison, row: Row, shared: Shared, measured: Measured) -> None:
-    """Load the model, quantize it as `row` says, and measure it."""
-    evaluator = open_evaluator(comparison, row, shared)
-    setup, args = evaluator.setup, comparison.args
+    runner = Runner(comparison.evaluations, journal, folder, folder.name, identity)
+    setup, files = comparison.setups.get(row.seed, comparison.setup), comparison.settings.statistics
     with measured.timing("load"):
-        model = open_model(setup, args.attn_implementation)
-    if row.quant.smooth is not None and row.seed not in shared.peaks:
-        shared.peaks[row.seed] = activation_peaks(args, setup, model, measured)
-    quantize_(setup, model, row.quant, shared.peaks.get(row.seed), measured)
-    evaluator.measure(model, measured, row.key, row.full_title)
+        model = open_model(setup)
+    statistics = travel(
+        setup,
+        model,
+        layers_in_memory(model, setup.spec, setup.device),
+        row.quant,
+        measured,
+        behind=[runner.board(model, measured, row.key)],
+        peaks=lambda: peaks.get(row.seed) or known_peaks(files, setup),
+        observers=[LayerFigures(measured)],
+    )
+    if statistics is not None:
+        keep_statistics(files, setup, statistics)
+        peaks[row.seed] = statistics.scales
+    runner.measure(model, measured, row.key, row.full_title)
     if not measured.failures:
-        evaluator.journal.close()
+        journal.close()
 
 
-def teach(comparison: Comparison, shared: Shared) -> None:
+def teach(comparison: Comparison) -> None:
     """What the divergence is measured from, where the full-precision row is not about to be measured anyway."""
-    full = Row(FULL, comparison.rows[0].quant, None)
-    setup = comparison.setup
-    journal = Journal(comparison.folder / "rows" / "teacher.unfinished.jsonl", comparison.identities)
-    plan = replace(comparison.evaluations.for_comparison(), prompts=())
-    evaluator = Evaluator(plan, setup, journal, comparison.folder, comparison.folder.name, shared.teachers)
-    evaluator.measure(open_model(setup, comparison.args.attn_implementation), Measured(), full.key, FULL_TITLE)
+    folder = comparison.folder
+    journal = Journal(folder / "rows" / "teacher.unfinished.jsonl", comparison.identities)
+    runner = Runner(comparison.evaluations.teaching(), journal, folder, folder.name, comparison.identities)
+    runner.measure(open_model(comparison.setup), Measured(), FULL, FULL_TITLE)
     journal.close()
 
 
@@ -276,9 +257,21 @@ def kept_figures(measured: Measured) -> dict:
 
 
 def shared_settings(comparison: Comparison) -> dict:
-    """The settings that all rows share, without what is for finished runs."""
-    found = settings_of(comparison.args, comparison.setup)
-    return {name: value for name, value in found.items() if name not in ("given", "runs", "output")}
+    """The settings that all rows share."""
+    return settings_dict(comparison.settings, comparison.setup)
+
+
+def write_outputs(comparison: Comparison, finished: list[Finished], error: str | None) -> None:
+    """Write table, picture and results into the comparison's folder, and show the table."""
+    folder, rows = comparison.folder, table_rows(finished)
+    text = comparison_text(finished, comparison.settings.evaluation.text.prompts.prompt)
+    write_text(folder / "table.md", text + "\n")
+    write_text(folder / "table.csv", csv_table(rows))
+    draw(rows, f"{comparison.setup.net}, {rows[-1].bits}", folder)
+    facts = run_facts(comparison) | {"error": error, "rows": [row_facts(each) for each in finished]}
+    write_json(folder / "results.json", plain(facts))
+    logger.log(RESULT, "\n%s\n", text)
+    logger.info("results: %s", folder)
 
 
 def run_facts(comparison: Comparison) -> dict:

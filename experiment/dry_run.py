@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from experiment.estimate import Estimate, Plan, estimate, probe_tokens, work_of
-from experiment.plan import Run
+from experiment.prepare import Prepared as Run
 from experiment.rates import measure_rates, stage_seconds
-from quantize.layer import absorbers, describe_folding
+from quantize.build import absorbers, describe_folding
 from quantize.settings import QuantSettings, Transform
 from quantize.spec import DecoderSpec
 from utils.capacity import free_device_memory, free_disk
@@ -68,16 +68,16 @@ def make_plan(run: Run) -> Plan:
     """What a checked run does, as the estimate wants it."""
     setup, evaluations = run.setup, run.evaluations
     statistics = run.quant.smooth is not None and run.args.act_scales is None
-    placed = evaluations.tasks or evaluations.subjects or evaluations.conversations or evaluations.prompts
+    compared = evaluations.for_comparison(run.args.report)
     return Plan(
         dtype=setup.dtype,
         on_gpu=setup.device.type == "cuda",
         calibration=(0, setup.seqlen) if setup.tokens is None else tuple(setup.tokens.shape),
-        windows=tuple(tuple(windows.shape) for windows in evaluations.windows.values()),
+        windows=evaluations.windows,
         statistics=setup.saved is None and statistics,
-        models=2 if evaluations.divergence or evaluations.compared else 1,
-        divergence=evaluations.divergence,
-        whole=bool(placed) and not evaluations.spread,
+        models=2 if compared.windows else 1,
+        divergence=bool(evaluations.teaching().members),
+        whole=evaluations.need_whole_model and not evaluations.spread,
     )
 
 

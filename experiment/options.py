@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from evaluation.settings import EvaluationSettings
-
 from quantize.settings import QuantSettings
 from utils.errors import InputError
 from utils.settings import Changes, option, part
@@ -77,7 +76,8 @@ class CalibrationSettings:
     nsamples: int | None = option(None, "calibration samples (default: 128, or all rows of a token file)")
     seqlen: int | None = option(
         None,
-        "tokens per sample and per test window (default: 2048 or the model's maximum if less; the width of a token file)",
+        "tokens per sample and per test window (default: 2048 or the model's maximum if less; the width of a token "
+        "file)",
     )
 
     def __post_init__(self) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evaluation.runner import Evaluations, open_evaluations
-
 from experiment.options import RunSettings
 from experiment.setup import Setup, make_setup
 from models.load import config_digest, model_fingerprint, weights_digest

@@ -4,21 +4,22 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from quantize.footprint import memory_footprint
-
-from experiment.figures import SECONDS, figure_values, headings, show
-from experiment.measured import Measured
-from experiment.plan import Run
+from evaluation.base import Kind
+from evaluation.figures import figures_of, headings, show
+from evaluation.measured import Measured
+from experiment.prepare import Prepared
 from experiment.rows import FULL_TITLE, full_title, method_name
-from experiment.session import settings_of
+from experiment.setup import Setup
 from quantize.settings import QuantSettings
+from quantize.sizes import memory_footprint
 from utils import data
 from utils.device import describe, peak_memory
 from utils.distributed import is_main, world_size
 from utils.io import write_json
 from utils.results import format_table, plain, versions
+from utils.settings import flat
 
 
 @dataclass
@@ -39,40 +40,51 @@ class Outcome:
         return [f"{title}: {name}" for title, measured in self.rows(quant) for name in measured.failures]
 
 
-def write_results(run: Run, outcome: Outcome) -> None:
+def write_results(prepared: Prepared, outcome: Outcome) -> None:
     """Write results.json into the run's folder."""
     if not is_main():
         return
-    tokens = run.setup.tokens
+    tokens = prepared.setup.tokens
     results = {
-        "method": method_name(run.quant),
-        "settings": settings_of(run.args, run.setup),
+        "method": method_name(prepared.quant),
+        "settings": run_settings(prepared),
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions(),
-        "device": describe(run.setup.device),
-        "dtype": str(run.setup.dtype).removeprefix("torch."),
+        "device": describe(prepared.setup.device),
+        "dtype": str(prepared.setup.dtype).removeprefix("torch."),
         "processes": world_size(),
-        "streamed": run.shards is not None,
+        "streamed": prepared.shards is not None,
         "data": {} if tokens is None else {"calibration": data.data_fingerprint(tokens)},
         **outcome.measured.figures(),
-        **peak_memory(run.setup.device),
-        "model_layers": run.setup.layers,
-        "memory": memory_footprint(run.setup.skeleton, run.setup.spec, run.quant),
+        **peak_memory(prepared.setup.device),
+        "model_layers": prepared.setup.layers,
+        "memory": memory_footprint(prepared.setup.skeleton, prepared.setup.spec, prepared.quant),
         "layers": outcome.measured.layers,
         "full_precision": outcome.full.figures(),
         "error": outcome.error,
     }
     results["seconds"]["total"] = time.perf_counter() - outcome.started
-    write_json(run.folder / "results.json", plain(results))
+    write_json(prepared.folder / "results.json", plain(results))
 
 
-def summary_table(run: Run, outcome: Outcome) -> str:
+def run_settings(prepared: Prepared) -> dict:
+    """Every setting of a run; of a model that is quantized already those it was made with."""
+    return settings_dict(replace(prepared.settings, quant=prepared.quant), prepared.setup)
+
+
+def settings_dict(settings: object, setup: Setup) -> dict:
+    """Every setting by name, with what was resolved of those that may be left out."""
+    samples = {} if setup.tokens is None else {"nsamples": len(setup.tokens)}
+    return {**flat(settings), **samples, "seqlen": setup.seqlen, "net": setup.net}
+
+
+def summary_table(prepared: Prepared, outcome: Outcome) -> str:
     """Every figure and the seconds of the run, as Markdown; beside the full-precision model's where it was measured."""
-    found = {FULL_TITLE: outcome.full} | {full_title(run.quant): outcome.measured}
-    values = {title: figure_values(measured.figures(), metrics=None) for title, measured in found.items()}
-    values = {title: each for title, each in values.items() if set(each) - set(SECONDS)}
-    rows = [[each, *(show(each, column.get(each)) for column in values.values())] for each in headings(values.values())]
-    return format_table(["", *values], rows)
+    found = {FULL_TITLE: outcome.full} | {full_title(prepared.quant): outcome.measured}
+    columns = {title: figures_of(measured.figures()) for title, measured in found.items()}
+    columns = {title: each for title, each in columns.items() if any(f.kind is not Kind.SECONDS for f in each.values())}
+    rows = [[each, *(show(column.get(each)) for column in columns.values())] for each in headings(columns.values())]
+    return format_table(["", *columns], rows)
 
 
 def completions_text(prompts: Sequence[str], rows: Sequence[tuple[str, dict[str, str]]]) -> str:

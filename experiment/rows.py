@@ -1,11 +1,18 @@
-"""The ways to quantize that are compared, as changes of one setting: what each does before it rounds, and its name."""
+"""The ways to quantize that are compared: compare.py's settings, its rows, and what every way is called."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import ClassVar
 
-from quantize.settings import BitSettings, QuantSettings, TrainingSettings, Transform
+from evaluation.base import FULL
+from evaluation.settings import EvaluationSettings
+from experiment.options import CalibrationSettings, ModelSettings, StatisticsFiles, TrackSettings
+from quantize.settings import BitSettings, QuantSettings, SmoothSettings, TrainingSettings, Transform, check_seed
+from utils.errors import InputError
+from utils.settings import Changes, option, part
 
-FULL, RTN, SMOOTH = "full", "rtn", "smooth"
+RTN, SMOOTH = "rtn", "smooth"
 FULL_TITLE = "full precision"
 ROWS = (FULL, RTN, SMOOTH, *map(str, (Transform.HADAMARD, Transform.ROTATION, Transform.PERMUTATION)))
 ROWS += tuple(map(str, (Transform.ROTATION_PERMUTATION, Transform.DUAL)))  # the order of every table
@@ -16,6 +23,82 @@ PARTS = {
     Transform.PERMUTATION: "permutation",
     Transform.ROTATION_PERMUTATION: "rotation + permutation",
 }
+
+
+@dataclass(frozen=True)
+class SharedQuantSettings(QuantSettings):
+    """What the rows share: they smooth unless they are told not to, and `training` makes further rows."""
+
+    smooth: SmoothSettings | None = part(
+        SmoothSettings, switch="smooth", help="no smoothing before rotations and permutations", on=True, tag="smooth"
+    )
+
+    def __post_init__(self) -> None:
+        check_seed("--seed", self.seed)
+        if min(self.bits.weight, self.bits.activation) >= 16:
+            bits = f"--wbits {self.bits.weight} --abits {self.bits.activation}"
+            raise InputError(f"{bits}: nothing is quantized, so every row is the same")
+
+    @property
+    def untrained(self) -> QuantSettings:
+        """The same without training: a row's settings."""
+        values = {field.name: getattr(self, field.name) for field in fields(QuantSettings)}
+        return QuantSettings(**values | {"training": None})
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """Which rows, and where their table goes."""
+
+    TITLE: ClassVar[str] = "comparison"
+
+    rows: tuple[str, ...] | None = option(
+        None,
+        "which rows (default: all); full is the full-precision model",
+        changes=Changes.NOTHING,
+        choices=ROWS,
+    )
+    seeds: tuple[int, ...] | None = option(
+        None,
+        "one or more, of the calibration samples drawn and of the random rotations; the table has mean ± sample "
+        "standard deviation (default: --seed)",
+        changes=Changes.NOTHING,
+    )
+    output_dir: Path = option(
+        Path("output"),
+        "everything goes to a folder in here that is named after the settings",
+        changes=Changes.NOTHING,
+    )
+
+    def __post_init__(self) -> None:
+        for seed in self.seeds or ():
+            check_seed("--seeds", seed)
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Everything that compare.py is told when it compares ways to quantize a model."""
+
+    model: ModelSettings = part(ModelSettings)
+    comparison: ComparisonSettings = part(ComparisonSettings)
+    track: TrackSettings = part(TrackSettings)
+    calibration: CalibrationSettings = part(CalibrationSettings)
+    quant: SharedQuantSettings = part(SharedQuantSettings)
+    statistics: StatisticsFiles = part(StatisticsFiles)
+    evaluation: EvaluationSettings = part(EvaluationSettings)
+
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """The rows that are wanted, by default all there can be. Raises InputError for one that cannot be."""
+        rows, smooths = self.comparison.rows, self.quant.smooth is not None
+        if not smooths and SMOOTH in (rows or ()):
+            raise InputError("--rows smooth is the row that only smooths: drop it or --no_smooth")
+        return rows or tuple(row for row in ROWS if smooths or row != SMOOTH)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds, each once."""
+        return tuple(dict.fromkeys(self.comparison.seeds or (self.quant.seed,)))
 
 
 @dataclass(frozen=True)

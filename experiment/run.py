@@ -8,19 +8,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from evaluation.base import FULL, QUANTIZED
-from evaluation.measured import Measured
-from evaluation.runner import Runner
 from torch import Tensor, nn
 
+from evaluation.base import FULL, QUANTIZED
 from evaluation.journal import Journal
+from evaluation.measured import Measured
+from evaluation.runner import Runner
 from experiment.dry_run import dry_run
 from experiment.options import RunSettings
 from experiment.prepare import Prepared, model_identity, prepare, resume_command
-from experiment.results import Outcome, completions_text, summary_table, write_results
-from experiment.rows import FULL_TITLE, full_title
+from experiment.results import Outcome, completions_text, run_settings, summary_table, write_results
+from experiment.rows import FULL_TITLE, full_title, method_name
 from experiment.setup import Setup, keep_statistics, known_peaks, open_model
-from experiment.tracking import check_tracking, open_tracker, tracked_settings
+from experiment.tracking import check_tracking, open_tracker
 from models.saved import ModelWriter
 from models.streaming import LayerReader, load_shell
 from quantize.observer import Observer
@@ -34,6 +34,7 @@ from utils.distributed import from_main, is_main, join_group, leave_group, world
 from utils.errors import Incomplete, InputError
 from utils.log import RESULT, add_log_file
 from utils.memory import Allocate, available_memory, in_memory, on_disk
+from utils.results import plain, versions
 
 MEMORY_SHARE = 0.5  # of the free memory, the most that hidden states take before they live in files
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def run_experiment(settings: RunSettings) -> None:
         add_log_file(prepared.folder / "log.txt")
     log_start(prepared, runner)
     outcome = Outcome()
-    with open_tracker(track, prepared.folder, prepared.folder.name, tracked_settings(prepared)) as tracker:
+    with open_tracker(track, prepared.folder, prepared.folder.name, described(prepared)) as tracker:
         outcome.measured.watch = tracker.layer
         execute_noting_error(prepared, outcome, runner)
         tracker.figures(outcome.measured.figures(), outcome.full.figures())
@@ -91,6 +92,12 @@ def log_start(prepared: Prepared, runner: Runner) -> None:
         logger.info(
             "an earlier run did not finish its evaluation; going on behind %d parts of it", runner.journal.parts
         )
+
+
+def described(prepared: Prepared) -> dict:
+    """What a tracked run is described by, as JSON has it."""
+    method = method_name(prepared.quant)
+    return plain({**run_settings(prepared), "method": method, "versions": versions()})
 
 
 def execute_noting_error(prepared: Prepared, outcome: Outcome, runner: Runner) -> None:
@@ -286,7 +293,7 @@ def timed_layers(layers: Iterator[nn.Module], measured: Measured) -> Iterator[nn
 
 
 def state_tokens(prepared: Prepared, finished: Mapping[int, FinishedLayer]) -> int:
-    """How many calibration tokens' hidden states the walk holds: for statistics, and for the quantization's own flow."""
+    """How many calibration tokens' hidden states the walk holds: for statistics, and for the quantization."""
     setup, quant = prepared.setup, prepared.quant
     if setup.tokens is None or quant.bits.untouched or len(finished) >= setup.layers:
         return 0

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from evaluation.base import Context
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from evaluation.base import Context
 from experiment.options import CalibrationSettings, ModelSettings, StatisticsFiles
 from models import decoder_spec
 from models.load import (

@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from experiment.figures import SECONDS, figure_values
-from experiment.tracking_sinks import Sink, TensorBoard, WandB, require_login
+from evaluation.base import Kind
+from evaluation.figures import figures_of
 from utils.distributed import is_main
 from utils.errors import InputError
+from utils.tracking import Sink, TensorBoard, WandB, require_login
 
 LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # package → what of it is imported
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def _recorded(recorded: dict) -> dict[str, object]:
 
 def final_scalars(figures: dict, part: str) -> dict[str, float]:
     """What was measured of a model (`Measured.figures()`) by tag, such as `<part>/test ppl`; and seconds by stage."""
-    found = {name: value for name, value in figure_values(figures, metrics=None).items() if name not in SECONDS}
+    found = {name: each.value for name, each in figures_of(figures).items() if each.kind is not Kind.SECONDS}
     found |= {f"seconds/{stage}": spent for stage, spent in (figures.get("seconds") or {}).items()}
     return _finite({f"{part}/{name}": value for name, value in found.items()})
 

@@ -29,7 +29,7 @@ def build_(layer: nn.Module, spec: DecoderSpec, state: LayerState, settings: Qua
     `dtype`: of the model. The layer is in full precision, or, where `state` has its weights, without any.
     """
     builder = LayerBuilder(layer, spec, settings, dtype)
-    builder.begin_(state.scales, stored=bool(state.weights))
+    builder.begin_(state.scales, state.device, stored=bool(state.weights))
     for group in spec.groups:
         builder.open_(group, state.groups[group.name], state.weights)
         builder.round_(group, state.clips)
@@ -50,8 +50,8 @@ class LayerBuilder:
         self.scheme, self.observers = settings.scheme, observers
         self.scales: dict[str, Tensor] = {}
 
-    def begin_(self, scales: Mapping[str, Tensor], stored: bool = False) -> None:
-        """Fold the smoothing scales [C] by group, and quantize q, k and v.
+    def begin_(self, scales: Mapping[str, Tensor], device: torch.device, stored: bool = False) -> None:
+        """Fold the smoothing scales [C] by group, and quantize q, k and v; all of it is on `device`.
 
         With `stored` the weights come later, as codes; scales that were folded are in them and not in `scales`.
         """
@@ -59,7 +59,6 @@ class LayerBuilder:
             widen_linears_(self.layer, self.spec)
         self.scales = fold_scales_(self.layer, self.spec, scales, self.settings.smooth)
         attention = self.layer.get_submodule(self.spec.attention)
-        device = next(self.layer.parameters()).device
         attach_(attention, make_attention_quantizer(self.scheme, attention.head_dim, device))
 
     def online_scale(self, group: InputGroup) -> Tensor | None:

@@ -105,7 +105,7 @@ def decide(
     state = LayerState()
     builder = LayerBuilder(layer, spec, settings, probe.dtype, observers)
     scales = smoothing_scales(layer, index, spec, activation_peaks, settings.smooth) if settings.smooth else {}
-    builder.begin_(scales)
+    builder.begin_(scales, probe.device)
     generator = layer_generator(settings.seed, index)
     reports, search_seconds = [], 0.0
     for group in spec.groups:

@@ -44,6 +44,11 @@ class LayerState:
         """The smoothing scales by group name."""
         return {name: group.scale for name, group in self.groups.items() if group.scale is not None}
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return next(iter(self.groups.values())).rotations.device
+
     def tensors(self) -> dict[str, Tensor]:
         """Flat and compact, on the host: `groups.<name>.<field>` and `clips.<path>.<low|high>`."""
         return {name: tensor.cpu().to(COMPACT.get(tensor.dtype, tensor.dtype)) for name, tensor in self._named()}

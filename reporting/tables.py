@@ -1,6 +1,10 @@
 """The words and rows of the page, all from results.json."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from math import isnan
+
+from evaluation.base import Figure, Kind
+from evaluation.figures import figures_of
 
 NOT_MEASURED = "not measured; compare.py puts both side by side"
 HALF_THE_NOISE = 3.01  # dB
@@ -20,38 +24,20 @@ def bits(results: dict) -> str:
 
 def perplexities(results: dict) -> tuple[Rows, list[str]]:
     """Perplexity by way and dataset; ways without any are left out."""
-    return _rows(results, lambda found: dict(found.get("perplexity") or {}))
+    return _rows(results, Kind.PERPLEXITY)
 
 
 def accuracies(results: dict) -> tuple[Rows, list[str]]:
-    """Accuracy by way and task, MMLU included; of a task with acc_norm, that."""
-    return _rows(results, accuracies_of)
-
-
-def accuracies_of(found: dict) -> dict[str, float]:
-    """Accuracy by task of one way to run the model."""
-    scores = {task: metrics[name] for task, metrics, name in _metrics(found)}
-    for shots, mmlu in (found.get("mmlu") or {}).items():
-        scores[f"MMLU {shots.replace('_', '-')}"] = mmlu["accuracy"]
-    return scores
+    """Accuracy by way and task, MMLU included; of a task the metric that it is published with."""
+    return _rows(results, Kind.ACCURACY)
 
 
 def standard_errors(results: dict) -> dict[str, dict[str, float]]:
     """Standard errors of the accuracies, by title and task, of all `ways`; tasks that have none are left out."""
     return {
-        title: {
-            task: metrics[f"{name}_stderr"] for task, metrics, name in _metrics(found) if f"{name}_stderr" in metrics
-        }
+        title: {each.label: each.error for each in _figures(found, Kind.ACCURACY) if each.error is not None}
         for title, found in ways(results)
     }
-
-
-def _metrics(found: dict) -> Iterator[tuple[str, dict[str, float], str]]:
-    """Of every task its metrics, and the name of the one that is shown."""
-    for score in (found.get("zero_shot") or {}).get("scores", []):
-        shown = next((name for name in ("acc_norm", "acc", "exact_match") if name in score["metrics"]), None)
-        if shown is not None:
-            yield score["task"], score["metrics"], shown
 
 
 def scores(results: dict) -> list[tuple[str, str, float, float | None]]:
@@ -91,7 +77,15 @@ def _decibels(value: float | None) -> float:
     return float("inf") if value is None else value  # None: no noise at all
 
 
-def _rows(results: dict, look) -> tuple[Rows, list[str]]:
-    found = [(title, look(figures)) for title, figures in ways(results)]
+def _figures(found: dict, kind: Kind) -> list[Figure]:
+    """What a compact table shows of one way, of one kind."""
+    return [each for each in figures_of(found, compact=True).values() if each.kind is kind]
+
+
+def _rows(results: dict, kind: Kind) -> tuple[Rows, list[str]]:
+    found = [
+        (title, {each.label: None if isnan(each.value) else each.value for each in _figures(figures, kind)})
+        for title, figures in ways(results)
+    ]
     labels = list(dict.fromkeys(label for _, values in found for label in values))
     return [(title, [values.get(label) for label in labels]) for title, values in found if values], labels

@@ -12,6 +12,8 @@ import pytest
 from conftest import ROOT, random_tokens, run_script
 from safetensors.torch import save_file
 
+from utils.io import read_tensors, write_tensors
+
 TINY = ("--block_size", "16", "--max_rotation_step", "20", "--wbits", 4, "--abits", 4, "--net", "tiny")
 
 
@@ -121,6 +123,21 @@ def test_other_flags_do_not_go_on_with_an_unfinished_evaluation(usual, tmp_path)
     done = run_script("main.py", *usual, "--eval_ppl", "--lac", 0.8, folder=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert "going on" not in done.stdout
+
+
+def test_figures_of_rewritten_statistics_are_not_revived(usual, tmp_path):
+    assert run_script("main.py", *usual, "--smooth", folder=tmp_path).returncode == 0
+    (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
+    path, environment = tmp_path / "act_scales/tiny.safetensors", {"PYTHONPATH": str(tmp_path)}
+    flags = (*usual, "--eval_ppl", "--smooth", "--act-scales", path)
+    assert run_script("main.py", *flags, folder=tmp_path, **environment).returncode == 1
+    stale = results_of(tmp_path)["perplexity"]["tokens"]
+    peaks, metadata = read_tensors(path)
+    write_tensors(path, {name: peak**2 for name, peak in peaks.items()}, metadata)
+    done = run_script("main.py", *flags, folder=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "going on" not in done.stdout
+    assert results_of(tmp_path)["perplexity"]["tokens"] != stale
 
 
 def test_an_interrupted_evaluation_goes_on_behind_what_was_done(usual, whole, tmp_path):

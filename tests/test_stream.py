@@ -20,8 +20,7 @@ from test_cli import assert_refused
 from test_resume_cli import kill_at, layer_content
 
 from evaluation.journal import Journal
-from experiment.evaluation_options import check_evaluation
-from experiment.evaluator import Evaluator
+from evaluation.runner import Runner
 from experiment.options import make_quant_config
 from experiment.run import execute
 from models.shards import INDEX
@@ -229,21 +228,20 @@ def planned(sharded: Path, data: tuple, folder: Path, *flags):
         patch.chdir(folder)
         patch.setattr("sys.argv", ["main.py", *map(str, (*arguments, "--output_dir", folder / "out"))])
         args = main.parse_flags()
-        check_evaluation(args)
         return args, prepare(args, make_quant_config(args))
 
 
 def figures(run, stream_files: bool | None, folder: Path) -> Outcome:
     """What a planned run finds; its hidden states are in files if `stream_files` says so."""
     outcome = Outcome()
-    journal = Journal(run.folder / "unfinished.jsonl", run.evaluations.identity)
-    evaluator = Evaluator(run.evaluations, run.setup, journal, run.folder, "tiny")
+    journal = Journal(run.folder / "unfinished.jsonl", "tiny")
+    runner = Runner(run.evaluations, journal, run.folder, "tiny", "tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         if run.shards is None:
-            execute(run, outcome, evaluator)
+            execute(run, outcome, runner)
         else:
-            experiment.stream.execute_streamed(run, outcome, evaluator, stream_files)
+            experiment.stream.execute_streamed(run, outcome, runner, stream_files)
     return outcome
 
 
@@ -275,7 +273,7 @@ def test_hidden_states_in_files_change_nothing_and_leave_nothing(flags, sharded,
         folder.mkdir()
         _, run = planned(sharded, data, folder, "--stream", *flags)
         outcome = figures(run, files, folder)
-        found[name] = (outcome.measured.perplexity, outcome.full.perplexity)
+        found[name] = (outcome.measured.results, outcome.full.results)
         assert not list((folder / "cache").rglob("*"))
     # samples for statistics, two sets of windows in both networks, and the flow: teacher, and student if it is trained
     assert len(made) == 1 + 4 + (2 if flags else 1)
@@ -288,11 +286,12 @@ def test_windows_travel_in_batches_of_the_size_asked_for(sharded, data, tmp_path
     sizes = []
     advance = experiment.stream.advance_
 
-    def note(layer, hidden, kwargs, device, batch_size):
+    def note(layer, hidden, kwargs, device, batch_size=None):
         sizes.append(batch_size and batch_size.sequences)
         advance(layer, hidden, kwargs, device, batch_size)
 
     monkeypatch.setattr(experiment.stream, "advance_", note)
+    monkeypatch.setattr(evaluation.perplexity, "advance_", note)
     figures(run, None, tmp_path)
     assert sizes == [None, 2, 2, 2, 2] * LAYERS  # statistics; two sets of windows in both networks
 

@@ -9,23 +9,22 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import experiment.tracking_sinks
 import numpy as np
 import pytest
 import torch
 from conftest import run_script
+from experiment.tracking_sinks import as_code, new_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import assert_refused
 
 import experiment.run
 import experiment.tracking
-import experiment.tracking_sinks
 import main
 import quantize.walk
-from experiment.evaluation_options import check_evaluation
 from experiment.options import make_quant_config
 from experiment.run import run_experiment
 from experiment.tracking import Tracker, check_tracking, final_scalars, layer_scalars, open_tracker
-from experiment.tracking_sinks import as_code, new_folder
 from utils.errors import InputError
 
 TINY = ("--block_size", 16, "--max_rotation_step", 20, "--wbits", 4, "--abits", 4, "--lac", 0.95, "--net", "tiny")
@@ -441,7 +440,6 @@ def run_here(flags: tuple, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["main.py", *map(str, flags)])
     monkeypatch.setattr(experiment.run, "add_log_file", lambda path: path.parent.mkdir(parents=True))
     args = main.parse_flags()
-    check_evaluation(args)
     run_experiment(args, make_quant_config(args))
 
 

@@ -34,6 +34,15 @@ def plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def flatten(value: dict, prefix: str = "") -> dict[str, object]:
+    """A dict of dicts as one, its keys joined by dots."""
+    flat: dict[str, object] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(item, f"{name}.") if isinstance(item, dict) and item else {name: item}
+    return flat
+
+
 def differences(saved: dict, now: dict) -> list[str]:
     """What differs between two flat dicts, in words."""
     keys = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]

@@ -1,0 +1,1 @@
+"""MMLU: its questions, prompts and answers."""

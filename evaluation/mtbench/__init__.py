@@ -1,0 +1,1 @@
+"""MT-Bench: questions, answers and grades."""

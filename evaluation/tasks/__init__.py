@@ -1,0 +1,1 @@
+"""lm-eval's tasks, with its own prompts and metrics."""

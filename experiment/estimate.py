@@ -53,8 +53,8 @@ class Plan:
     `dtype` is that of the weights; `on_gpu`: the layers visit a GPU (else all is computed on the CPU, in float32).
     `calibration`: (samples, tokens each). `windows`: the test datasets of the run's own model; `compared`: those that
     go through the full-precision model in the same walk. `statistics`: activation statistics are computed too.
-    `divergence`: the two are compared token by token. `whole`: an evaluation needs the model as a whole on its device.
-    `saved`: the model is quantized already.
+    `divergence`: the two are compared token by token. `whole` and `whole_compared`: evaluations need the run's own
+    model, and the full-precision one, as a whole on the device. `saved`: the model is quantized already.
     """
 
     dtype: torch.dtype
@@ -65,6 +65,7 @@ class Plan:
     statistics: bool = True
     divergence: bool = False
     whole: bool = False
+    whole_compared: bool = False
     saved: bool = False
 
     @property
@@ -116,7 +117,8 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pl
     working = 0 if plan.on_gpu else max(layer - layer_wide, 0)
     scoring = 0 if plan.on_gpu else logits
     windows = hidden_bytes(tokens_of(plan.windows + plan.compared * plan.divergence), skeleton, plan.held)
-    whole = max(quantized, model if plan.compared else 0) + max(layer - layer_wide, logits) if plan.whole else 0
+    whole = max(quantized * plan.whole, model * plan.whole_compared)
+    device = max(layer, shell + logits, whole and whole + max(layer - layer_wide, logits))
     return Estimate(
         parameters=count(skeleton.parameters()),
         layers=len(layers),
@@ -127,7 +129,7 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pl
         hidden=hidden,
         host=max(held + hidden + extra + working, quantized + windows + scoring) + process,
         host_streamed=shell + max(layer_wide * 3 // 2 + hidden + extra + working, windows + scoring) + process,
-        device=max(layer, shell + logits, whole) + CONTEXT_BYTES if plan.on_gpu else 0,
+        device=device + CONTEXT_BYTES if plan.on_gpu else 0,
         checkpoint=checkpoint_bytes(skeleton, spec, settings),
     )
 

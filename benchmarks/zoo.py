@@ -31,10 +31,11 @@ from experiment.estimate import Plan, estimate
 from models import decoder_spec
 from models.load import load_skeleton, pick_dtype
 from models.zoo import SHAPES, zoo_config
-from quantize.quantization import quantize_model
+from quantize.quantization import Quantization
 from quantize.settings import BitSettings, ClipSettings, QuantSettings, SmoothSettings
 from quantize.spec import DecoderSpec
 from quantize.statistics import channel_statistics
+from quantize.walk import layers_in_memory, walk
 from utils.device import DTYPES, describe, peak_memory, pick_device
 from utils.log import setup_console
 from utils.results import format_table
@@ -57,7 +58,7 @@ def requirements() -> str:
             for on_gpu in (True, False)
         )
         sizes = (gpu.weights, gpu.layer_wide, gpu.device, gpu.host, gpu.host_streamed, cpu.host, cpu.host_streamed)
-        shown = [size(value) for value in (*sizes, gpu.save_dir)]
+        shown = [size(value) for value in (*sizes, gpu.checkpoint)]
         rows.append([name, str(gpu.layers), f"{gpu.parameters / 1e9:.3f} B", *shown])
     header = ["model", "layers", "parameters", "weights, 16 bit", "one layer, float32", "GPU", "host", "host, streamed"]
     return format_table([*header, "host, no GPU", "no GPU, streamed", "checkpoint of the run"], rows)
@@ -127,23 +128,13 @@ class Stopwatch:
 
 def measure(model: nn.Module, spec: DecoderSpec, tokens: torch.Tensor, device: torch.device) -> dict[str, float]:
     """Seconds of statistics and quantization of the whole of `model`, and of its searches among that."""
-    from quantize import transform
-
-    watch, search = Stopwatch(device), transform.greedy_rotation
-
-    def timed_search(*args, **kwargs):
-        with watch.stage("search"):
-            return search(*args, **kwargs)
-
+    watch = Stopwatch(device)
     with watch.stage("statistics"):
         peaks = channel_statistics(model, spec, tokens, device).scales
-    transform.greedy_rotation = timed_search
-    try:
-        with watch.stage("quantize"):
-            quantize_model(model, spec, tokens, peaks, SETTINGS, device)
-    finally:
-        transform.greedy_rotation = search
-    return watch.seconds
+    with watch.stage("quantize"):
+        quantization = Quantization(model, spec, tokens, peaks, SETTINGS, device)
+        walk(layers_in_memory(model, spec, device), [quantization], len(spec.decoder_layers(model)), "quantizing")
+    return {**watch.seconds, "search": quantization.search_seconds}
 
 
 def show(figures: dict, whole: int) -> str:

@@ -13,7 +13,7 @@ from evaluation.journal import Journal, Section
 from evaluation.measured import Measured
 from evaluation.settings import EvaluationSettings
 from utils.distributed import world_size
-from utils.errors import InputError
+from utils.errors import InputError, noting
 from utils.memory import Allocate, in_memory
 from utils.placement import Memory, parse_memory, placed
 
@@ -55,10 +55,16 @@ class Evaluations:
         return replace(self, members=tuple(each for each in self.members if each.teaches))
 
 
-def open_evaluations(settings: EvaluationSettings, context: Context) -> Evaluations:
-    """Read and check the data of all that is asked for. Raises InputError for what is wrong with them."""
-    members = tuple(each for entry in settings.asked() for each in entry.open(context, settings))
-    return Evaluations(members, context, settings.multigpu, parse_memory(list(settings.max_memory)) or None)
+def open_evaluations(settings: EvaluationSettings, context: Context, missing: list[str] | None = None) -> Evaluations:
+    """Read and check the data of all that is asked for. Raises InputError for what is wrong with them.
+
+    With a list for it, what is only `missing` is noted there, and its evaluations are left out.
+    """
+    members: list[Evaluation] = []
+    for entry in settings.asked():
+        with noting(missing, entry.FLAG):
+            members += entry.open(context, settings)
+    return Evaluations(tuple(members), context, settings.multigpu, parse_memory(list(settings.max_memory)) or None)
 
 
 @dataclass

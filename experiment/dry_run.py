@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from experiment.estimate import Estimate, Plan, estimate, probe_tokens, work_of
-from experiment.prepare import Prepared as Run
-from experiment.rates import measure_rates, stage_seconds
+from duquant.scheme import TensorScheme
+from experiment.estimate import Estimate, Plan, estimate, measure_rates, probe_tokens, stage_seconds, work_of
+from experiment.prepare import Prepared
+from experiment.setup import Setup
 from quantize.build import absorbers, describe_folding
 from quantize.settings import QuantSettings, Transform
 from quantize.spec import DecoderSpec
@@ -17,9 +18,10 @@ from utils.capacity import free_device_memory, free_disk
 from utils.device import describe
 from utils.errors import InputError
 from utils.log import RESULT
-from utils.memory import available_memory
+from utils.memory import available_memory, too_large
 from utils.results import format_table
 
+HEADS = ("query", "key", "value")
 logger = logging.getLogger(__name__)
 
 
@@ -40,69 +42,94 @@ class Need:
         return f"{self.what}: {size(self.needed)} are needed, {size(self.available)} are free; {self.remedy}"
 
 
-def dry_run(run: Run) -> None:
-    """Log what `run` would do and need. Raises InputError, naming everything that is missing, if it cannot work."""
-    setup, args, streamed = run.setup, run.args, run.shards is not None
-    plan = make_plan(run)
-    found = estimate(setup.skeleton, setup.spec, run.quant, plan)
+def dry_run(prepared: Prepared) -> None:
+    """Log what the run would do and need, and what is missing for it.
+
+    Raises InputError, naming everything that does not fit, if it cannot work here.
+    """
+    setup, quant, output = prepared.setup, prepared.quant, prepared.settings.output
+    plan = make_plan(prepared)
+    needed = estimate(setup.skeleton, setup.spec, quant, plan)
     logger.log(RESULT, "dry run: no weights are loaded, and nothing is written beside the token cache")
     logger.log(
         RESULT,
         "%s: %s, %d layers, %.3f B parameters, %s on %s",
-        *(setup.source.name, setup.config.model_type, found.layers, found.parameters / 1e9),
+        *(setup.source.name, setup.config.model_type, needed.layers, needed.parameters / 1e9),
         *(str(setup.dtype).removeprefix("torch."), describe(setup.device)),
     )
-    if setup.saved is None:
-        logger.log(RESULT, "calibration on %d×%d tokens", *plan.calibration)
-        logger.log(RESULT, "%s\n\n%s\n", describe_bits(run.quant), group_table(setup.skeleton, setup.spec, run.quant))
+    if setup.saved is not None:
+        logger.log(RESULT, "quantized already (%s): it is only evaluated\n", quant.label)
     else:
-        logger.log(RESULT, "quantized already (%s): it is only evaluated\n", run.quant.label)
-    needs = memory_needs(found, plan.on_gpu, streamed, available_memory(), free_device_memory(setup.device))
-    needs += disk_needs(found, {"--save_dir": args.save_dir, "--save_model": args.save_model})
-    logger.log(RESULT, "%s\n", need_table(found, needs))
-    logger.log(RESULT, "%s\n", time_table(run, plan))
+        if setup.calibration[0]:
+            logger.log(RESULT, "calibration on %d×%d tokens", *setup.calibration)
+        logger.log(RESULT, "%s\n\n%s\n", describe_bits(quant), group_table(setup.skeleton, setup.spec, quant))
+    host = available_memory()
+    in_files = needed.hidden if too_large(needed.hidden, host) else 0
+    needs = memory_needs(needed, prepared.shards is not None, in_files, host, free_device_memory(setup.device))
+    folders = {
+        "--save_dir": (output.save_dir, needed.checkpoint),
+        "--save_model": (output.save_model, needed.quantized),
+        "hidden states in --cache_dir": (setup.model.cache_dir if in_files else None, in_files),
+    }
+    needs += disk_needs(folders)
+    logger.log(RESULT, "%s\n", need_table(needed, needs))
+    logger.log(RESULT, "%s\n", time_table(setup, quant, plan))
+    if prepared.missing:
+        logger.log(RESULT, "missing for a real run (evaluations without their data are not counted above):")
+    for line in prepared.missing:
+        logger.log(RESULT, "  %s", line)
     refuse(needs)
 
 
-def make_plan(run: Run) -> Plan:
+def make_plan(prepared: Prepared) -> Plan:
     """What a checked run does, as the estimate wants it."""
-    setup, evaluations = run.setup, run.evaluations
-    statistics = run.quant.smooth is not None and run.args.act_scales is None
-    compared = evaluations.for_comparison(run.args.report)
+    setup, settings, evaluations = prepared.setup, prepared.settings, prepared.evaluations
+    compared = evaluations.for_comparison(settings.report.report)
     return Plan(
         dtype=setup.dtype,
         on_gpu=setup.device.type == "cuda",
-        calibration=(0, setup.seqlen) if setup.tokens is None else tuple(setup.tokens.shape),
+        calibration=setup.calibration,
         windows=evaluations.windows,
-        statistics=setup.saved is None and statistics,
-        models=2 if compared.windows else 1,
+        compared=compared.windows,
+        statistics=prepared.quant.smooth is not None and settings.statistics.act_scales is None,
         divergence=bool(evaluations.teaching().members),
         whole=evaluations.need_whole_model and not evaluations.spread,
+        whole_compared=compared.need_whole_model and not evaluations.spread,
+        saved=setup.saved is not None,
     )
 
 
-def describe_bits(config: QuantSettings) -> str:
+def describe_bits(settings: QuantSettings) -> str:
     """One line on what is rounded to what."""
-    if config.bits.untouched:
+    if settings.bits.untouched:
         return "16-bit weights and activations: nothing is quantized"
-    vector = f"group of {config.bits.group_size}" if config.bits.group_size else "output channel"
-    kind = "symmetric" if config.bits.symmetric else "asymmetric"
-    clipping = "trained" if config.clip.learned else config.clip.weight_ratio or "none"
-    return (
-        f"weights {config.bits.weight} bits per {vector}, {kind}, clipping {clipping}; linear inputs per token and "
-        f"q, k, v per token and head {config.bits.activation} bits, clipping {config.clip.activation_ratio or 'none'}"
-    )
+    scheme = settings.scheme
+    heads = "; ".join(f"{role[0]} {describe_scheme(getattr(scheme, role), 'head')}" for role in HEADS)
+    if len({getattr(scheme, role) for role in HEADS}) == 1:
+        heads = f"q, k, v {describe_scheme(scheme.query, 'head')}"
+    weights = describe_scheme(scheme.weight, "output channel")
+    trained = ", clipping trained" if settings.training is not None and scheme.weight.quantized else ""
+    return f"weights {weights}{trained}; linear inputs {describe_scheme(scheme.input, 'token')}; {heads}"
 
 
-def group_table(skeleton: nn.Module, spec: DecoderSpec, config: QuantSettings) -> str:
+def describe_scheme(scheme: TensorScheme, vector: str) -> str:
+    """`4 bits per token, asymmetric, clipping 0.9`; a `vector` has a range of its own, or groups of it have."""
+    if not scheme.quantized:
+        return "16 bits"
+    vector = f"group of {scheme.group_size}" if scheme.group_size else vector
+    kind = "symmetric" if scheme.symmetric else "asymmetric"
+    return f"{scheme.bits} bits per {vector}, {kind}" + (f", clipping {scheme.clip}" if scheme.clip else "")
+
+
+def group_table(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> str:
     """Every input group: its layers, linears, width, blocks, and where its smoothing scale goes."""
     rows: dict[tuple[str, ...], list[int]] = {}
     for index, layer in enumerate(spec.decoder_layers(skeleton)):
         for group in spec.at(index).groups:
             width = layer.get_submodule(group.linears[0]).in_features
-            block = config.rotation.block_size_for(width) if config.transform is not Transform.NONE else None
+            block = settings.rotation.block_size_for(width) if settings.transform is not Transform.NONE else None
             blocks = ("–", "–") if block is None else (str(block), str(width // block))
-            scale = describe_folding(absorbers(group, config.smooth)) if config.smooth else "none"
+            scale = describe_folding(absorbers(group, settings.smooth)) if settings.smooth else "none"
             row = (group.name, short_names(group.linears), str(width), *blocks, scale)
             rows.setdefault(row, []).append(index)
     header = ["group", "layers", "linears", "width", "block size", "blocks", "smoothing scale"]
@@ -123,53 +150,54 @@ def number_ranges(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def memory_needs(found: Estimate, on_gpu: bool, streamed: bool, host: int | None, device: int | None) -> list[Need]:
-    """Host and GPU memory against the bytes `host` and `device` have free."""
+def memory_needs(needed: Estimate, streamed: bool, in_files: int, host: int | None, device: int | None) -> list[Need]:
+    """Host and GPU memory against the bytes `host` and `device` have free (None: unknown, and no GPU).
+
+    Of the hidden states so many bytes live `in_files`.
+    """
+    whole, layers = needed.host - in_files, needed.host_streamed - in_files
     smaller = "lower --nsamples, or use a machine with more memory"
-    if not streamed and host is not None and found.host_streamed <= host:
+    if not streamed and host is not None and layers <= host:
         smaller = "read its layers one by one with --stream"
-    needs = [Need("host memory", found.host_streamed if streamed else found.host, host, smaller)]
-    if on_gpu:
-        needs.append(Need("GPU memory", found.device, device, "lower --seqlen, or use another --device"))
+    needs = [Need("host memory", layers if streamed else whole, host, smaller)]
+    if needed.device:
+        needs.append(Need("GPU memory", needed.device, device, "lower --seqlen, or use another --device"))
     return needs
 
 
-def disk_needs(found: Estimate, folders: Mapping[str, Path | None]) -> list[Need]:
-    """What `--save_dir` and `--save_model` write, against what is free; folders of one disk share it."""
-    sizes = {"--save_dir": found.save_dir, "--save_model": found.save_model}
+def disk_needs(folders: Mapping[str, tuple[Path | None, int]]) -> list[Need]:
+    """What is written into the folders of these flags, against what is free; folders of one disk share it."""
     taken: dict[int, int] = {}
     needs = []
-    for flag, folder in folders.items():
+    for flag, (folder, needed) in folders.items():
         if folder is not None:
             disk, free = free_disk(folder)
-            needs.append(Need(f"{flag} {folder}", sizes[flag], free - taken.get(disk, 0), "choose another disk"))
-            taken[disk] = taken.get(disk, 0) + sizes[flag]
+            needs.append(Need(f"{flag} {folder}", needed, free - taken.get(disk, 0), "choose another disk"))
+            taken[disk] = taken.get(disk, 0) + needed
     return needs
 
 
-def need_table(found: Estimate, needs: list[Need]) -> str:
+def need_table(needed: Estimate, needs: list[Need]) -> str:
     """Sizes of the model's parts, and every need beside what there is."""
     parts = {
-        "weights": found.weights,
-        "one decoder layer, float32": found.layer_wide,
-        "embeddings and head": found.shell,
-        "hidden states, calibration": found.calibration_hidden,
-        "hidden states, evaluation": found.evaluation_hidden,
-        "host memory, whole model in it": found.host,
-        "host memory, layers read one by one": found.host_streamed,
-        "checkpoint (--save_dir)": found.save_dir,
-        "quantized model (--save_model)": found.save_model,
+        "weights": needed.weights,
+        "one decoder layer, float32": needed.layer_wide,
+        "embeddings and head": needed.shell,
+        "quantized model, as it is held": needed.quantized,
+        "hidden states that travel at once": needed.hidden,
+        "host memory, whole model in it": needed.host,
+        "host memory, layers read one by one": needed.host_streamed,
+        "checkpoint (--save_dir)": needed.checkpoint,
     }
     rows = [[name, size(value), ""] for name, value in parts.items()]
     rows += [[need.what, size(need.needed), "?" if need.available is None else size(need.available)] for need in needs]
     return format_table(["what", "bytes", "free"], rows)
 
 
-def time_table(run: Run, plan: Plan) -> str:
+def time_table(setup: Setup, quant: QuantSettings, plan: Plan) -> str:
     """Seconds by stage at the rates this machine has now."""
-    setup = run.setup
-    work = work_of(setup.skeleton, setup.spec, run.quant, plan)
-    rates = measure_rates(setup.device, setup.dtype, work.steps, probe_tokens(run.quant, plan), run.quant.rotation)
+    work = work_of(setup.skeleton, setup.spec, quant, plan)
+    rates = measure_rates(setup.device, setup.dtype, work.steps, probe_tokens(quant, plan), quant.rotation)
     seconds = stage_seconds(work, rates)
     rows = [[stage, duration(value)] for stage, value in {**seconds, "all": sum(seconds.values())}.items() if value]
     return format_table([f"time, rough ({rates.operations / 1e12:.2g} TFLOP/s)", "h:min:s"], rows)

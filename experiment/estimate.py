@@ -1,29 +1,49 @@
-"""What a run will need, from the model's shapes alone: memory, disk, and the work behind an estimate of its time.
+"""What a run will need, from the model's shapes alone: memory, disk, and time at the rates that this machine has now.
 
-Bytes everywhere. The sums follow the code that allocates; benchmarks/RESULTS.md compares them with real runs, which
-took four fifths of what is said here. A mixture's experts are counted as if every token went to all of them. A
-skeleton is the model on the meta device.
+Bytes everywhere. The sums follow the code that allocates; tests hold them against what it really allocates, and
+benchmarks/RESULTS.md against the peaks of real runs. A mixture's experts are counted as if every token went to all of
+them. A skeleton is the model on the meta device.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
 
+from quantize.greedy import greedy_rotation
 from quantize.observe import TOKENS_PER_FORWARD
 from quantize.quantization import PROBE_SAMPLES
-from quantize.settings import Probe, QuantSettings, Transform
-from quantize.sizes import checkpoint_bytes as bytes_needed
+from quantize.rotation import random_orthogonal, step_rotation
+from quantize.settings import Probe, QuantSettings, RotationSettings, Transform
+from quantize.sizes import (
+    WIDE,
+    checkpoint_bytes,
+    count,
+    groups_of,
+    hidden_bytes,
+    model_bytes,
+    quantized_bytes,
+    quantized_layer_bytes,
+    sample_copies,
+)
 from quantize.spec import DecoderSpec
+from utils.capacity import best_seconds, copy_rate, product_rate
 
-WIDE = 4  # bytes of a number in float32
 PROCESS_BYTES = 10**9  # Python with torch and transformers, and what the allocator keeps
 CONTEXT_BYTES = 10**9  # CUDA's context: on the device, and about as much on the host
 WEIGHT_COPIES = 3  # of the largest linear, while it is transformed and rounded
 SEARCH_COPIES = 5  # of the probe, while it is searched
+ROUNDING_COPIES = 5  # of a linear's input, while it is transformed and rounded, and of what stands beside it
 TRAINING_ACTIVATIONS = 10  # float32 copies of the widest activation that autograd keeps of a sample
-TRAINING_COPIES = 6  # of a layer's float32 weights: what autograd keeps of their rounding
+TRAINING_COPIES = 4  # of a layer's float32 weights: what autograd keeps of their rounding
+
+MEASURED_STEPS = 8
+MEASURED_BLOCK = 512  # above it a step is nothing but matrix products, and takes too long to try
+OVERHEAD = 1.5  # what is no matrix product (norms, attention's softmax, rounding), seen on a CPU
+
+Windows = tuple[tuple[int, int], ...]  # (number, tokens each)
 
 
 @dataclass(frozen=True)
@@ -31,25 +51,31 @@ class Plan:
     """What is done with a model: everything beside its shapes that memory and time depend on.
 
     `dtype` is that of the weights; `on_gpu`: the layers visit a GPU (else all is computed on the CPU, in float32).
-    `calibration` and every entry of `windows`, the test datasets: (samples, tokens each). `statistics`: activation
-    statistics are computed first. `models`: how many are evaluated, the quantized one included. `divergence`: the
-    full-precision model's hidden states of the test data are kept. `whole`: an evaluation needs the model as a whole
-    on its device.
+    `calibration`: (samples, tokens each). `windows`: the test datasets of the run's own model; `compared`: those that
+    go through the full-precision model in the same walk. `statistics`: activation statistics are computed too.
+    `divergence`: the two are compared token by token. `whole` and `whole_compared`: evaluations need the run's own
+    model, and the full-precision one, as a whole on the device. `saved`: the model is quantized already.
     """
 
     dtype: torch.dtype
     on_gpu: bool
     calibration: tuple[int, int]
-    windows: tuple[tuple[int, int], ...] = ()
+    windows: Windows = ()
+    compared: Windows = ()
     statistics: bool = True
-    models: int = 1
     divergence: bool = False
     whole: bool = False
+    whole_compared: bool = False
+    saved: bool = False
 
     @property
-    def held(self) -> int:
-        """Bytes of a number as the model holds it; on a CPU it is widened (see `experiment.session.open_model`)."""
-        return self.dtype.itemsize if self.on_gpu else WIDE
+    def held(self) -> torch.dtype:
+        """What the model is held in; on a CPU it is widened (see `experiment.setup.Setup.compute_dtype`)."""
+        return self.dtype if self.on_gpu else torch.float32
+
+    def quantizes(self, settings: QuantSettings) -> bool:
+        """Whether anything is decided in this run."""
+        return not self.saved and not settings.bits.untouched
 
 
 @dataclass(frozen=True)
@@ -57,9 +83,10 @@ class Estimate:
     """What a model needs: numbers of parameters and layers, and bytes.
 
     `weights`: all of them in the plan's dtype. `layer_wide`: the largest decoder layer in float32. `shell`: everything
-    but the decoder layers. `calibration_hidden`, `evaluation_hidden`: hidden states of the samples, and of the largest
-    test dataset. `host` and `host_streamed`: the process's peak with the model in memory, and with its layers read one
-    by one (`--stream`). `device`: a GPU's peak. `save_dir` and `save_model`: what these flags write.
+    but the decoder layers. `quantized`: the quantized model, and what `--save_model` writes. `hidden`: the hidden
+    states that travel through the layers at once. `host` and `host_streamed`: the process's peak, `hidden` included,
+    with the model in memory, and with its layers read one by one. `device`: a GPU's peak. `checkpoint`: what
+    `--save_dir` writes.
     """
 
     parameters: int
@@ -67,116 +94,121 @@ class Estimate:
     weights: int
     layer_wide: int
     shell: int
-    calibration_hidden: int
-    evaluation_hidden: int
+    quantized: int
+    hidden: int
     host: int
     host_streamed: int
     device: int
-    save_dir: int
-    save_model: int
+    checkpoint: int
 
 
-def estimate(skeleton: nn.Module, spec: DecoderSpec, config: QuantSettings, plan: Plan) -> Estimate:
+def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> Estimate:
     """The figures for one run."""
-    layers = spec.decoder_layers(skeleton)
-    parameters, decoder = count(skeleton.parameters()), sum(count(layer.parameters()) for layer in layers)
-    layer_wide = WIDE * max(count(layer.parameters()) for layer in layers)
-    shell = (parameters - decoder) * plan.held
-    hidden_size = skeleton.get_input_embeddings().weight.shape[-1]
-    vocabulary = skeleton.get_input_embeddings().weight.shape[0]
-    calibration, *tests = (plan.held * hidden_size * n * length for n, length in (plan.calibration, *plan.windows))
-    work, evaluation = calibration_work(skeleton, spec, config, plan), evaluation_work(skeleton, spec, plan)
-    logits = logits_bytes(vocabulary, plan)
-    # what works on a layer is on the GPU if there is one
-    states = max(
-        calibration_copies(config, plan.on_gpu) * calibration + (0 if plan.on_gpu else work),
-        max(tests, default=0) + (0 if plan.on_gpu else max(evaluation, logits)) + plan.divergence * sum(tests),
-    )
+    layers = list(spec.decoder_layers(skeleton))
+    layer_wide = max(model_bytes(layer, torch.float32) for layer in layers)
+    model = model_bytes(skeleton, plan.held)
+    shell = model - sum(model_bytes(layer, plan.held) for layer in layers)
+    quantized = quantized_bytes(skeleton, spec, settings, plan.held)
+    held = quantized if plan.saved else model  # before the first layer is quantized
+    hidden, extra = travelling_bytes(skeleton, settings, plan)
+    layer, logits = layer_work(skeleton, spec, settings, plan), logits_bytes(skeleton, plan)
     process = PROCESS_BYTES + (CONTEXT_BYTES if plan.on_gpu else 0)
-    whole = parameters * plan.held + max(evaluation, logits) if plan.whole else 0
-    on_device = max(layer_wide + max(work, evaluation), shell + logits, whole)
-    transforms = 0 if config.bits.untouched else bytes_needed(skeleton, spec, config)
+    # on a CPU the layer that is worked on is one of the model's
+    working = 0 if plan.on_gpu else max(layer - layer_wide, 0)
+    scoring = 0 if plan.on_gpu else logits
+    windows = hidden_bytes(tokens_of(plan.windows + plan.compared * plan.divergence), skeleton, plan.held)
+    whole = max(quantized * plan.whole, model * plan.whole_compared)
+    device = max(layer, shell + logits, whole and whole + max(layer - layer_wide, logits))
     return Estimate(
-        parameters=parameters,
+        parameters=count(skeleton.parameters()),
         layers=len(layers),
-        weights=parameters * plan.dtype.itemsize,
+        weights=model_bytes(skeleton, plan.dtype),
         layer_wide=layer_wide,
         shell=shell,
-        calibration_hidden=calibration,
-        evaluation_hidden=max(tests, default=0),
-        host=parameters * plan.held + states + process,
-        host_streamed=shell + layer_wide * 3 // 2 + states + process,
-        device=on_device + CONTEXT_BYTES if plan.on_gpu else 0,
-        save_dir=transforms,
-        save_model=parameters * plan.held + transforms,
+        quantized=quantized,
+        hidden=hidden,
+        host=max(held + hidden + extra + working, quantized + windows + scoring) + process,
+        host_streamed=shell + max(layer_wide * 3 // 2 + hidden + extra + working, windows + scoring) + process,
+        device=device + CONTEXT_BYTES if plan.on_gpu else 0,
+        checkpoint=checkpoint_bytes(skeleton, spec, settings),
     )
 
 
-def count(tensors: Iterable[torch.Tensor]) -> int:
-    """Numbers in all of them."""
-    return sum(tensor.numel() for tensor in tensors)
+def tokens_of(windows: Windows) -> int:
+    """How many tokens they are."""
+    return sum(prod(shape) for shape in windows)
 
 
-def calibration_copies(config: QuantSettings, on_gpu: bool) -> int:
-    """How often the calibration samples' hidden states are in host memory while layers are quantized.
+def travelling_bytes(skeleton: nn.Module, settings: QuantSettings, plan: Plan) -> tuple[int, int]:
+    """Hidden states that go through the layers at once, and the copies of samples that training makes beside them.
 
-    Once; with training the student's beside the teacher's, with `--aug_loss` one more target; pinned copies of the
+    The first may live in files (see `utils.memory`). The copies: the second target of `--aug_loss`, and pinned ones of
     inputs and targets where training reads them from the host (see `quantize.lwc.placed`).
     """
-    if not config.clip.learned:
-        return 1
-    targets = 2 if config.training.augmented else 1
-    return (1 + targets) * (2 if on_gpu and config.training.offload else 1)
+    samples = prod(plan.calibration) if plan.quantizes(settings) else 0
+    tokens = sample_copies(settings, plan.statistics) * samples + tokens_of(plan.windows + plan.compared)
+    copies = 0
+    if settings.training is not None:
+        copies = settings.training.augmented
+        copies += (2 + settings.training.augmented) * (plan.on_gpu and settings.training.offload)
+    return hidden_bytes(tokens, skeleton, plan.held), hidden_bytes(copies * samples, skeleton, plan.held)
 
 
-def calibration_work(skeleton: nn.Module, spec: DecoderSpec, config: QuantSettings, plan: Plan) -> int:
-    """Bytes that work on one layer beside its weights while it is observed, quantized and trained."""
-    samples, length = plan.calibration
-    linears = list(_linears(skeleton, spec))
-    width = widest(skeleton, spec)
-    probe = probe_tokens(config, plan)
-    work = [
-        WEIGHT_COPIES * WIDE * max(linear.in_features * linear.out_features for linear in linears),
-        SEARCH_COPIES * WIDE * probe * width,
-        activation_bytes(probe, width, plan.held, rounded=True),
-        activation_bytes(min(samples * length, max(TOKENS_PER_FORWARD, length)), width, plan.held, rounded=False),
+def layer_work(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> int:
+    """Bytes of the largest layer and of what works on it, at the worst moment of a visit."""
+    width, held = widest(skeleton, spec), plan.held.itemsize
+    layers = list(enumerate(spec.decoder_layers(skeleton)))
+    floats, wide = (max(model_bytes(layer, dtype) for _, layer in layers) for dtype in (plan.held, torch.float32))
+    codes = max(quantized_layer_bytes(layer, spec.at(index), settings, plan.held) for index, layer in layers)
+    largest = max(linear.weight.numel() for _, members in groups_of(skeleton, spec) for linear in members)
+    rounded = settings.scheme.input.quantized or settings.transform is not Transform.NONE
+
+    def batch(shapes: Windows) -> int:
+        return max((min(n * length, max(TOKENS_PER_FORWARD, length)) for n, length in shapes), default=0)
+
+    if not plan.quantizes(settings):
+        own = codes + held * largest if plan.saved else floats
+        return own + activation_bytes(batch(plan.windows), width, held, plan.saved and rounded)
+    probe, samples = probe_tokens(settings, plan), (plan.calibration,)
+    observed = plan.compared + samples * (plan.statistics or settings.training is not None)
+    moments = [
+        floats + activation_bytes(batch(observed), width, held, rounded=False),
+        wide + max(WEIGHT_COPIES * WIDE * largest, SEARCH_COPIES * WIDE * probe * width),
+        wide + activation_bytes(probe, width, held, rounded),
+        codes + floats + activation_bytes(probe, width, held, rounded),  # decoded once, for everything that is advanced
+        codes + held * largest + activation_bytes(batch(plan.windows), width, held, rounded),
     ]
-    if config.clip.learned:
-        layer = WIDE * max(count(layer.parameters()) for layer in spec.decoder_layers(skeleton))
-        samples = TRAINING_ACTIVATIONS * WIDE * config.training.batch_size * length * width
-        work.append(TRAINING_COPIES * layer + samples)
-    return max(work)
+    if settings.training is not None:
+        sample = settings.training.batch_size * plan.calibration[1]
+        moments.append((1 + TRAINING_COPIES) * wide + TRAINING_ACTIVATIONS * WIDE * sample * width)
+        moments.append(codes + floats + activation_bytes(batch(samples), width, held, rounded))
+    return max(moments)
 
 
-def probe_tokens(config: QuantSettings, plan: Plan) -> int:
-    """Tokens of the activation that is searched on (see `quantize.walk.make_probe`)."""
+def probe_tokens(settings: QuantSettings, plan: Plan) -> int:
+    """Tokens of the activation that is searched on (see `quantize.quantization.make_probe`)."""
     samples, length = plan.calibration
-    return length * min(samples, PROBE_SAMPLES if config.probe is Probe.SAMPLE else 1)
-
-
-def evaluation_work(skeleton: nn.Module, spec: DecoderSpec, plan: Plan) -> int:
-    """Bytes that a batch of test windows takes in one layer; a GPU begins with more, and this is the least."""
-    width, batches = widest(skeleton, spec), [min(n * t, max(TOKENS_PER_FORWARD, t)) for n, t in plan.windows]
-    return activation_bytes(max(batches, default=0), width, plan.held, rounded=True)
+    return length * min(samples, PROBE_SAMPLES if settings.probe is Probe.SAMPLE else 1)
 
 
 def widest(skeleton: nn.Module, spec: DecoderSpec) -> int:
     """Channels of the widest activation that enters or leaves a linear."""
-    return max(max(linear.in_features, linear.out_features) for linear in _linears(skeleton, spec))
+    return max(max(each.weight.shape) for _, members in groups_of(skeleton, spec) for each in members)
 
 
 def activation_bytes(tokens: int, width: int, held: int, rounded: bool) -> int:
-    """Gate, up, their product and its successor; where linears are `rounded`, their inputs' copies in float32 too."""
-    return tokens * width * (4 * held + (SEARCH_COPIES * WIDE if rounded else 0))
+    """Gate, up, their product and its successor; where linears are `rounded`, one of them and its float32 copies."""
+    return tokens * width * (held + max(3 * held, ROUNDING_COPIES * WIDE if rounded else 0))
 
 
-def logits_bytes(vocabulary: int, plan: Plan) -> int:
+def logits_bytes(skeleton: nn.Module, plan: Plan) -> int:
     """The logits of one test window, in the model's dtype, in float32, and their log-softmax; twice for the divergence.
 
     See `evaluation.perplexity`.
     """
     longest = max((length for _, length in plan.windows), default=0)
-    return longest * vocabulary * (plan.held + 2 * WIDE) * (2 if plan.divergence else 1)
+    vocabulary = skeleton.get_input_embeddings().weight.shape[0]
+    return longest * vocabulary * (plan.held.itemsize + 2 * WIDE) * (2 if plan.divergence else 1)
 
 
 @dataclass(frozen=True)
@@ -194,47 +226,41 @@ class Work:
     moved: float
 
 
-def work_of(skeleton: nn.Module, spec: DecoderSpec, config: QuantSettings, plan: Plan) -> Work:
+def work_of(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> Work:
     """What a run has to compute."""
-    layers = spec.decoder_layers(skeleton)
     samples, length = plan.calibration
-    quantizes = samples > 0 and not config.bits.untouched
-    once = forward_operations(skeleton, spec, length)
-    evaluated = sum(n * forward_operations(skeleton, spec, tokens, head=True) * tokens for n, tokens in plan.windows)
-    probe = probe_tokens(config, plan)
-    rotations = config.rotation.permutation_times + 1 if config.transform is not Transform.NONE else 0
+    quantizes, learned = plan.quantizes(settings), settings.training
+    once = samples * length * forward_operations(skeleton, spec, length)
+    tests = plan.windows + plan.compared
+    probe, times = probe_tokens(settings, plan), settings.rotation.permutation_times
     operations, steps = 0.0, {}
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(spec.decoder_layers(skeleton)):
         before = 0
         for group in spec.at(index).groups:
-            linears = [layer.get_submodule(path) for path in group.linears]
-            width, size = linears[0].in_features, sum(linear.in_features * linear.out_features for linear in linears)
-            block = config.rotation.block_size_for(width)
+            members = [layer.get_submodule(path) for path in group.linears]
+            width, size = members[0].in_features, count(linear.weight for linear in members)
             # the probe runs up to every group, and twice through the layer; every weight is rotated
-            operations += 2 * probe * (before + 2 * size) + 2 * rotations * block * size
-            steps[width] = steps.get(width, 0) + rotations * config.rotation.steps
+            rotated = settings.transform.rotations(times) * settings.rotation.block_size_for(width)
+            operations += 2 * probe * (before + 2 * size) + 2 * rotated * size
+            steps[width] = steps.get(width, 0) + settings.transform.searches(times) * settings.rotation.steps
             before += size
-    training = 0.0
-    if config.clip.learned:
-        passes = 3 * config.training.epochs + 4  # forward and twice that backward; teacher, student, loss before, after
-        training = passes * samples * length * once
-    held = sum(count(layer.parameters()) for layer in layers) * plan.held
-    states = plan.held * samples * length * skeleton.get_input_embeddings().weight.shape[-1]
-    walks = (plan.statistics + 1) if quantizes else 0
-    moved = 2 * held * (walks + len(plan.windows) * plan.models) + 2 * len(layers) * states * plan.statistics
+    layers = len(spec.decoder_layers(skeleton))
+    floats = sum(model_bytes(layer, plan.held) for layer in spec.decoder_layers(skeleton))
+    hidden, extra = travelling_bytes(skeleton, settings, plan)
     return Work(
-        statistics=samples * length * once if quantizes and plan.statistics else 0.0,
+        statistics=once if quantizes and plan.statistics else 0.0,
         layers=operations if quantizes else 0.0,
-        training=training if quantizes else 0.0,
-        evaluation=evaluated * plan.models,
-        steps=steps if quantizes and rotations else {},
-        moved=moved if plan.on_gpu else 0.0,
+        # forward and twice that backward; teacher, student, loss before and after
+        training=(3 * learned.epochs + 4) * once if quantizes and learned is not None else 0.0,
+        evaluation=sum(n * t * forward_operations(skeleton, spec, t, head=True) for n, t in tests),
+        steps={width: number for width, number in steps.items() if number} if quantizes else {},
+        moved=2.0 * (floats + layers * (hidden + extra)) if plan.on_gpu else 0.0,
     )
 
 
 def forward_operations(skeleton: nn.Module, spec: DecoderSpec, length: int, head: bool = False) -> float:
     """Operations per token of a forward pass of sequences of `length`: the linears, attention, and the `head`."""
-    linears = sum(linear.in_features * linear.out_features for linear in _linears(skeleton, spec))
+    linears = sum(count(linear.weight for linear in members) for _, members in groups_of(skeleton, spec))
     attention = sum(
         2 * length * layer.get_submodule(spec.at(index).groups[1].linears[0]).in_features
         for index, layer in enumerate(spec.decoder_layers(skeleton))
@@ -242,7 +268,55 @@ def forward_operations(skeleton: nn.Module, spec: DecoderSpec, length: int, head
     return 2.0 * (linears + attention + (skeleton.get_input_embeddings().weight.numel() if head else 0))
 
 
-def _linears(skeleton: nn.Module, spec: DecoderSpec) -> Iterable[nn.Module]:
-    for index, layer in enumerate(spec.decoder_layers(skeleton)):
-        for group in spec.at(index).groups:
-            yield from (layer.get_submodule(path) for path in group.linears)
+@dataclass(frozen=True)
+class Rates:
+    """`operations` of a matrix product per second; seconds of a greedy `step`, all rows active, by the probe's width;
+    bytes `copied` per second between host and GPU (infinite without one).
+    """
+
+    operations: float
+    step: dict[int, float]
+    copied: float = float("inf")
+
+
+def measure_rates(
+    device: torch.device, dtype: torch.dtype, widths: Iterable[int], tokens: int, rotation: RotationSettings
+) -> Rates:
+    """The `Rates` of `device` for weights in `dtype`, and probes [`tokens`, width] of the `widths`: a second's work."""
+    operations = product_rate(device, dtype)
+    steps = {}
+    for width in widths:
+        block = rotation.block_size_for(width)
+        if block <= MEASURED_BLOCK:
+            steps[width] = _step_seconds(device, tokens, width, rotation)
+        else:  # the rows', and that of the rotation itself, in float64
+            steps[width] = (2 * tokens * width * block + 2 * 2 * block**3) / operations
+    return Rates(operations, steps, copy_rate(device))
+
+
+def _step_seconds(device: torch.device, tokens: int, width: int, rotation: RotationSettings) -> float:
+    """Of one greedy step: the difference of two short searches, so that what comes before the steps is left out."""
+    block = rotation.block_size_for(width)
+    probe = torch.randn(tokens, width, device=device)
+    step = step_rotation(random_orthogonal(block, torch.Generator().manual_seed(0)), rotation.order)
+    short, long = (
+        best_seconds(lambda count=count: greedy_rotation(probe, step, count, rotation.rule, lazy=False), device)
+        for count in (1, 1 + MEASURED_STEPS)
+    )
+    return max(long - short, 0.0) / MEASURED_STEPS
+
+
+def stage_seconds(work: Work, rates: Rates) -> dict[str, float]:
+    """Seconds by stage. The search's are those with all rows active: outliers make it several times faster."""
+
+    def products(operations: float) -> float:
+        return OVERHEAD * operations / rates.operations
+
+    return {
+        "activation statistics": products(work.statistics),
+        "search, at most": sum(rates.step[width] * steps for width, steps in work.steps.items()),
+        "probe and weights": products(work.layers),
+        "training the clipping": products(work.training),
+        "evaluation": products(work.evaluation),
+        "copying to the GPU and back": work.moved / rates.copied,
+    }

@@ -8,7 +8,7 @@ from pathlib import Path
 from evaluation.runner import Evaluations, open_evaluations
 from experiment.options import RunSettings
 from experiment.setup import Setup, make_setup
-from models.load import config_digest, model_fingerprint, weights_digest
+from models.load import config_digest, has_weights, model_fingerprint, weights_digest
 from models.saved import require_empty
 from models.shards import Shards, open_shards
 from quantize.checkpoint import Checkpoint, require_new, require_same_run
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 class Prepared:
     """Settings, model and calibration data, what is measured, folder, checkpoint.
 
-    `shards`: where the weights are, if they are read layer by layer.
+    `shards`: where the weights are, if they are read layer by layer. `missing`: what a plan has to do without, a line
+    each.
     """
 
     settings: RunSettings
@@ -42,6 +43,7 @@ class Prepared:
     folder: Path
     checkpoint: Checkpoint | None = None
     shards: Shards | None = None
+    missing: tuple[str, ...] = ()
 
     @property
     def quant(self) -> QuantSettings:
@@ -57,28 +59,36 @@ class Prepared:
 
 
 def prepare(settings: RunSettings) -> Prepared:
-    """Check the settings against the model's shapes and the data. Raises InputError for whatever is wrong."""
+    """Check the settings against the model's shapes and the data. Raises InputError for whatever is wrong.
+
+    With `--dry_run` what is only missing is noted.
+    """
     quant, output = settings.quant, settings.output
-    setup = make_setup(settings.model, settings.calibration, quant.seed, calibrates=not quant.bits.untouched)
+    missing: list[str] | None = [] if output.dry_run else None
+    setup = make_setup(settings.model, settings.calibration, quant.seed, not quant.bits.untouched, missing)
     if setup.saved is None:
         check_shapes(setup.skeleton, setup.spec, quant)
     else:
         refuse_for_saved(settings)
-    if setup.tokens is not None and len(setup.tokens) < world_size():
-        raise InputError(f"--nsamples {len(setup.tokens)}: fewer than the {world_size()} processes that share them")
+    if 0 < setup.calibration[0] < world_size():
+        raise InputError(f"--nsamples {setup.calibration[0]}: fewer than the {world_size()} processes that share them")
     if settings.report.report:
         check_report(settings.report.layers.report_layers, setup.layers, quant)
     if output.save_model is not None:
         require_empty(output.save_model)
         if quant.bits.untouched:
             raise InputError("--save_model: nothing is quantized, so there is nothing to save; drop the flag")
-    evaluations = open_evaluations(settings.evaluation, setup.context(settings.calibration.seqlen, quant.seed))
-    if settings.statistics.act_scales is not None:
+    context = setup.context(settings.calibration.seqlen, quant.seed)
+    evaluations = open_evaluations(settings.evaluation, context, missing)
+    if settings.statistics.act_scales is not None and not missing:
         load_scales(settings.statistics.act_scales, setup.origin(), setup.skeleton, setup.spec)
-    whole = evaluations.need_whole_model
-    shards = open_shards(setup.source, setup.config, setup.skeleton) if must_stream(settings, setup, whole) else None
+    shards: Shards | None = None
+    if must_stream(settings, setup):
+        plan = missing is not None and not has_weights(setup.source)
+        shards = {} if plan else open_shards(setup.source, setup.config, setup.skeleton)
+    checkpoint = open_checkpoint(settings, setup, missing)
     folder = output.output_dir / run_folder(settings, setup)
-    return Prepared(settings, setup, evaluations, folder, open_checkpoint(settings, setup), shards)
+    return Prepared(settings, setup, evaluations, folder, checkpoint, shards, tuple(missing or ()))
 
 
 def run_folder(settings: RunSettings, setup: Setup) -> str:
@@ -106,10 +116,10 @@ def statistics_identity(path: Path | None) -> str:
     return "computed" if path is None else file_digest(path)
 
 
-def must_stream(settings: RunSettings, setup: Setup, whole: bool) -> bool:
+def must_stream(settings: RunSettings, setup: Setup) -> bool:
     """Whether the model is read layer by layer: by `--stream`, or because the host's memory is too small for it whole.
 
-    Raises InputError if something needs the whole model, as evaluations do if `whole` says so.
+    Raises InputError if something that is asked for needs the whole model.
     """
     wanted, given = settings.memory.stream, "--stream reads one layer at a time"
     if wanted is False:
@@ -125,9 +135,9 @@ def must_stream(settings: RunSettings, setup: Setup, whole: bool) -> bool:
         raise InputError(f"--stream: {setup.source.name} is quantized already and can only be loaded whole; drop it")
     if world_size() > 1:
         raise InputError(f"{given}, in a single process: start one, without a launcher")
-    if whole:
-        needing = next(entry for entry in settings.evaluation.asked() if entry.NEEDS_WHOLE_MODEL)
-        raise InputError(f"{given}, and {needing.FLAG} needs the whole model: drop one of the two")
+    needing = [entry.FLAG for entry in settings.evaluation.asked() if entry.NEEDS_WHOLE_MODEL]
+    if needing:
+        raise InputError(f"{given}, and {needing[0]} needs the whole model: drop one of the two")
     return True
 
 
@@ -151,10 +161,10 @@ def refuse_for_saved(settings: RunSettings) -> None:
             raise InputError(f"{flag}: {named} is quantized already and can only be evaluated; drop the flag")
 
 
-def open_checkpoint(settings: RunSettings, setup: Setup) -> Checkpoint | None:
+def open_checkpoint(settings: RunSettings, setup: Setup, missing: list[str] | None) -> Checkpoint | None:
     """The checkpoint folder that `--resume` or `--save_dir` names, if any. Of several processes the main one has it.
 
-    With `--dry_run` it is only looked at: None.
+    With `--dry_run` it is only looked at: None. Whether it is of this run shows only if nothing is `missing`.
     """
     output, quant = settings.output, settings.quant
     resumed = output.resume is not None and not output.original
@@ -162,13 +172,15 @@ def open_checkpoint(settings: RunSettings, setup: Setup) -> Checkpoint | None:
         raise InputError("--save_dir and --resume: 16-bit weights and activations leave nothing to keep; drop the flag")
     if not is_main() or not (resumed or output.save_dir):
         return None
-    identity = checkpoint_identity(settings, setup)
     if output.dry_run:
-        if resumed:
-            require_same_run(output.resume, identity)
-        else:
+        if not resumed:
             require_new(output.save_dir)
+        elif missing:
+            missing.append(f"--resume {output.resume}: whether it is of this run shows when nothing else is missing")
+        else:
+            require_same_run(output.resume, checkpoint_identity(settings, setup))
         return None
+    identity = checkpoint_identity(settings, setup)
     if resumed:
         return Checkpoint.resume(output.resume, identity)
     needed = checkpoint_bytes(setup.skeleton, setup.spec, quant)

@@ -26,6 +26,7 @@ from models.streaming import LayerReader, load_shell
 from quantize.observer import Observer
 from quantize.quantization import Quantization
 from quantize.settings import QuantSettings
+from quantize.sizes import hidden_bytes, sample_copies
 from quantize.state import FinishedLayer
 from quantize.statistics import ChannelStatistics, Observation
 from quantize.walk import Passenger, layers_in_memory, walk
@@ -33,10 +34,9 @@ from utils.device import describe
 from utils.distributed import from_main, is_main, join_group, leave_group, world_size
 from utils.errors import Incomplete, InputError
 from utils.log import RESULT, add_log_file
-from utils.memory import Allocate, available_memory, in_memory, on_disk
+from utils.memory import Allocate, available_memory, in_memory, on_disk, too_large
 from utils.results import plain, versions
 
-MEMORY_SHARE = 0.5  # of the free memory, the most that hidden states take before they live in files
 logger = logging.getLogger(__name__)
 
 
@@ -160,7 +160,7 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner) -> None:
         if save_to is not None and is_main():
             writer = stack.enter_context(ModelWriter(save_to, setup.spec.layers, setup.layers))
         states = state_tokens(prepared, finished) + compared.tokens(FULL) + runner.tokens(QUANTIZED)
-        allocate = choose_memory(prepared, states * setup.config.hidden_size * model.dtype.itemsize)
+        allocate = choose_memory(prepared, hidden_bytes(states, model, model.dtype))
         statistics = travel(
             setup,
             model,
@@ -295,16 +295,15 @@ def timed_layers(layers: Iterator[nn.Module], measured: Measured) -> Iterator[nn
 def state_tokens(prepared: Prepared, finished: Mapping[int, FinishedLayer]) -> int:
     """How many calibration tokens' hidden states the walk holds: for statistics, and for the quantization."""
     setup, quant = prepared.setup, prepared.quant
-    if setup.tokens is None or quant.bits.untouched or len(finished) >= setup.layers:
+    if setup.tokens is None or len(finished) >= setup.layers:
         return 0
-    flowing = 2 if quant.training is not None else 1
-    return (needs_peaks(setup, quant, finished) + flowing) * setup.tokens.numel()
+    return sample_copies(quant, needs_peaks(setup, quant, finished)) * setup.tokens.numel()
 
 
 def choose_memory(prepared: Prepared, needed: int) -> Allocate:
     """Where hidden states of `needed` bytes are to live: in files where they would fill the memory."""
     free, folder = available_memory(), prepared.setup.model.cache_dir
-    files = needed > MEMORY_SHARE * free
+    files = too_large(needed, free)
     where = f"in files in {folder}" if files else "in memory"
     logger.info("hidden states: %.2f GB, %s (%.1f GB are free)", needed / 1e9, where, free / 1e9)
     return on_disk(folder) if files else in_memory

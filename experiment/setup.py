@@ -1,4 +1,7 @@
-"""From settings to a checked model and its calibration tokens: what every script does first."""
+"""From settings to a checked model and its calibration tokens: what every script does first.
+
+A plan (`--dry_run`) needs the model's config alone: what else is missing is noted, and stood in for.
+"""
 
 import logging
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from experiment.options import CalibrationSettings, ModelSettings, StatisticsFil
 from models import decoder_spec
 from models.load import (
     ModelSource,
+    check_weights,
     context_length,
     load_config,
     load_model,
@@ -29,7 +33,7 @@ from quantize.statistics import ChannelStatistics, Origin, load_scales, same_cal
 from utils.data import calibration_tokens, data_fingerprint, is_token_file
 from utils.device import DTYPES, pick_device
 from utils.distributed import is_main, local_rank
-from utils.errors import InputError
+from utils.errors import InputError, Missing, noting
 
 DEFAULT_NSAMPLES = 128  # when --nsamples is not given and the data is not a file of tokens
 logger = logging.getLogger(__name__)
@@ -37,7 +41,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Setup:
-    """A model and its calibration tokens, everything checked, no weights loaded yet."""
+    """A model and its calibration tokens, everything checked, no weights loaded yet.
+
+    `calibration`: (samples, tokens each); in a plan whose data are missing, what they are meant to be.
+    """
 
     model: ModelSettings
     source: ModelSource
@@ -47,7 +54,8 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
-    tokens: Tensor | None  # None where nothing is calibrated
+    tokens: Tensor | None  # None where nothing is calibrated, or in a plan whose data are missing
+    calibration: tuple[int, int]
     saved: QuantSettings | None  # the settings of a model that is quantized already
     seqlen: int  # tokens per sample, and per test window
 
@@ -71,7 +79,8 @@ class Setup:
 
     def origin(self) -> Origin:
         """What statistics of this model and these tokens are made from."""
-        return Origin(self.source.name, model_fingerprint(self.source, self.config), data_fingerprint(self.tokens))
+        data = "" if self.tokens is None else data_fingerprint(self.tokens)
+        return Origin(self.source.name, model_fingerprint(self.source, self.config), data)
 
     def context(self, given_seqlen: int | None, seed: int) -> Context:
         """What evaluations may know."""
@@ -89,20 +98,45 @@ class Setup:
         )
 
 
-def make_setup(model: ModelSettings, calibration: CalibrationSettings, seed: int, calibrates: bool = True) -> Setup:
-    """Check the model, and fetch the tokens if something is calibrated on them. Raises InputError for what is wrong."""
+class NoTokenizer:
+    """Stands in for a tokenizer in a plan: whatever wants to use it finds that it is missing."""
+
+    def __getattr__(self, name: str):
+        raise Missing("needs the tokenizer")
+
+
+def make_setup(
+    model: ModelSettings,
+    calibration: CalibrationSettings,
+    seed: int,
+    calibrates: bool = True,
+    missing: list[str] | None = None,
+) -> Setup:
+    """Check the model, and fetch the tokens if something is calibrated on them. Raises InputError for what is wrong.
+
+    With a list for it, what is only `missing` is noted there.
+    """
     if model.model is None:
         raise InputError("--model: say which, a local folder or a hub id")
     source = ModelSource(model.model, model.trust_remote_code)
     config = load_config(source)
     spec = decoder_spec(config)
     device = pick_device(model.device, local_rank())
-    tokenizer = load_tokenizer(source)
+    tokenizer, tokens = NoTokenizer(), None
+    with noting(missing):
+        check_weights(source)
+    with noting(missing):
+        tokenizer = load_tokenizer(source)
     longest = getattr(config, "max_position_embeddings", None)
     if calibration.seqlen is not None and longest is not None and calibration.seqlen > longest:
         raise InputError(f"--seqlen {calibration.seqlen}: the model's maximum is {longest}")
     saved = take_settings(config)
-    tokens = fetch_tokens(model, calibration, seed, config, tokenizer) if calibrates and saved is None else None
+    seqlen, samples = calibration.seqlen or context_length(config), 0
+    if calibrates and saved is None:
+        samples = calibration.nsamples or DEFAULT_NSAMPLES
+        with noting(missing, "--calib_dataset"):
+            tokens = fetch_tokens(model, calibration, seed, config, tokenizer)
+            samples, seqlen = tokens.shape
     return Setup(
         model=model,
         source=source,
@@ -113,8 +147,9 @@ def make_setup(model: ModelSettings, calibration: CalibrationSettings, seed: int
         device=device,
         dtype=pick_dtype(model.dtype, config, device, DTYPES),
         tokens=tokens,
+        calibration=(samples, seqlen),
         saved=saved,
-        seqlen=calibration.seqlen or context_length(config) if tokens is None else tokens.shape[1],
+        seqlen=seqlen,
     )
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from duquant.experts import unfuse_experts_
 from models import COMPOSITES, decoder_spec, require_supported
-from utils.errors import InputError
+from utils.errors import InputError, Missing
 from utils.log import shows_bars
 from utils.memory import all_finite
 
@@ -77,12 +77,23 @@ def load_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> 
     return skeleton
 
 
+def has_weights(source: ModelSource) -> bool:
+    """Whether there is a local folder with safetensors weights; nothing is read or fetched."""
+    return any(Path(source.name).glob("*.safetensors"))
+
+
+def check_weights(source: ModelSource) -> None:
+    """Raise InputError if there is a local folder without safetensors weights."""
+    if Path(source.name).is_dir() and not has_weights(source):
+        raise Missing(_explain(source, FileNotFoundError()))
+
+
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
     try:
         return AutoTokenizer.from_pretrained(source.name, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {source.name}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+        raise Missing(f"--model {source.name}: its tokenizer cannot be loaded ({_first_line(error)})") from None
 
 
 def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:

@@ -32,8 +32,17 @@ class Transform(StrEnum):
         return self not in (Transform.NONE, Transform.PERMUTATION)
 
     def permutations(self, times: int) -> int:
-        """How many permutations it has under `--permutation_times`; around them are matrices, one more."""
+        """How many permutations it has under `--permutation_times`."""
         found = {Transform.DUAL: times, Transform.ROTATION_PERMUTATION: max(1, times), Transform.PERMUTATION: 1}
+        return found.get(self, 0)
+
+    def rotations(self, times: int) -> int:
+        """How many matrices it has: one before, between and behind the permutations, if need be the identity."""
+        return 0 if self is Transform.NONE else self.permutations(times) + 1
+
+    def searches(self, times: int) -> int:
+        """How many of its matrices are searched greedily."""
+        found = {Transform.DUAL: times + 1, Transform.ROTATION_PERMUTATION: max(1, times), Transform.ROTATION: 1}
         return found.get(self, 0)
 
 

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 
 from utils import documents
-from utils.errors import InputError
+from utils.errors import InputError, Missing
 
 
 class Split(Enum):
@@ -155,7 +155,7 @@ def _fetch(name: str, split: Split) -> Path:
         get_hf_file_metadata(hf_hub_url(corpus.repo, **where))
         return Path(hf_hub_download(corpus.repo, **where))
     except (HTTPError, OSError, RuntimeError) as error:
-        raise InputError(
+        raise Missing(
             f"{name}: cannot be fetched from the hub ({documents.in_short(error)}); give a local copy with "
             f"{split.flag} {name}=PATH ({_kinds(corpus.by_document)})"
         ) from None
@@ -169,7 +169,7 @@ def _check_local(dataset: Dataset, split: Split) -> None:
                 f"{path}: no such dataset; known are {', '.join([*CORPORA, MIX])}; "
                 "the path of a local file or folder is possible too, as it is or as name=path"
             )
-        raise InputError(f"{path}: no such file or folder (given to {split.flag})")
+        raise Missing(f"{path}: no such file or folder (given to {split.flag})")
     by_document = dataset.corpus is not None and CORPORA[dataset.corpus].by_document
     if os.path.isdir(path):
         # Before it is hashed: a wrong folder can be a whole disk.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from utils import windows
 from utils.corpora import MIX, MIX_PARTS, Dataset, Split, check_usable, identity, parse_dataset, read_documents
-from utils.errors import InputError
+from utils.errors import InputError, Missing
 from utils.io import read_tensors, write_tensors
 from utils.windows import Recipe
 
@@ -132,7 +132,7 @@ def _mixed_tokens(tokenizer, *, nsamples: int, **options) -> Tensor:
     try:
         return torch.cat([calibration_tokens(part, tokenizer, nsamples=n, **options) for part, n in shares.items()])
     except InputError as error:
-        raise InputError(f"mix: {error}") from None
+        raise type(error)(f"mix: {error}") from None
 
 
 def _cached_tokens(dataset: Dataset, split: Split, tokenizer, recipe: Recipe, cache_dir: Path) -> Tensor:
@@ -161,7 +161,7 @@ def _cut_windows(dataset: Dataset, documents: list[str], tokenizer, recipe: Reci
     try:
         return recipe.windows(documents, tokenize)
     except InputError as error:
-        raise InputError(f"{dataset.path or dataset.label}: {error}") from None
+        raise type(error)(f"{dataset.path or dataset.label}: {error}") from None
 
 
 def _read_cache(path: Path, description: dict[str, str]) -> Tensor | None:
@@ -203,9 +203,9 @@ def _read_token_file(path: Path, split: Split, nsamples: int | None, seqlen: int
         raise InputError(f"{path}: tensor {split.value!r} must be integers [windows, seqlen], not {kind}")
     rows, columns = tokens.shape
     if nsamples is not None and nsamples > rows:
-        raise InputError(f"{path}: --nsamples {nsamples}, but tensor {split.value!r} has only {rows} rows")
+        raise Missing(f"{path}: --nsamples {nsamples}, but tensor {split.value!r} has only {rows} rows")
     if seqlen is not None and seqlen > columns:
-        raise InputError(f"{path}: --seqlen {seqlen}, but tensor {split.value!r} has only {columns} columns")
+        raise Missing(f"{path}: --seqlen {seqlen}, but tensor {split.value!r} has only {columns} columns")
     return tokens[:nsamples, :seqlen].to(torch.int64).contiguous()
 
 

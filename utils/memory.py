@@ -13,6 +13,7 @@ from utils.errors import InputError
 
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]  # shape, dtype → a tensor on the host, not initialised
 CGROUP = Path("/sys/fs/cgroup")
+HIDDEN_SHARE = 0.5  # of the free memory, the most that hidden states take before they live in files
 
 
 def available_memory() -> int:
@@ -49,6 +50,11 @@ def in_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def all_finite(x: Tensor) -> bool:
     """Whether `x` has neither NaN nor inf: both show in the extremes. Nothing as large as `x` is made."""
     return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
+
+
+def too_large(hidden: int, free: int) -> bool:
+    """Whether hidden states of so many bytes are to live in files, because they would fill the `free` memory."""
+    return hidden > HIDDEN_SHARE * free
 
 
 def on_disk(folder: Path) -> Allocate:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.errors import InputError
+from utils.errors import Missing
 
 Tokenize = Callable[[str], Tensor]  # text -> token ids [n], int64
 
@@ -25,7 +25,7 @@ class RandomWindows:
         """-> [nsamples, seqlen]. Raises InputError if the stream has fewer than nsamples · seqlen tokens."""
         stream = tokenize(self.separator.join(documents))
         if len(stream) < nsamples * seqlen:
-            raise InputError(
+            raise Missing(
                 f"{len(stream)} tokens, but --nsamples {nsamples} windows of --seqlen {seqlen} are "
                 f"{nsamples * seqlen}; lower --nsamples or --seqlen or give a longer text"
             )
@@ -59,7 +59,7 @@ class ConsecutiveWindows:
         """-> [windows, seqlen], at most nsamples. Raises InputError if the stream does not fill one window."""
         stream = tokenize(self.separator.join(documents[: self.first_documents]))
         if len(stream) < seqlen:
-            raise InputError(
+            raise Missing(
                 f"the test text has {len(stream)} tokens, less than one window of --seqlen {seqlen}; "
                 "lower --seqlen or give a longer text"
             )
@@ -118,7 +118,7 @@ def _draw_document(
         if len(tokens) > seqlen:
             return tokens
         too_short.add(index)
-    raise InputError(
+    raise Missing(
         f"documents are too short for --seqlen {seqlen}: none of {draws} random draws has more tokens; lower --seqlen"
     )
 

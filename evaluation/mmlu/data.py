@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.mmlu.subjects import CATEGORY_OF
-from utils.errors import InputError
+from utils.errors import InputError, Missing
 
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = 6
@@ -48,10 +48,10 @@ def read_mmlu(folder: Path, shots: int = 5) -> tuple[Subject, ...]:
     Raises InputError, naming file and line, if anything there cannot be used. dev/ is not read for 0 shots.
     """
     if not folder.is_dir():
-        raise InputError(f"--mmlu_data_dir {folder}: no such folder")
+        raise Missing(f"--mmlu_data_dir {folder}: no such folder")
     files = sorted((folder / "test").glob(f"*{TEST_SUFFIX}"))
     if not files:
-        raise InputError(f"--mmlu_data_dir {folder}: there is no test/<subject>{TEST_SUFFIX} in it")
+        raise Missing(f"--mmlu_data_dir {folder}: there is no test/<subject>{TEST_SUFFIX} in it")
     return tuple(_read_subject(folder, path, shots) for path in files)
 
 
@@ -81,7 +81,7 @@ def _read_subject(folder: Path, path: Path, shots: int) -> Subject:
         return Subject(name, (), questions)
     dev = folder / "dev" / f"{name}_dev.csv"
     if not dev.is_file():
-        raise InputError(f"{dev}: no such file; {shots}-shot prompts take their examples from it")
+        raise Missing(f"{dev}: no such file; {shots}-shot prompts take their examples from it")
     examples = _read_questions(dev)
     if len(examples) < shots:
         raise InputError(f"{dev}: {shots}-shot prompts need {shots} examples, it has {len(examples)}")

@@ -23,7 +23,7 @@ from evaluation.mtbench.conversation import Format, Turn, prompt_tokens
 from evaluation.mtbench.jsonl import append_row, read_kept_rows, read_rows, write_rows
 from evaluation.mtbench.settings import Temperature
 from utils.distributed import is_main, share, together
-from utils.errors import InputError
+from utils.errors import InputError, Missing
 from utils.log import progress
 
 HUB_SPACE = "lmsys/mt-bench"
@@ -107,7 +107,7 @@ def fetch_from_hub(file: str, flag: str) -> Path:
         return Path(hf_hub_download(HUB_SPACE, **where))
     except (HTTPError, OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(
+        raise Missing(
             f"MT-Bench: {file} cannot be fetched from the hub ({reason}); give a local copy with {flag}"
         ) from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluation.tasks.data import load_dataset, read_items
-from utils.errors import InputError
+from utils.errors import InputError, Missing
 from utils.io import file_digest
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def check_tasks(names: Sequence[str], data_dir: Path | None = None, num_fewshot:
     if not names:
         raise InputError("--tasks: no task is named")
     if data_dir is not None and not data_dir.is_dir():
-        raise InputError(f"--task_data_dir: {data_dir} is not a folder")
+        raise Missing(f"--task_data_dir: {data_dir} is not a folder")
     index = task_index(all(name in (*PAPER_TASKS, *BUNDLED) for name in names))
     for name in names:
         if name not in index:
@@ -195,5 +195,5 @@ def _files(task: str, index: Mapping, data_dir: Path | None, num_fewshot: int | 
     paths = {split: data_dir / task / f"{split}.jsonl" for split in splits}
     for path in paths.values():
         if not path.is_file():
-            raise InputError(f"--task_data_dir: {path} is missing; {task} needs it")
+            raise Missing(f"--task_data_dir: {path} is missing; {task} needs it")
     return {split: str(path) for split, path in paths.items()}

@@ -24,9 +24,16 @@ from evaluation.perplexity import perplexity
 from models import decoder_spec
 from models.zoo import SHAPES, zoo_config
 from quantize import layer
-from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig
+from quantize.quantization import quantize_model
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
+    TrainingSettings,
+)
 from quantize.statistics import channel_statistics
-from quantize.walk import quantize_model
 from tools.fake_device import Traffic, fake_device
 from utils.device import DTYPES
 from utils.results import format_table
@@ -36,15 +43,15 @@ EPOCHS, STEPS = 20, 256  # what training and search are scaled up to
 FEW = 4  # samples that are trained on
 
 
-def settings(steps: int, epochs: int = 0) -> QuantConfig:
+def settings(steps: int, epochs: int = 0) -> QuantSettings:
     """The paper's settings with `steps` greedy steps; the clipping is trained if there are `epochs`."""
-    clip = ClipConfig(0.9, None, learned=True) if epochs else ClipConfig(0.9, 0.8)
-    rotation, training = RotationConfig(steps=steps), TrainingConfig(epochs=epochs)
-    return QuantConfig(BitConfig(4, 4), clip, SmoothConfig(0.6), rotation=rotation, training=training)
+    clip = ClipSettings(0.9, None if epochs else 0.8)
+    rotation, training = RotationSettings(steps=steps), TrainingSettings(epochs=epochs) if epochs else None
+    return QuantSettings(BitSettings(4, 4), clip, SmoothSettings(0.6), rotation=rotation, training=training)
 
 
 def stages(
-    args: argparse.Namespace, shape: str, layers: int, samples: int, windows: int, config: QuantConfig
+    args: argparse.Namespace, shape: str, layers: int, samples: int, windows: int, config: QuantSettings
 ) -> dict[str, Traffic]:
     """The traffic by stage of a model of `layers` layers, calibrated on `samples` and measured on `windows`, if any."""
     with fake_device(int(args.free_memory * GB)) as gpu:
@@ -56,7 +63,7 @@ def stages(
             peaks = channel_statistics(model, spec, tokens, gpu.device).scales
         search, training = (
             gpu.staged(layer, name, stage)
-            for name, stage in (("find_transform", "of which search"), ("train_clipping_", "training"))
+            for name, stage in (("search_transform", "of which search"), ("train_clipping_", "training"))
         )
         with gpu.stage("quantization"), search, training:
             quantize_model(model, spec, tokens, peaks, config, gpu.device)

@@ -9,14 +9,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from duquant.experts import unfuse_experts_
 from evaluation.perplexity import final_hidden, perplexity, score
 from models import decoder_spec
-from quantize.config import BitConfig, ClipConfig, GqaSmooth, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig
-from quantize.experts import unfuse_experts_
-from quantize.record import Recorder
+from quantize.observer import Observer
+from quantize.quantization import quantize_model
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
+    GqaSmooth,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
+    TrainingSettings,
+)
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
-from quantize.walk import quantize_model
+from reporting.recorder import Recorder
 from tools.fake_device import FakeDevice, Traffic, fake_device
 from utils import io
 
@@ -39,7 +48,8 @@ def mixtral(dtype: torch.dtype) -> nn.Module:
         num_experts_per_tok=2,
     )
     model = MixtralForCausalLM(config).to(dtype).eval().requires_grad_(False)
-    unfuse_experts_(model, decoder_spec(config))
+    spec = decoder_spec(config)
+    unfuse_experts_(spec.decoder_layers(model), spec.experts)
     return model
 
 
@@ -61,13 +71,13 @@ def gpu():
 
 def settings(
     trained: bool = False, epochs: int = 1, steps: int = 2, permutations: int = 0, gqa=GqaSmooth.ONLINE
-) -> QuantConfig:
-    return QuantConfig(
-        BitConfig(4, 4),
-        ClipConfig(0.9, None if trained else 0.8, learned=trained),
-        SmoothConfig(0.6, gqa=gqa),
-        rotation=RotationConfig(block_size=16, steps=steps, permutation_times=permutations),
-        training=TrainingConfig(epochs=epochs, batch_size=BATCH, augmented=trained),
+) -> QuantSettings:
+    return QuantSettings(
+        BitSettings(4, 4),
+        ClipSettings(0.9, None if trained else 0.8),
+        SmoothSettings(0.6, gqa=gqa),
+        rotation=RotationSettings(block_size=16, steps=steps, permutation_times=permutations),
+        training=TrainingSettings(epochs=epochs, batch_size=BATCH, augmented=True) if trained else None,
     )
 
 
@@ -75,15 +85,29 @@ def statistics(model: nn.Module, gpu: FakeDevice) -> dict[str, Tensor]:
     return channel_statistics(model, decoder_spec(model.config), random_tokens(SAMPLES, TOKENS), gpu.device).scales
 
 
+class Keeper(Observer):
+    def __init__(self):
+        self.kept: dict[int, FinishedLayer] = {}
+
+    def layer_done(self, index: int, finished: FinishedLayer, restored: bool) -> None:
+        if not restored:
+            self.kept[index] = finished
+
+
 def quantize(
-    model: nn.Module, gpu: FakeDevice, config: QuantConfig, **more
+    model: nn.Module,
+    gpu: FakeDevice,
+    config: QuantSettings,
+    finished: dict[int, FinishedLayer] | None = None,
+    observers: tuple[Observer, ...] = (),
 ) -> tuple[Traffic, dict[int, FinishedLayer]]:
-    """The traffic of quantizing alone, and the layers' states; `more` are arguments of `quantize_model`."""
-    spec, tokens, kept = decoder_spec(model.config), random_tokens(SAMPLES, TOKENS), {}
+    """The traffic of quantizing alone, and the states of the layers that were decided."""
+    spec, tokens, keeper = decoder_spec(model.config), random_tokens(SAMPLES, TOKENS), Keeper()
     peaks, before = statistics(model, gpu), gpu.traffic
-    figures = quantize_model(model, spec, tokens, peaks, config, gpu.device, keep=kept.__setitem__, **more)
+    observers = (*observers, keeper)
+    figures = quantize_model(model, spec, tokens, peaks, config, gpu.device, finished, observers)
     assert len(figures) == LAYERS
-    return gpu.traffic - before, kept
+    return gpu.traffic - before, keeper.kept
 
 
 def places(model: nn.Module) -> set[torch.device]:
@@ -138,15 +162,15 @@ def test_the_search_waits_once_for_every_sixteen_steps_and_copies_nothing_for_th
 
 @pytest.mark.parametrize(("dtype", "waits"), [(HALF, 2), (BFLOAT, 1)])
 def test_a_training_step_waits_for_its_loss_and_where_it_is_scaled_for_the_scaler(gpu, dtype, waits):
-    short, long = (quantize(tiny_model(dtype), gpu, settings(trained=True, epochs=epochs))[0] for epochs in (1, 2))
-    steps = LAYERS * (2 - 1) * SAMPLES // BATCH
+    short, long = (quantize(tiny_model(dtype), gpu, settings(trained=True, epochs=epochs))[0] for epochs in (2, 3))
+    steps = LAYERS * SAMPLES // BATCH
     assert long.waits - short.waits <= waits * steps
     assert long.copies_to_device == short.copies_to_device  # the samples are there already
 
 
 def test_samples_that_have_no_room_on_the_device_travel_at_every_step():
     with fake_device(free_memory=2**10) as gpu:
-        short, long = (quantize(tiny_model(HALF), gpu, settings(trained=True, epochs=epochs))[0] for epochs in (1, 2))
+        short, long = (quantize(tiny_model(HALF), gpu, settings(trained=True, epochs=epochs))[0] for epochs in (2, 3))
     sample = TOKENS * 48 * 2  # bytes; three of each: input and two targets
     assert long.bytes_to_device - short.bytes_to_device == LAYERS * (2 - 1) * SAMPLES * 3 * sample
 
@@ -211,7 +235,7 @@ def test_a_report_is_written_from_tensors_on_the_host(gpu, monkeypatch, tmp_path
 
     monkeypatch.setattr(io, "save_file", save)
     for trained in (False, True):
-        quantize(tiny_model(HALF), gpu, settings(trained), recorder=Recorder(tmp_path))
+        quantize(tiny_model(HALF), gpu, settings(trained), observers=(Recorder(tmp_path),))
         assert len(written) == LAYERS
         assert {tensor.device for tensors in written for tensor in tensors.values()} == {CPU}
         written.clear()

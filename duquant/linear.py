@@ -32,7 +32,7 @@ class GroupInput(nn.Module):
                 self._forget()
             return result
         result = self.quantizer(self.transform(x)).to(x.dtype)
-        if self.readers > 1:
+        if self.readers > 1 and not x.is_inference():  # whether such a tensor was changed in place cannot be known
             self._seen, self._state, self._left, self._result = weakref.ref(x), _state_of(x), self.readers - 1, result
         return result
 

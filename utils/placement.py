@@ -40,10 +40,11 @@ def _dispatched(model: nn.Module, limits: Memory | None, folder: str) -> Iterato
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.hooks import remove_hook_from_submodules
 
-    places = infer_auto_device_map(model, limits, no_split_module_classes=list(model._no_split_modules or ()))
+    whole = list(model._no_split_modules or ())
+    places = infer_auto_device_map(model, limits, no_split_module_classes=whole, offload_buffers=True)
     if places == {"": "disk"}:
         raise InputError("--max_memory leaves no room for even the smallest part of the model; raise a limit")
-    dispatch_model(model, places, offload_dir=folder, force_hooks=True)
+    dispatch_model(model, places, offload_dir=folder, offload_buffers=True, force_hooks=True)  # codes are buffers
     try:
         yield
     finally:

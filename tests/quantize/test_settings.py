@@ -75,7 +75,14 @@ def test_only_sixteen_bits_on_both_sides_leave_a_model_untouched(bits, untouched
 
 @pytest.mark.parametrize(
     ("bits", "label"),
-    [(BitSettings(), "w4a4"), (BitSettings(3, 16), "w3a16"), (BitSettings(4, 8, 64), "w4a8g64")],
+    [
+        (BitSettings(), "w4a16"),
+        (BitSettings(4, 4), "w4a4"),
+        (BitSettings(3, 16), "w3a16"),
+        (BitSettings(4, 8, 64), "w4a8g64"),
+        (BitSettings(4, 4, key=8, value=2), "w4a4k8v2"),
+        (BitSettings(4, 4, query=4), "w4a4"),
+    ],
 )
 def test_label_names_the_bits_and_the_group(bits, label):
     assert QuantSettings(bits=bits).label == label

@@ -15,10 +15,11 @@ from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, Pr
 
 from duquant.attention import install
 from duquant.linear import QuantLinear
+from duquant.quantizer import NoClip
 from models import decoder_spec
-from quantize.clipping import NoClip
-from quantize.layer import LayerInputs, quantize_layer, smoothing_scales
+from quantize.layer import LayerInputs, decide, smoothing_scales
 from quantize.observe import layer_calls
+from quantize.quantization import PROBE_SAMPLES, check_shapes, describe_group, make_probe, quantize_model
 from quantize.settings import (
     BitSettings,
     ClipSettings,
@@ -32,7 +33,6 @@ from quantize.settings import (
     WeightPeak,
 )
 from quantize.statistics import channel_statistics
-from quantize.walk import PROBE_SAMPLES, check_shapes, describe_group, make_probe, quantize_model
 from utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def same_parameters(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two modules have the same tensors, parameters and buffers, to the bit."""
+    """Whether two modules have the same tensors, codes and all, to the bit."""
     one, other = first.state_dict(), second.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -162,27 +162,27 @@ def test_both_attention_implementations_are_left_exact(implementation):
 
 
 @every_config
-def test_every_linear_of_every_layer_is_replaced_and_baked(config):
+def test_every_linear_of_every_layer_is_replaced_and_rounded_for_good(config):
     model, _ = quantize(make_model(config), settings())
     for layer in model.model.layers:
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, QuantLinear)}
         assert linears.keys() == linear_paths(model)
-        assert all(linear.weight_quantizer is None for linear in linears.values())
+        assert all(linear.weight_codes is not None for linear in linears.values())
         assert not any(isinstance(module, nn.Linear) for module in layer.modules())
         assert layer.self_attn.qkv_quantizer is not None
     assert isinstance(model.lm_head, nn.Linear)
 
 
 @every_config
-def test_linears_of_a_group_share_their_transform(config):
+def test_linears_of_a_group_share_their_input(config):
     model, _ = quantize(make_model(config), settings())
     for layer in model.model.layers:
-        transforms = [
-            {id(layer.get_submodule(path).transform) for path in group.linears}
+        groups = [
+            {id(layer.get_submodule(path).group) for path in group.linears}
             for group in decoder_spec(model.config).groups
         ]
-        assert [len(found) for found in transforms] == [1, 1, 1, 1]
-        assert len(set.union(*transforms)) == 4
+        assert [len(found) for found in groups] == [1, 1, 1, 1]
+        assert len(set.union(*groups)) == 4
 
 
 @every_config
@@ -202,7 +202,7 @@ def test_every_ingredient_lowers_the_error_of_four_bits_on_outliers():
 
 
 @pytest.mark.parametrize(("group_size", "symmetric"), [(None, False), (8, False), (None, True)])
-def test_baked_weights_take_no_more_values_than_their_bits_allow(group_size, symmetric):
+def test_rounded_weights_take_no_more_values_than_their_bits_allow(group_size, symmetric):
     model, _ = quantize(make_model(), settings(bits=BitSettings(3, 4, group_size, symmetric)))
     for path in linear_paths(model):
         weight = model.model.layers[1].get_submodule(path).weight
@@ -219,18 +219,19 @@ def test_sixteen_bits_leave_one_side_unquantized(wbits, abits):
     layer = model.model.layers[0]
     for path in linear_paths(model):
         linear = layer.get_submodule(path)
-        assert isinstance(linear.input_quantizer, nn.Identity) == (abits == 16)
-        assert (len(linear.weight[0].unique()) > 16) == (wbits == 16)
+        assert isinstance(linear.group.quantizer, nn.Identity) == (abits == 16)
+        assert (len(linear.weight[0].unique()) > 16) == (linear.weight_codes is None) == (wbits == 16)
     attention = layer.self_attn.qkv_quantizer
-    assert isinstance(attention.qk_quantizer, nn.Identity) == isinstance(attention.v_quantizer, nn.Identity)
-    assert isinstance(attention.v_quantizer, nn.Identity) == (abits == 16)
+    for quantizer in (attention.query, attention.key, attention.value):
+        assert isinstance(quantizer, nn.Identity) == (abits == 16)
 
 
 def test_clip_ratios_reach_what_they_are_for():
     layer = quantize(make_model(), settings(clip=ClipSettings(activation_ratio=0.9)))[0].model.layers[0]
-    assert layer.mlp.down_proj.input_quantizer.clip.ratio == 0.9
-    assert layer.self_attn.qkv_quantizer.qk_quantizer.clip.ratio == 0.9
-    assert isinstance(layer.self_attn.qkv_quantizer.v_quantizer.clip, NoClip)
+    assert layer.mlp.down_proj.group.quantizer.clip.ratio == 0.9
+    assert layer.self_attn.qkv_quantizer.query.clip.ratio == 0.9
+    assert layer.self_attn.qkv_quantizer.key.clip.ratio == 0.9
+    assert isinstance(layer.self_attn.qkv_quantizer.value.clip, NoClip)
     widths = []
     for ratio in (None, 0.5):
         model, _ = quantize(make_model(), settings(4, 16, clip=ClipSettings(weight_ratio=ratio)))
@@ -251,7 +252,7 @@ def test_a_half_precision_model_stays_one_and_comes_close(dtype):
 
 
 def transforms_of(model: nn.Module) -> list[nn.Module]:
-    return [module.transform for module in model.modules() if isinstance(module, QuantLinear)]
+    return [module.group.transform for module in model.modules() if isinstance(module, QuantLinear)]
 
 
 @every_config
@@ -292,14 +293,14 @@ def test_a_layer_s_result_depends_on_its_arguments_alone():
         return LayerInputs(make_probe(calls.hidden, Probe.MEAN), calls.kwargs[1])
 
     alone, alone_inputs = copy.deepcopy(model.model.layers[1]), inputs()
-    _, alone_report = quantize_layer(alone, 1, spec, alone_inputs, peaks, settings())
+    _, alone_report = decide(alone, 1, spec, alone_inputs, peaks, settings())
 
     torch.manual_seed(999)
     quantize(make_model(CONFIGS["llama, biases"]), settings(3, 3))
     zeroth = copy.deepcopy(model.model.layers[0])
-    quantize_layer(zeroth, 0, spec, inputs(), peaks, settings())
+    decide(zeroth, 0, spec, inputs(), peaks, settings())
     later, later_inputs = copy.deepcopy(model.model.layers[1]), inputs()
-    _, later_report = quantize_layer(later, 1, spec, later_inputs, peaks, settings())
+    _, later_report = decide(later, 1, spec, later_inputs, peaks, settings())
     assert same_parameters(alone, later)
     assert torch.equal(alone_inputs.probe, later_inputs.probe)
     assert alone_report == later_report
@@ -312,7 +313,7 @@ def test_statistics_and_calibration_arguments_are_left_alone():
     before = {name: peak.clone() for name, peak in peaks.items()}
     calls = layer_calls(model, spec, TOKENS, CPU)
     probe = calls.hidden.clone()
-    quantize_layer(model.model.layers[0], 0, spec, LayerInputs(probe, calls.kwargs[0]), peaks, settings())
+    decide(model.model.layers[0], 0, spec, LayerInputs(probe, calls.kwargs[0]), peaks, settings())
     assert all(torch.equal(peak, before[name]) for name, peak in peaks.items())
     assert torch.equal(probe, calls.hidden)
 
@@ -330,7 +331,7 @@ def test_smoothing_goes_where_the_config_says(config):
             "folded into mlp.up_proj",
         ]
     for layer in model.model.layers:
-        online = {path for path in linear_paths(model) if layer.get_submodule(path).transform.scale is not None}
+        online = {path for path in linear_paths(model) if layer.get_submodule(path).group.transform.scale is not None}
         assert online == ({"self_attn.o_proj"} if shared_heads else set())
 
 
@@ -392,7 +393,9 @@ def test_block_sizes_follow_the_width_of_each_group(block_size, expected):
     for report in reports:
         assert [group.block_size for group in report.groups] == expected
     first = model.model.layers[0]
-    sizes = [first.get_submodule(group.linears[0]).transform.rotations.shape[-1] for group in decoder_groups(model)]
+    sizes = [
+        first.get_submodule(group.linears[0]).group.transform.rotations.shape[-1] for group in decoder_groups(model)
+    ]
     assert sizes == expected
 
 
@@ -472,7 +475,7 @@ def test_reports_go_into_json_and_back():
 
 
 def test_a_log_line_tells_the_story_of_a_group(caplog):
-    with caplog.at_level(logging.INFO, logger="quantize.walk"):
+    with caplog.at_level(logging.INFO, logger="quantize.quantization"):
         _, reports = quantize(make_model(), settings())
     assert len(caplog.messages) == 2 * (4 + 1)
     group = reports[1].groups[3]

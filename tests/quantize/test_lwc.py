@@ -15,9 +15,10 @@ from duquant.linear import QuantLinear
 from duquant.transform import DualTransform
 from models import decoder_spec
 from quantize.clipping import INITIAL_LOGIT, LearnedClip
-from quantize.layer import quantize_layer
+from quantize.layer import decide
 from quantize.lwc import Samples, TrainingReport, train_clipping_
 from quantize.observe import run
+from quantize.quantization import Flow, quantize_model
 from quantize.settings import (
     BitSettings,
     ClipSettings,
@@ -27,7 +28,6 @@ from quantize.settings import (
     TrainingSettings,
 )
 from quantize.statistics import channel_statistics
-from quantize.walk import Flow, quantize_model
 
 CPU = torch.device("cpu")
 SAMPLES, EPOCHS = 4, 3
@@ -37,10 +37,10 @@ LINEARS = 7  # of a Llama layer
 def settings(bits: BitSettings | None = None, learned: bool = True, **training) -> QuantSettings:
     return QuantSettings(
         bits or BitSettings(4, 4),
-        ClipSettings(0.95, None, learned),
+        ClipSettings(0.95),
         SmoothSettings(),
         rotation=RotationSettings(16, 8),
-        training=TrainingSettings(**{"epochs": EPOCHS, **training}),
+        training=TrainingSettings(**{"epochs": EPOCHS, **training}) if learned else None,
     )
 
 
@@ -84,7 +84,7 @@ def make_case(patch: pytest.MonkeyPatch, config: QuantSettings, layer_index: int
     flow = Flow(model, spec, tokens, config, CPU)
     layers = spec.decoder_layers(model)
     for index in range(layer_index):
-        quantize_layer(layers[index], index, spec, flow.inputs(index), peaks, config)
+        decide(layers[index], index, spec, flow.inputs(index), peaks, config)
 
     def stop(*arguments):
         raise Reached(*arguments)
@@ -92,7 +92,7 @@ def make_case(patch: pytest.MonkeyPatch, config: QuantSettings, layer_index: int
     with patch.context() as inner:
         inner.setattr("quantize.layer.train_clipping_", stop)
         with pytest.raises(Reached) as reached:
-            quantize_layer(layers[layer_index], layer_index, spec, flow.inputs(layer_index), peaks, config)
+            decide(layers[layer_index], layer_index, spec, flow.inputs(layer_index), peaks, config)
     return Case(*reached.value.args)
 
 
@@ -133,7 +133,7 @@ def test_every_range_has_a_pair_of_logits_and_starts_at_the_initial_value(monkey
     case = make_case(monkeypatch, settings(BitSettings(4, 4, group_size=16)))
     assert len(case.logits) == 2 * LINEARS
     linear = case.layer.get_submodule("mlp.down_proj")
-    assert linear.weight_quantizer.clip.low_logit.shape == (48, 5, 1)
+    assert linear.clip.low_logit.shape == (48, 5, 1)
     assert all((logit == INITIAL_LOGIT).all() for logit in case.logits)
 
 
@@ -258,7 +258,7 @@ def test_each_weight_is_transformed_once_however_many_steps_are_trained(monkeypa
     assert len(calls) == LINEARS * len(model.model.layers)
 
 
-def test_a_model_with_learned_clipping_is_baked_and_closer_to_full_precision_than_without():
+def test_a_model_with_learned_clipping_is_rounded_for_good_and_closer_to_full_precision_than_without():
     errors = {True: [], False: []}
     for seed in range(3):
         for learned in errors:
@@ -266,7 +266,7 @@ def test_a_model_with_learned_clipping_is_baked_and_closer_to_full_precision_tha
             errors[learned] += [layer["output_error"] for layer in figures]
             linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
             assert len(linears) == LINEARS * 2
-            assert all(linear.weight_quantizer is None for linear in linears)
+            assert all(linear.weight_codes is not None for linear in linears)
             assert not any(isinstance(module, LearnedClip) for module in model.modules())
             assert all((layer["training"] is not None) == learned for layer in figures)
     assert sum(errors[True]) < 0.98 * sum(errors[False])

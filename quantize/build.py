@@ -59,7 +59,8 @@ class LayerBuilder:
             widen_linears_(self.layer, self.spec)
         self.scales = fold_scales_(self.layer, self.spec, scales, self.settings.smooth)
         attention = self.layer.get_submodule(self.spec.attention)
-        device = next(self.layer.parameters()).device
+        # of a layer whose weights come later, the linears are still on no device
+        device = next(each.device for each in self.layer.parameters() if not each.is_meta)
         attach_(attention, make_attention_quantizer(self.scheme, attention.head_dim, device))
 
     def online_scale(self, group: InputGroup) -> Tensor | None:

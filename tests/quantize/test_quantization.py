@@ -4,9 +4,12 @@ import copy
 import itertools
 import json
 import logging
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
+import families
 import pytest
 import torch
 from conftest import VOCABULARY, random_tokens, tiny_config, tiny_model
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PretrainedConfig
 
 from duquant.attention import install
-from duquant.linear import QuantLinear
+from duquant.linear import GroupInput, QuantLinear
 from duquant.quantizer import NoClip
 from models import decoder_spec
 from quantize.layer import LayerInputs, decide, smoothing_scales
@@ -500,3 +503,106 @@ def test_without_smoothing_no_statistics_are_needed():
     model = tiny_model()
     reports = quantize_model(model, decoder_spec(model.config), TOKENS, None, settings(alpha=None), CPU)
     assert len(reports) == 2
+
+
+def attention_quantizers(**bits) -> nn.Module:
+    made, _ = quantize(make_model(), settings(bits=BitSettings(4, 4, **bits)))
+    return made.model.layers[1].self_attn.qkv_quantizer
+
+
+@pytest.mark.parametrize("role", ["query", "key", "value"])
+def test_bits_of_a_role_reach_its_quantizer_and_no_other(role):
+    quantizers = attention_quantizers(**{role: 6})
+    for each in ("query", "key", "value"):
+        assert getattr(quantizers, each).format.bits == (6 if each == role else 4)
+
+
+@pytest.mark.parametrize("role", ["query", "key", "value"])
+def test_sixteen_bits_leave_one_role_alone(role):
+    quantizers = attention_quantizers(**{role: 16})
+    inputs = {each: torch.randn(1, 2, 5, 16) for each in ("query", "key", "value")}
+    for each, found in zip(inputs, quantizers(*inputs.values()), strict=True):
+        exact = inputs[each] if each == "value" else inputs[each] @ quantizers.matrix
+        assert torch.equal(found, exact) == (each == role)
+
+
+def test_groups_and_symmetry_of_activations_reach_the_inputs_of_linears():
+    bits = BitSettings(4, 4, act_group_size=8, act_symmetric=True)
+    layer = quantize(make_model(), settings(bits=bits))[0].model.layers[0]
+    for path in linear_paths_of(layer):
+        quantizer = layer.get_submodule(path).group.quantizer
+        assert (quantizer.group_size, quantizer.format.symmetric) == (8, True)
+        assert not layer.get_submodule(path).format.symmetric
+    quantizers = layer.self_attn.qkv_quantizer
+    for each in (quantizers.query, quantizers.key, quantizers.value):
+        assert (each.group_size, each.format.symmetric) == (None, True)
+
+
+def linear_paths_of(layer: nn.Module) -> list[str]:
+    return [path for path, module in layer.named_modules() if isinstance(module, QuantLinear)]
+
+
+def test_clips_of_keys_and_values_reach_them():
+    clip = ClipSettings(activation_ratio=0.9, kv_ratio=0.7)
+    quantizers = quantize(make_model(), settings(clip=clip))[0].model.layers[0].self_attn.qkv_quantizer
+    found = [each.clip.ratio for each in (quantizers.query, quantizers.key, quantizers.value)]
+    assert found == [0.9, 0.7, 0.7]
+
+
+def test_an_activation_group_size_that_does_not_divide_names_the_linear():
+    model = make_model()
+    config = settings(bits=BitSettings(4, 4, act_group_size=32))
+    with pytest.raises(InputError, match=r"q_proj: 48 input channels do not divide by --act_group_size 32"):
+        quantize_model(model, decoder_spec(model.config), TOKENS, None, config, CPU)
+
+
+def inputs_computed(model: nn.Module) -> Counter:
+    """How often each layer transformed and rounded an input in one forward pass."""
+    counts, handles = Counter(), []
+    for index, layer in enumerate(model.model.layers):
+        shared = [each for each in layer.modules() if isinstance(each, GroupInput)]
+        count = partial(lambda index, *_: counts.update([index]), index)
+        handles += [each.quantizer.register_forward_hook(count) for each in shared]
+    logits(model)
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+@every_config
+def test_a_layer_transforms_and_rounds_four_inputs_for_its_seven_linears(config):
+    model, _ = quantize(make_model(config), settings())
+    assert inputs_computed(model) == {0: 4, 1: 4}
+    assert inputs_computed(model) == {0: 4, 1: 4}
+
+
+def test_a_mixture_transforms_and_rounds_two_inputs_of_attention_and_two_of_every_expert_called():
+    model, _ = families.quantize(families.make_model("mixtral"), families.settings())
+    called = []
+    for layer in model.model.layers:
+        for expert in layer.mlp.experts:
+            expert.register_forward_hook(lambda *_, index=layer.self_attn.layer_idx: called.append(index))
+    counts = inputs_computed(model)
+    experts = Counter(called)
+    assert min(experts.values()) > 1
+    assert counts == {index: 2 + 2 * count for index, count in experts.items()}
+
+
+def test_between_layers_nothing_of_an_input_is_held():
+    model, _ = quantize(make_model(), settings())
+    logits(model)
+    shared = [module for module in model.modules() if isinstance(module, GroupInput)]
+    assert len(shared) == 8
+    assert not any(isinstance(value, Tensor) for each in shared for value in vars(each).values())
+
+
+def test_a_quantized_model_holds_codes_and_no_float_copies_of_its_weights():
+    original = make_model()
+    weights = sum(module.weight.nbytes for module in original.model.layers.modules() if isinstance(module, nn.Linear))
+    model, _ = quantize(original, settings())
+    logits(model)
+    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert 4 * sum(linear.codes.nbytes for linear in linears) == weights
+    held = [value for linear in linears for value in (*vars(linear).values(), *linear.buffers(recurse=False))]
+    floats = [each for each in held if isinstance(each, Tensor) and each.is_floating_point()]
+    assert sum(each.nbytes for each in floats) < 0.2 * weights  # scales and zero points

@@ -9,6 +9,18 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import random_tokens, run_script, tiny_config, tiny_model
+from experiment.rates import Rates, measure_rates, stage_seconds
+from quantize.config import (
+    BitConfig,
+    ClipConfig,
+    GqaSmooth,
+    Probe,
+    QuantConfig,
+    RotationConfig,
+    SmoothConfig,
+    TrainingConfig,
+    Transform,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,20 +36,8 @@ from experiment.dry_run import (
     size,
 )
 from experiment.estimate import CONTEXT_BYTES, Plan, calibration_copies, estimate, forward_operations, work_of
-from experiment.rates import Rates, measure_rates, stage_seconds
 from models import decoder_spec
 from models.load import load_skeleton
-from quantize.config import (
-    BitConfig,
-    ClipConfig,
-    GqaSmooth,
-    Probe,
-    QuantConfig,
-    RotationConfig,
-    SmoothConfig,
-    TrainingConfig,
-    Transform,
-)
 from quantize.greedy import GreedySearch, greedy_rotation
 from quantize.observe import layer_calls
 from quantize.statistics import channel_statistics

@@ -46,7 +46,7 @@ def _dispatched(model: nn.Module, limits: Memory | None, folder: str) -> Iterato
     from accelerate.hooks import remove_hook_from_submodules
 
     places = device_map(model, limits or room_for_weights(model, free_memory()))
-    dispatch_model(model, places, offload_dir=folder, force_hooks=True)
+    dispatch_model(model, places, offload_dir=folder, offload_buffers=True, force_hooks=True)  # codes are buffers
     try:
         yield
     finally:
@@ -59,7 +59,8 @@ def device_map(model: nn.Module, limits: Memory) -> dict[str, int | str]:
     """Where each part of `model` goes: part → device number, "cpu" or "disk". Raises InputError if all is on disk."""
     from accelerate import infer_auto_device_map
 
-    places = infer_auto_device_map(model, limits, no_split_module_classes=list(model._no_split_modules or ()))
+    whole = list(model._no_split_modules or ())
+    places = infer_auto_device_map(model, limits, no_split_module_classes=whole, offload_buffers=True)
     if places == {"": "disk"}:
         raise InputError("--max_memory leaves no room for even the smallest part of the model; raise a limit")
     return places

@@ -12,30 +12,35 @@ from conftest import random_tokens, tiny_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from duquant.attention import install
 from models import decoder_spec
-from quantize.attention import install
 from quantize.clipping import INITIAL_LOGIT, LearnedClip
-from quantize.config import BitConfig, ClipConfig, QuantConfig, RotationConfig, SmoothConfig, TrainingConfig
-from quantize.layer import quantize_layer
-from quantize.linear import QuantLinear
+from quantize.layer import decide
 from quantize.lwc import Batch, Samples, TrainingReport, clips, placed, train_clipping_, train_step
 from quantize.observe import run
+from quantize.quantization import Flow, quantize_model
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
+    TrainingSettings,
+)
 from quantize.statistics import channel_statistics
-from quantize.transform import DualTransform
-from quantize.walk import Flow, quantize_model
 
 CPU = torch.device("cpu")
 SAMPLES, EPOCHS = 4, 3
 LINEARS = 7  # of a Llama layer
 
 
-def settings(bits: BitConfig | None = None, learned: bool = True, **training) -> QuantConfig:
-    return QuantConfig(
-        bits or BitConfig(4, 4),
-        ClipConfig(0.95, None, learned),
-        SmoothConfig(),
-        rotation=RotationConfig(16, 8),
-        training=TrainingConfig(**{"epochs": EPOCHS, **training}),
+def settings(bits: BitSettings | None = None, learned: bool = True, **training) -> QuantSettings:
+    return QuantSettings(
+        bits or BitSettings(4, 4),
+        ClipSettings(0.95),
+        SmoothSettings(),
+        rotation=RotationSettings(16, 8),
+        training=TrainingSettings(**{"epochs": EPOCHS, **training}) if learned else None,
     )
 
 
@@ -46,7 +51,7 @@ class Case:
     layer: nn.Module
     samples: Samples
     kwargs: dict
-    config: TrainingConfig
+    config: TrainingSettings
 
     def train(self, **changes) -> TrainingReport:
         """Train the layer as it is now, with some settings changed."""
@@ -72,7 +77,7 @@ class Reached(Exception):
 @torch.no_grad()
 def make_case(
     patch: pytest.MonkeyPatch,
-    config: QuantConfig,
+    config: QuantSettings,
     layer_index: int = 0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -85,7 +90,7 @@ def make_case(
     flow = Flow(model, spec, tokens, config, CPU)
     layers = spec.decoder_layers(model)
     for index in range(layer_index):
-        quantize_layer(layers[index], index, spec, flow.inputs(index), peaks, config)
+        decide(layers[index], index, spec, flow.inputs(index), peaks, config)
 
     def stop(*arguments):
         raise Reached(*arguments)
@@ -93,19 +98,19 @@ def make_case(
     with patch.context() as inner:
         inner.setattr("quantize.layer.train_clipping_", stop)
         with pytest.raises(Reached) as reached:
-            quantize_layer(layers[layer_index], layer_index, spec, flow.inputs(layer_index), peaks, config)
+            decide(layers[layer_index], layer_index, spec, flow.inputs(layer_index), peaks, config)
     return Case(*reached.value.args)
 
 
 @pytest.mark.parametrize(
     "bits",
     [
-        BitConfig(4, 4),
-        BitConfig(4, 4, group_size=16),
-        BitConfig(3, 4, symmetric=True),
-        BitConfig(3, 4, group_size=8, symmetric=True),
-        BitConfig(2, 4),
-        BitConfig(3, 16),
+        BitSettings(4, 4),
+        BitSettings(4, 4, group_size=16),
+        BitSettings(3, 4, symmetric=True),
+        BitSettings(3, 4, group_size=8, symmetric=True),
+        BitSettings(2, 4),
+        BitSettings(3, 16),
     ],
     ids=str,
 )
@@ -123,7 +128,7 @@ def test_training_lowers_the_loss_over_all_samples(bits, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_loss_never_ends_above_where_it_began(seed, monkeypatch):
-    case = make_case(monkeypatch, settings(BitConfig(4, 4, symmetric=True), epochs=2, learning_rate=0.1), seed=seed)
+    case = make_case(monkeypatch, settings(BitSettings(4, 4, symmetric=True), epochs=2, learning_rate=0.1), seed=seed)
     before = case.loss()
     report = case.train()
     assert report.loss_after <= report.loss_before
@@ -131,10 +136,10 @@ def test_the_loss_never_ends_above_where_it_began(seed, monkeypatch):
 
 
 def test_every_range_has_a_pair_of_logits_and_starts_at_the_initial_value(monkeypatch):
-    case = make_case(monkeypatch, settings(BitConfig(4, 4, group_size=16)))
+    case = make_case(monkeypatch, settings(BitSettings(4, 4, group_size=16)))
     assert len(case.logits) == 2 * LINEARS
     linear = case.layer.get_submodule("mlp.down_proj")
-    assert linear.weight_quantizer.clip.low_logit.shape == (48, 5, 1)
+    assert linear.clip.low_logit.shape == (48, 5, 1)
     assert all((logit == INITIAL_LOGIT).all() for logit in case.logits)
 
 
@@ -213,7 +218,7 @@ def test_a_gradient_that_overflows_leaves_its_step_out_and_undoes_none(monkeypat
 
 
 def test_a_layer_that_ends_above_its_start_keeps_its_best_epoch(monkeypatch):
-    case = make_case(monkeypatch, settings(BitConfig(3, 4)), seed=2)
+    case = make_case(monkeypatch, settings(BitSettings(3, 4)), seed=2)
     change_gradients(case, lambda step, gradient: gradient if step < 6 * SAMPLES else -gradient)
     report = case.train(epochs=20, learning_rate=0.1)
     gain = report.loss_before - min(report.losses)
@@ -223,7 +228,7 @@ def test_a_layer_that_ends_above_its_start_keeps_its_best_epoch(monkeypatch):
 
 
 def test_a_last_epoch_that_ends_best_is_kept_although_its_mean_is_not_the_least(monkeypatch):
-    case = make_case(monkeypatch, settings(BitConfig(4, 4)), seed=0)
+    case = make_case(monkeypatch, settings(BitSettings(4, 4)), seed=0)
     ends = []
 
     def at_the_end_of_an_epoch(values: list[float]) -> float:
@@ -249,7 +254,7 @@ def test_a_process_without_a_share_takes_part_in_a_scaled_step(monkeypatch):
 def test_half_precision_trains_on_when_its_first_scales_overflow(monkeypatch):
     make = torch.amp.GradScaler
     monkeypatch.setattr("torch.amp.GradScaler", lambda device, enabled: make(device, 2.0**30, enabled=enabled))
-    case = make_case(monkeypatch, settings(BitConfig(3, 4)), seed=2, dtype=torch.float16)
+    case = make_case(monkeypatch, settings(BitSettings(3, 4)), seed=2, dtype=torch.float16)
     assert case.samples.inputs.dtype is torch.float16
     report = case.train(epochs=10)
     assert 0 < report.restored < 20
@@ -266,7 +271,7 @@ def test_no_epochs_train_nothing(monkeypatch):
 
 
 def test_augmented_loss_adds_the_full_precision_layer_on_the_students_input(monkeypatch):
-    config = settings(BitConfig(2, 4), epochs=0)  # of the layer before: the streams are the same
+    config = settings(BitSettings(2, 4), epochs=0)  # of the layer before: the streams are the same
     usual = make_case(monkeypatch, config, layer_index=1)
     augmented = make_case(monkeypatch, replace(config, training=replace(config.training, augmented=True)), 1)
     assert torch.equal(augmented.samples.targets[0], usual.samples.targets[0])
@@ -320,7 +325,7 @@ def test_samples_go_to_the_gpu_where_half_of_its_free_memory_holds_them(spare, o
     assert ["pinned" if kept else str(each.device) for kept, each in zip(is_pinned, held, strict=True)] == places
 
 
-def quantized(config: QuantConfig, seed: int = 0) -> tuple[nn.Module, list[dict]]:
+def quantized(config: QuantSettings, seed: int = 0) -> tuple[nn.Module, list[dict]]:
     model = tiny_model(seed=seed)
     spec, tokens = decoder_spec(model.config), random_tokens(8, 16)
     peaks = channel_statistics(model, spec, tokens, CPU).scales
@@ -340,21 +345,21 @@ def test_each_weight_is_transformed_once_however_many_steps_are_trained(monkeypa
     assert len(calls) == LINEARS * len(model.model.layers)
 
 
-def test_a_model_with_learned_clipping_is_baked_and_closer_to_full_precision_than_without():
+def test_a_model_with_learned_clipping_is_rounded_for_good_and_closer_to_full_precision_than_without():
     errors = {True: [], False: []}
     for seed in range(3):
         for learned in errors:
-            model, figures = quantized(settings(BitConfig(3, 8), learned), seed)
+            model, figures = quantized(settings(BitSettings(3, 8), learned), seed)
             errors[learned] += [layer["output_error"] for layer in figures]
             linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
             assert len(linears) == LINEARS * 2
-            assert all(linear.weight_quantizer is None for linear in linears)
+            assert all(linear.weight_codes is not None for linear in linears)
             assert not any(isinstance(module, LearnedClip) for module in model.modules())
             assert all((layer["training"] is not None) == learned for layer in figures)
     assert sum(errors[True]) < 0.98 * sum(errors[False])
 
 
 def test_unquantized_weights_have_nothing_to_train():
-    model, figures = quantized(settings(BitConfig(16, 4), epochs=1))
+    model, figures = quantized(settings(BitSettings(16, 4), epochs=1))
     assert model(random_tokens(1, 8)).logits.isfinite().all()
     assert all(layer["training"]["losses"] == () for layer in figures)

@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM
 
 from models import decoder_spec
 from quantize.checkpoint import Checkpoint, bytes_needed
+from quantize.observer import Observer
 from quantize.quantization import quantize_model
 from quantize.settings import (
     BitSettings,
@@ -33,6 +34,7 @@ from quantize.settings import (
     TrainingSettings,
     Transform,
 )
+from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
 from utils.errors import InputError
 from utils.io import read_tensors
@@ -48,10 +50,10 @@ def settings(
 ) -> QuantSettings:
     return QuantSettings(
         bits or BitSettings(4, 4),
-        ClipSettings(0.95, None if learned else 0.9, learned),
+        ClipSettings(0.95, None if learned else 0.9),
         SmoothSettings() if smooth else None,
         rotation=RotationSettings(16, 6, times),
-        training=TrainingSettings(epochs=1),
+        training=TrainingSettings(epochs=1) if learned else None,
     )
 
 
@@ -70,15 +72,22 @@ def quantize(config: QuantSettings, checkpoint: Checkpoint | None, shape: dict |
     spec, tokens = decoder_spec(model.config), random_tokens(4, 16)
     peaks = channel_statistics(model, spec, tokens, CPU).scales if config.smooth else None
     finished = checkpoint.finished(LAYERS, spec) if checkpoint else {}
-    computed = []
+    keeping = Keeping(checkpoint)
+    figures = quantize_model(model, spec, tokens, peaks, config, CPU, finished, [keeping])
+    return Work(model, figures, keeping.computed)
 
-    def keep(index, layer):
-        computed.append(index)
-        if checkpoint:
-            checkpoint.keep(index, layer)
 
-    figures = quantize_model(model, spec, tokens, peaks, config, CPU, finished, keep)
-    return Work(model, figures, computed)
+class Keeping(Observer):
+    """Keeps every layer that was computed."""
+
+    def __init__(self, checkpoint: Checkpoint | None):
+        self.checkpoint, self.computed = checkpoint, []
+
+    def layer_done(self, index: int, finished: FinishedLayer, restored: bool) -> None:
+        if not restored:
+            self.computed.append(index)
+            if self.checkpoint:
+                self.checkpoint.keep(index, finished)
 
 
 @contextmanager

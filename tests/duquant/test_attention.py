@@ -5,12 +5,12 @@ import torch
 from conftest import random_tokens, tiny_model
 from torch import Tensor, nn
 
-from duquant.attention import AttentionQuantizer, attach_, head_hadamard, install
+from duquant.attention import AttentionQuantizer, attach_, install, make_attention_quantizer
 from duquant.formats import IntegerFormat
+from duquant.hadamard import hadamard
 from duquant.quantizer import Quantizer, make_quantizer
-from quantize.clipping import NoClip
-from quantize.layer import attach_attention_quantizer_
-from quantize.settings import BitSettings, QuantSettings, RotationSettings, Transform
+from duquant.scheme import Scheme, TensorScheme
+from quantize.settings import QuantSettings, Transform
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 TOKENS = random_tokens(2, 12)
@@ -31,7 +31,7 @@ def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
 def attach_everywhere_(model: nn.Module, bits: int, matrix: Tensor | None) -> None:
     install(model)
     for layer in model.model.layers:
-        quantizers = (make_quantizer(bits, False, NoClip()) for _ in range(2))
+        quantizers = (make_quantizer(TensorScheme(bits=bits)) for _ in range(3))
         attach_(layer.self_attn, AttentionQuantizer(matrix, *quantizers))
 
 
@@ -84,7 +84,7 @@ def test_one_model_s_quantizers_do_not_reach_another():
 def test_sixteen_bits_leave_logits_as_they_are(implementation):
     model = make_model(implementation)
     before = logits(model)
-    attach_everywhere_(model, 16, head_hadamard(HEAD_DIM, torch.device("cpu")))
+    attach_everywhere_(model, 16, hadamard(HEAD_DIM))
     torch.testing.assert_close(logits(model), before, atol=1e-5 * before.abs().max().item(), rtol=0)
 
 
@@ -94,7 +94,7 @@ def test_quantized_eager_and_sdpa_agree(bits):
     found = []
     for implementation in IMPLEMENTATIONS:
         model = make_model(implementation, num_hidden_layers=1)
-        attach_everywhere_(model, bits, head_hadamard(HEAD_DIM, torch.device("cpu")))
+        attach_everywhere_(model, bits, hadamard(HEAD_DIM))
         found.append(logits(model))
     eager, sdpa = found
     torch.testing.assert_close(eager, sdpa, atol=1e-5 * sdpa.abs().max().item(), rtol=0)
@@ -102,7 +102,7 @@ def test_quantized_eager_and_sdpa_agree(bits):
 
 
 def test_hadamard_cancels_between_query_and_key():
-    quantizer = AttentionQuantizer(head_hadamard(HEAD_DIM, torch.device("cpu")), nn.Identity(), nn.Identity())
+    quantizer = AttentionQuantizer(hadamard(HEAD_DIM), nn.Identity(), nn.Identity(), nn.Identity())
     query, key, value = quantizer(heads(), heads(2, seed=1), heads(2, seed=2))
     expected = heads()[:, :2] @ heads(2, seed=1).transpose(-1, -2)
     torch.testing.assert_close(query[:, :2] @ key.transpose(-1, -2), expected, atol=1e-5, rtol=0)
@@ -111,16 +111,16 @@ def test_hadamard_cancels_between_query_and_key():
 
 
 def test_query_and_key_are_quantized_after_the_hadamard_and_the_value_as_it_is():
-    matrix, four = head_hadamard(HEAD_DIM, torch.device("cpu")), Quantizer(IntegerFormat(4))
-    query, key, value = AttentionQuantizer(matrix, four, four)(heads(), heads(2, seed=1), heads(2, seed=2))
-    torch.testing.assert_close(query, four(heads() @ matrix))
-    torch.testing.assert_close(key, four(heads(2, seed=1) @ matrix))
-    torch.testing.assert_close(value, four(heads(2, seed=2)))
+    matrix, roles = hadamard(HEAD_DIM), [Quantizer(IntegerFormat(bits)) for bits in (3, 4, 5)]
+    query, key, value = AttentionQuantizer(matrix, *roles)(heads(), heads(2, seed=1), heads(2, seed=2))
+    torch.testing.assert_close(query, roles[0](heads() @ matrix))
+    torch.testing.assert_close(key, roles[1](heads(2, seed=1) @ matrix))
+    torch.testing.assert_close(value, roles[2](heads(2, seed=2)))
 
 
-@pytest.mark.parametrize("matrix", [None, head_hadamard(HEAD_DIM, torch.device("cpu"))], ids=["plain", "hadamard"])
+@pytest.mark.parametrize("matrix", [None, hadamard(HEAD_DIM)], ids=["plain", "hadamard"])
 def test_every_token_and_head_has_its_own_range(matrix):
-    quantizer = AttentionQuantizer(matrix, Quantizer(IntegerFormat(4)), Quantizer(IntegerFormat(4)))
+    quantizer = AttentionQuantizer(matrix, *(Quantizer(IntegerFormat(4)) for _ in range(3)))
     changed = heads()
     changed[1, 2, 3] *= 1000
     others = torch.ones(2, HEADS, 5, dtype=torch.bool)
@@ -133,7 +133,7 @@ def test_every_token_and_head_has_its_own_range(matrix):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes_are_kept_and_inputs_left_alone(dtype):
     four = Quantizer(IntegerFormat(4))
-    quantizer = AttentionQuantizer(head_hadamard(HEAD_DIM, torch.device("cpu")), four, four)
+    quantizer = AttentionQuantizer(hadamard(HEAD_DIM), four, four, four)
     inputs = [heads(seed=seed).to(dtype) for seed in range(3)]
     before = [x.clone() for x in inputs]
     assert {y.dtype for y in quantizer(*inputs)} == {dtype}
@@ -142,22 +142,21 @@ def test_dtypes_are_kept_and_inputs_left_alone(dtype):
 
 @pytest.mark.parametrize("head_dim", [8, 12, 16])
 def test_hadamard_has_the_size_of_the_head_and_not_of_the_block(head_dim):
-    config = QuantSettings(bits=BitSettings(16, 16), rotation=RotationSettings(block_size=24))
+    scheme = Scheme(*[TensorScheme(bits=16)] * 5)
     model = make_model("sdpa", head_dim=head_dim)
     before = logits(model)
     install(model)
     for layer in model.model.layers:
-        attach_attention_quantizer_(layer.self_attn, config, torch.device("cpu"))
+        attach_(layer.self_attn, make_attention_quantizer(scheme, head_dim, torch.device("cpu")))
         assert layer.self_attn.qkv_quantizer.matrix.shape == (head_dim, head_dim)
     torch.testing.assert_close(logits(model), before, atol=1e-5 * before.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("transform", Transform)
 def test_only_a_transform_that_rotates_brings_the_hadamard(transform):
-    attention = make_model("sdpa").model.layers[0].self_attn
-    attach_attention_quantizer_(attention, QuantSettings(transform=transform), torch.device("cpu"))
+    made = make_attention_quantizer(QuantSettings(transform=transform).scheme, HEAD_DIM, torch.device("cpu"))
     rotated = transform not in (Transform.NONE, Transform.PERMUTATION)
-    assert (attention.qkv_quantizer.matrix is not None) == rotated
+    assert (made.matrix is not None) == rotated
 
 
 def test_keys_and_values_of_shared_heads_are_quantized_once_per_kv_head():
@@ -171,7 +170,7 @@ def test_keys_and_values_of_shared_heads_are_quantized_once_per_kv_head():
 
     model = make_model("eager")
     install(model)
-    attach_(model.model.layers[1].self_attn, Recording(None, nn.Identity(), nn.Identity()))
+    attach_(model.model.layers[1].self_attn, Recording(None, nn.Identity(), nn.Identity(), nn.Identity()))
     logits(model)
     assert seen == [((2, 6, 12, HEAD_DIM), (2, 2, 12, HEAD_DIM), (2, 2, 12, HEAD_DIM))]
 
@@ -186,7 +185,7 @@ def test_queries_and_keys_are_caught_after_the_rotary_embedding():
 
     model = make_model("sdpa")
     install(model)
-    attach_(model.model.layers[0].self_attn, Recording(None, nn.Identity(), nn.Identity()))
+    attach_(model.model.layers[0].self_attn, Recording(None, nn.Identity(), nn.Identity(), nn.Identity()))
     logits(model, TOKENS[:1].new_full((1, 6), 3))  # the same token six times: keys differ by their position alone
     key = caught[0]
     assert (key[:, :, 1:] - key[:, :, :1]).abs().amax(dim=-1).min() > 1e-3

@@ -1,26 +1,13 @@
-"""Clips: none, a fixed ratio, learned; one protocol."""
+"""Learned clips, which keep the protocol of fixed ones."""
 
 import pytest
 import torch
 
 from duquant.formats import IntegerFormat
-from duquant.quantizer import Quantizer
-from quantize.clipping import LearnedClip, NoClip, RatioClip, fixed_clip
+from duquant.quantizer import Quantizer, RatioClip
+from quantize.clipping import LearnedClip
 
 LOW, HIGH = torch.tensor([[-2.0], [0.5], [0.0]]), torch.tensor([[1.0], [3.0], [0.0]])
-
-
-def test_no_clip_changes_nothing():
-    low, high = NoClip()(LOW, HIGH)
-    assert torch.equal(low, LOW)
-    assert torch.equal(high, HIGH)
-
-
-@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
-def test_a_ratio_multiplies_both_ends(ratio):
-    low, high = RatioClip(ratio)(LOW, HIGH)
-    assert torch.equal(low, ratio * LOW)
-    assert torch.equal(high, ratio * HIGH)
 
 
 @pytest.mark.parametrize("clip", [RatioClip(0.5), LearnedClip((3, 1))], ids=["ratio", "learned"])
@@ -81,8 +68,3 @@ def test_gradient_steps_on_the_logits_lower_the_error():
         optimizer.step()
         losses.append(loss.item())
     assert min(losses[1:]) < 0.95 * losses[0]
-
-
-def test_a_missing_ratio_means_no_clipping():
-    assert isinstance(fixed_clip(None), NoClip)
-    assert fixed_clip(0.9).ratio == 0.9

@@ -7,21 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_tokens, tiny_model
-from quantize.footprint import memory_footprint
-from quantize.record import (
-    MOST_CHANNELS,
-    MOST_TOKENS,
-    QUANTILES,
-    Recorder,
-    bin_size,
-    extreme,
-    landscape,
-    rounding_off,
-    sqnr_db,
-    stages_of,
-    token_error,
-)
+from conftest import ROOT, random_tokens, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,6 +15,7 @@ from duquant.linear import QuantLinear
 from duquant.transform import DualTransform
 from models import decoder_spec
 from quantize.observe import capture_input, layer_calls, run
+from quantize.observer import Observer
 from quantize.quantization import quantize_model
 from quantize.settings import (
     BitSettings,
@@ -41,47 +28,74 @@ from quantize.settings import (
 )
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
+from reporting.recorder import (
+    MOST_CHANNELS,
+    MOST_TOKENS,
+    QUANTILES,
+    Recorder,
+    bin_size,
+    extreme,
+    landscape,
+    rounding_off,
+    sqnr_db,
+    stages_of,
+    token_error,
+)
 from utils.io import read_tensors
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens(4, 24)
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
+ASSETS = ROOT / "assets"
 
 
 def settings(learned: bool = False, smooth: bool = True, bits: tuple[int, int] = (4, 4), **changes) -> QuantSettings:
     return QuantSettings(
         BitSettings(*bits),
-        ClipSettings(0.95, None if learned else 0.9, learned),
+        ClipSettings(0.95, None if learned else 0.9),
         SmoothSettings() if smooth else None,
         rotation=RotationSettings(16, 12),
-        training=TrainingSettings(epochs=1),
+        training=TrainingSettings(epochs=1) if learned else None,
         **changes,
     )
 
 
-def quantize(config: QuantSettings, folder: Path | None, finished=None, keep=None):
-    """Quantize the tiny model, with a recorder that writes into `folder`; return it with the figures of its layers."""
+def quantize(config: QuantSettings, folder: Path | None, finished=None):
+    """Quantize the tiny model, with a recorder that writes into `folder`: it, its layers' figures, and their states."""
     model = tiny_model(num_hidden_layers=3)
     spec = decoder_spec(model.config)
     peaks = channel_statistics(model, spec, TOKENS, CPU).scales if config.smooth else None
-    recorder = None if folder is None else Recorder(folder)
-    return model, quantize_model(model, spec, TOKENS, peaks, config, CPU, finished, keep, recorder)
+    observers = [Kept(), *([] if folder is None else [Recorder(folder)])]
+    figures = quantize_model(model, spec, TOKENS, peaks, config, CPU, finished, observers)
+    return model, figures, observers[0].layers
+
+
+class Kept(Observer):
+    """Every layer's state, by index."""
+
+    def __init__(self):
+        self.layers: dict[int, FinishedLayer] = {}
+
+    def layer_done(self, index: int, finished: FinishedLayer, restored: bool) -> None:
+        self.layers[index] = finished
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """(model, figures, folder) of a recorded run."""
     folder = tmp_path_factory.mktemp("recorded")
-    return *quantize(settings(), folder), folder
+    return *quantize(settings(), folder)[:2], folder
 
 
 @pytest.mark.parametrize("config", [settings(), settings(learned=True)], ids=["fixed", "learned"])
 def test_recording_changes_no_bit_of_the_result(config, tmp_path):
-    model, figures = quantize(config, tmp_path)
-    plain_model, plain_figures = quantize(config, None)
+    model, figures, states = quantize(config, tmp_path)
+    plain_model, plain_figures, plain_states = quantize(config, None)
     expected = plain_model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-    assert all(layer["recorded"] is None for layer in plain_figures)
+    assert all("recorded" not in layer for layer in plain_figures)
+    for index, done in states.items():
+        plain = plain_states[index].state.tensors()
+        assert all(torch.equal(tensor, plain[name]) for name, tensor in done.state.tensors().items())
     for one, other in zip(figures, plain_figures, strict=True):
         assert one["groups"] == other["groups"]
         assert one["output_error"] == other["output_error"]
@@ -124,11 +138,11 @@ def test_the_last_stage_is_what_the_linears_round(recorded):
     layer = model.model.layers[0]
     for group, found in zip(spec.groups, figures[0]["recorded"]["groups"], strict=True):
         linear = layer.get_submodule(group.linears[0])
-        x = linear.transform(capture_input(layer, group.linears[0], calls.hidden[:1], calls.kwargs[0]))
+        x = linear.group.transform(capture_input(layer, group.linears[0], calls.hidden[:1], calls.kwargs[0]))
         assert found["stages"][-1]["peak"] == pytest.approx(x.abs().max().item(), rel=1e-5)
         torch.testing.assert_close(tensors[f"{group.name}/input/rotation 2"], landscape(x))
         shown = layer.get_submodule(found["linear"])
-        exact, rounded = (each[0] @ shown.weight.T for each in (x, linear.input_quantizer(x)))
+        exact, rounded = (each[0] @ shown.weight.T for each in (x, linear.group.quantizer(x)))
         errors = (rounded - exact).norm(dim=1) / exact.norm(dim=1)
         torch.testing.assert_close(tensors[f"{group.name}/error/transformed"], errors, rtol=1e-3, atol=1e-5)
         noise = found["activation_noise"]["transformed"]
@@ -148,12 +162,12 @@ def test_the_search_is_recorded_with_the_step_that_was_kept(recorded):
 
 
 def test_without_rounding_any_activation_only_the_weights_noise_is_left(tmp_path):
-    _, weights_only = quantize(settings(bits=(4, 16)), tmp_path / "w4a16")
+    _, weights_only, _ = quantize(settings(bits=(4, 16)), tmp_path / "w4a16")
     first = weights_only[0]["recorded"]
     found = [each["output_sqnr_db"] for each in first["unrounded"]]
     assert found == pytest.approx([first["output_sqnr_db"]] * len(found), abs=1e-3)  # a Hadamard more or less
     assert {group["activation_noise"]["transformed"]["sqnr_db"] for group in first["groups"]} == {None}
-    _, both = quantize(settings(), tmp_path / "w4a4")
+    _, both, _ = quantize(settings(), tmp_path / "w4a4")
     # layer 0 gets the same sample, and its weights are rounded the same way
     everything = both[0]["recorded"]["unrounded"][-1]
     assert everything["output_sqnr_db"] > both[0]["recorded"]["output_sqnr_db"]
@@ -161,17 +175,15 @@ def test_without_rounding_any_activation_only_the_weights_noise_is_left(tmp_path
 
 
 def test_layers_behind_resumed_ones_are_recorded_as_in_a_whole_run(recorded, tmp_path):
-    kept: dict[int, FinishedLayer] = {}
-    quantize(settings(), None, keep=kept.__setitem__)
-    _, resumed = quantize(settings(), tmp_path, finished={index: kept[index] for index in (0, 1)})
-    assert [layer["recorded"] is None for layer in resumed] == [True, True, False]
+    kept = quantize(settings(), None)[2]
+    _, resumed, _ = quantize(settings(), tmp_path, finished={index: kept[index] for index in (0, 1)})
+    assert ["recorded" not in layer for layer in resumed] == [True, True, False]
     assert resumed[2]["recorded"] == recorded[1][2]["recorded"]
 
 
 def test_learned_clipping_is_recorded_against_its_start(tmp_path):
-    kept: dict[int, FinishedLayer] = {}
     config = replace(settings(learned=True), training=TrainingSettings(epochs=6))
-    _, figures = quantize(config, tmp_path, keep=kept.__setitem__)
+    _, figures, kept = quantize(config, tmp_path)
     clip, logits = figures[0]["recorded"]["groups"][3]["clip"], kept[0].state.clips["mlp.down_proj"]
     assert clip["start"] == pytest.approx(0.982, abs=1e-3)
     for side, logit in zip(("low", "high"), logits, strict=True):
@@ -181,7 +193,7 @@ def test_learned_clipping_is_recorded_against_its_start(tmp_path):
 
 
 def test_a_run_without_transform_has_no_blocks_and_no_search(tmp_path):
-    _, figures = quantize(settings(smooth=False, transform=Transform.NONE), tmp_path)
+    _, figures, _ = quantize(settings(smooth=False, transform=Transform.NONE), tmp_path)
     tensors, _ = read_tensors(tmp_path / "layer_000.safetensors")
     assert not [name for name in tensors if "/blocks/" in name or "/search/" in name]
     assert [stage["name"] for stage in figures[0]["recorded"]["groups"][0]["stages"]] == ["input"]
@@ -194,7 +206,9 @@ def test_the_bundled_models_planted_neurons_are_where_the_record_says(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-llama", local_files_only=True)
     text = (ASSETS / "stories/test.txt").read_text(encoding="utf-8")[:2000]
     tokens = tokenizer(text, return_tensors="pt").input_ids[:, :128]
-    figures = quantize_model(model, decoder_spec(model.config), tokens, None, config, CPU, recorder=Recorder(tmp_path))
+    figures = quantize_model(
+        model, decoder_spec(model.config), tokens, None, config, CPU, observers=[Recorder(tmp_path)]
+    )
     for layer in figures:
         neurons = [neuron for each in planted if each["layer"] == layer["layer"] for neuron in each["neurons"]]
         assert layer["recorded"]["groups"][3]["stages"][0]["channel"] in neurons
@@ -241,29 +255,9 @@ def test_noise_figures_are_those_of_the_textbook():
 def test_rounding_is_off_inside_the_block_only(recorded):
     layer = recorded[0].model.layers[0]
     paths = [name for name, module in layer.named_modules() if isinstance(module, QuantLinear)]
-    before = [layer.get_submodule(path).input_quantizer for path in paths]
+    before = [layer.get_submodule(path).group.quantizer for path in paths]
     with rounding_off(layer, tuple(paths), "self_attn"):
-        assert all(isinstance(layer.get_submodule(path).input_quantizer, nn.Identity) for path in paths)
+        assert all(isinstance(layer.get_submodule(path).group.quantizer, nn.Identity) for path in paths)
         assert layer.self_attn.qkv_quantizer is None
-    assert [layer.get_submodule(path).input_quantizer for path in paths] == before
+    assert [layer.get_submodule(path).group.quantizer for path in paths] == before
     assert layer.self_attn.qkv_quantizer is not None
-
-
-def test_the_footprint_counts_codes_scales_zero_points_transforms_and_the_rest():
-    model = tiny_model()
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    spec = decoder_spec(model.config)
-    shapes = [(96, 48), (32, 48), (32, 48), (48, 96), (80, 48), (80, 48), (48, 80)]
-    weights, ranges = (2 * sum(count(shape) for shape in shapes) for count in (math.prod, lambda shape: shape[0]))
-    config = QuantSettings(BitSettings(4, 4), rotation=RotationSettings(16, 1))
-    found = memory_footprint(model, spec, config)
-    assert found["float16_bytes"] == 2 * everything
-    assert found["linears_bytes"] == weights / 2 + ranges / 2 + 2 * ranges
-    assert found["transforms_bytes"] == 2 * (4 * 2 * 2 * 16 * 16 + 4 * (48 + 96 + 48 + 80))
-    assert found["rest_bytes"] == 2 * (everything - weights)
-    assert found["quantized_bytes"] == sum(found[f"{part}_bytes"] for part in ("linears", "transforms", "rest"))
-    grouped = memory_footprint(model, spec, QuantSettings(BitSettings(3, 4, 16, True), transform=Transform.NONE))
-    assert grouped["linears_bytes"] == weights * 3 / 8 + 2 * weights / 16
-    assert grouped["transforms_bytes"] == 0
-    online = memory_footprint(model, spec, replace(config, smooth=SmoothSettings()))
-    assert online["transforms_bytes"] - found["transforms_bytes"] == 2 * 2 * 96  # o_proj's, under GQA

@@ -4,121 +4,20 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCABULARY, random_tokens
-from quantize.export import attach_transforms_, save_model, saved_config
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from conftest import random_tokens
+from families import CASES, logits, make_config, make_model, quantize, relative_error, reload, save, settings
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from duquant.experts import unfuse_experts_
 from duquant.linear import QuantLinear
 from models import FAMILIES, decoder_spec
 from models.load import ModelSource, load_config, load_model
 from quantize.checkpoint import Checkpoint, bytes_needed
-from quantize.quantization import quantize_model
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    GqaSmooth,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-)
-from quantize.spec import Norm
-from quantize.state import FinishedLayer
-from quantize.statistics import channel_statistics
+from quantize.settings import ClipSettings, GqaSmooth, TrainingSettings
 
-CPU = torch.device("cpu")
-TOKENS = random_tokens(6, 24)
 HALVES = (torch.float16, torch.bfloat16)
 W8A8_ERROR = 0.1  # relative error of the logits
-
-SHARED = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LOCAL = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
-MOE = {"num_experts_per_tok": 2, "tie_word_embeddings": True}
-CASES: dict[str, tuple[str, dict]] = {
-    "llama": ("llama", {"head_dim": 16}),
-    "mistral": ("mistral", {"head_dim": 16, "sliding_window": 7}),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2, local": ("qwen2", {"use_sliding_window": True, **LOCAL}),
-    "qwen3": ("qwen3", {"head_dim": 16, "attention_bias": True}),
-    "phi3": ("phi3", {"num_attention_heads": 4, "sliding_window": 7}),
-    "phi3, no GQA": ("phi3", {"num_attention_heads": 4, "num_key_value_heads": 4}),
-    "phi3, partial rope": ("phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
-    "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True, **LOCAL}),
-    "gemma3_text": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 24, **LOCAL}),
-    "olmo2": ("olmo2", {}),
-    "olmo2, no GQA": ("olmo2", {"num_key_value_heads": 6}),
-    "granite": ("granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3}),
-}
-CASES |= {
-    "mixtral": ("mixtral", {"head_dim": 16, "num_local_experts": 4, **MOE}),
-    "qwen3_moe": ("qwen3_moe", {"num_experts": 5, "moe_intermediate_size": 32, "norm_topk_prob": True, **MOE}),
-    "qwen3_moe, one dense layer": (
-        "qwen3_moe",
-        {"num_experts": 4, "moe_intermediate_size": 32, "mlp_only_layers": [0], "norm_topk_prob": False, **MOE},
-    ),
-}
 every_family = pytest.mark.parametrize("name", CASES)
-
-
-def make_config(name: str) -> PretrainedConfig:
-    model_type, changes = CASES[name]
-    return AutoConfig.for_model(model_type, **{**SHARED, **changes})
-
-
-def make_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Random weights, norms that are not all ones with an outlier channel, and biases that are not zero."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(make_config(name)).to(dtype).eval().requires_grad_(False)
-    ones = 0.0 if name.startswith("gemma") else 1.0
-    spec = decoder_spec(model.config)
-    unfuse_experts_(model, spec)
-    absorbing = {absorber.path for group in spec.groups for absorber in group.absorbers if isinstance(absorber, Norm)}
-    for path, parameter in model.named_parameters():
-        if path.endswith("norm.weight"):
-            parameter.uniform_(ones - 0.5, ones + 0.5)
-            parameter[3] += 19 if path.split(".")[-2] in absorbing else 0  # elsewhere it would drown all else
-        elif path.endswith("bias"):
-            parameter.normal_(std=0.3)
-        else:
-            parameter.mul_(4)
-    return model
-
-
-def settings(bits: int = 4, gqa: GqaSmooth = GqaSmooth.ONLINE, **changes) -> QuantSettings:
-    usual = {"bits": BitSettings(bits, bits), "rotation": RotationSettings(block_size=16, steps=12)}
-    return QuantSettings(**{**usual, "smooth": SmoothSettings(0.6, gqa=gqa), **changes})
-
-
-def quantize(model: nn.Module, config: QuantSettings, finished=None) -> tuple[nn.Module, dict[int, FinishedLayer]]:
-    """A quantized copy, and its layers' states as they would be kept."""
-    model, layers = copy.deepcopy(model), {}
-    spec = decoder_spec(model.config)
-    peaks = channel_statistics(model, spec, TOKENS, CPU).scales
-    quantize_model(model, spec, TOKENS, peaks, config, CPU, finished, layers.__setitem__)
-    return model, layers
-
-
-@torch.no_grad()
-def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
-    return model(tokens, use_cache=False).logits
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 def test_every_family_is_tried():
@@ -206,8 +105,7 @@ def test_eight_bits_come_close_and_four_bits_run_to_the_end(name, gqa):
 @every_family
 @pytest.mark.parametrize("gqa", GqaSmooth)
 def test_a_resumed_and_a_saved_model_give_the_same_logits_to_the_bit(name, gqa, model_folder, tmp_path):
-    clip, training = ClipSettings(0.95, None, learned=True), TrainingSettings(epochs=1)
-    model, config = make_model(name), settings(gqa=gqa, clip=clip, training=training)
+    model, config = make_model(name), settings(gqa=gqa, clip=ClipSettings(0.95), training=TrainingSettings(epochs=1))
     spec = decoder_spec(model.config)
     quantized, layers = quantize(model, config)
     checkpoint = Checkpoint.create(tmp_path / "kept", {"of": name}, name, bytes_needed(model, spec, config))
@@ -220,19 +118,10 @@ def test_a_resumed_and_a_saved_model_give_the_same_logits_to_the_bit(name, gqa, 
         assert computed.keys() == {0, 1} - set(range(count))
         assert torch.equal(logits(resumed), logits(quantized))
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
-    save_model(tmp_path / "saved", quantized, tokenizer, spec, config)
-    assert torch.equal(logits(reload(tmp_path / "saved")), logits(quantized))
-
-
-def reload(folder) -> nn.Module:
-    source = ModelSource(str(folder))
-    config = load_config(source)
-    saved = saved_config(config)
-    del config.quantization_config
-    model = load_model(source, config, torch.float32, "sdpa")
-    attach_transforms_(model, folder, decoder_spec(config), saved)
-    return model
+    save(tmp_path / "saved", quantized, config, model_folder)
+    loaded, saved = reload(tmp_path / "saved")
+    assert saved == config
+    assert torch.equal(logits(loaded), logits(quantized))
 
 
 @every_family
@@ -279,6 +168,5 @@ def test_the_text_part_of_a_model_with_images_is_loaded_alone(model_folder, tmp_
     torch.testing.assert_close(logits(model), logits(whole))
     assert not any("vision" in name for name, _ in model.named_parameters())
     quantized, _ = quantize(model, settings())
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
-    save_model(tmp_path / "saved", quantized, tokenizer, decoder_spec(config), settings())
-    assert torch.equal(logits(reload(tmp_path / "saved")), logits(quantized))
+    save(tmp_path / "saved", quantized, settings(), model_folder)
+    assert torch.equal(logits(reload(tmp_path / "saved")[0]), logits(quantized))

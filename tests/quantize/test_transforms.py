@@ -5,16 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from duquant.hadamard import hadamard
+from duquant.transform import DualTransform, rotate_blocks
 from quantize.permutation import zigzag_permutation
-from quantize.rotation import hadamard
 from quantize.settings import RotationOrder, RotationSettings, SearchRule, Transform
 from quantize.transforms import (
     TRANSFORMS,
-    DualTransform,
     channel_peak,
     measure_stage,
     no_transform,
-    rotate_blocks,
     search_dual_transform,
 )
 

@@ -1,8 +1,12 @@
 """Settings check themselves and name the flag."""
 
+import argparse
 import dataclasses
+import itertools
+import json
 
 import pytest
+from settings_cases import get, switched_on, with_another
 
 from quantize.settings import (
     AUTO_BLOCK_LIMIT,
@@ -11,10 +15,12 @@ from quantize.settings import (
     QuantSettings,
     RotationSettings,
     SmoothSettings,
+    TrainingSettings,
     Transform,
     check_widths,
 )
 from utils.errors import InputError
+from utils.settings import Changes, add_flags, folder_name, from_dict, from_flags, identity, options, to_dict
 
 NAN, INF = float("nan"), float("inf")
 WRONG = [
@@ -75,7 +81,14 @@ def test_only_sixteen_bits_on_both_sides_leave_a_model_untouched(bits, untouched
 
 @pytest.mark.parametrize(
     ("bits", "label"),
-    [(BitSettings(), "w4a4"), (BitSettings(3, 16), "w3a16"), (BitSettings(4, 8, 64), "w4a8g64")],
+    [
+        (BitSettings(), "w4a16"),
+        (BitSettings(4, 4), "w4a4"),
+        (BitSettings(3, 16), "w3a16"),
+        (BitSettings(4, 8, 64), "w4a8g64"),
+        (BitSettings(4, 4, key=8, value=2), "w4a4k8v2"),
+        (BitSettings(4, 4, query=4), "w4a4"),
+    ],
 )
 def test_label_names_the_bits_and_the_group(bits, label):
     assert QuantSettings(bits=bits).label == label
@@ -146,3 +159,89 @@ def test_suggestions_read_well_however_few_there_are(flag, other):
         check_widths(config, {"q_proj": 48, "down_proj": other})
     assert "try  or" not in str(caught.value)
     assert not str(caught.value).rstrip().endswith("try")
+
+
+every_setting = pytest.mark.parametrize("each", options(QuantSettings), ids=lambda each: each.name)
+
+
+@every_setting
+def test_another_value_of_any_setting_goes_to_json_and_back(each):
+    after = with_another(switched_on(QuantSettings, each), each)
+    again = from_dict(QuantSettings, json.loads(json.dumps(to_dict(after))))
+    assert again == after
+    assert type(get(again, each.path)) is type(get(after, each.path))
+
+
+@every_setting
+def test_another_value_of_any_setting_is_another_identity_and_where_figures_can_differ_another_folder(each):
+    before = switched_on(QuantSettings, each)
+    after = with_another(before, each)
+    assert identity(after) != identity(before)
+    assert (identity(after, Changes.LAYERS) != identity(before, Changes.LAYERS)) == (each.changes is Changes.LAYERS)
+    assert (folder_name("run", after) != folder_name("run", before)) == (each.changes > Changes.NOTHING)
+
+
+def test_no_two_settings_share_a_folder():
+    made = [with_another(switched_on(QuantSettings, each), each) for each in options(QuantSettings)]
+    made += [QuantSettings(), QuantSettings(smooth=SmoothSettings()), QuantSettings(training=TrainingSettings())]
+    made += [QuantSettings(transform=transform) for transform in Transform]
+    told = {identity(each, Changes.FIGURES): folder_name("run", each) for each in made}
+    assert len(set(told.values())) == len(told)
+
+
+ROLES = {
+    "--qbits 3": {"query": {"bits": 3}},
+    "--kbits 3": {"key": {"bits": 3}},
+    "--vbits 16": {"value": {"bits": 16}},
+    "--wbits 3": {"weight": {"bits": 3}},
+    "--abits 5": {role: {"bits": 5} for role in ("input", "query", "key", "value")},
+    "--abits 5 --kbits 2": {"input": {"bits": 5}, "query": {"bits": 5}, "key": {"bits": 2}, "value": {"bits": 5}},
+    "--group_size 8": {"weight": {"group_size": 8}},
+    "--act_group_size 8": {"input": {"group_size": 8}},
+    "--symmetric": {"weight": {"symmetric": True}},
+    "--weight_symmetric": {"weight": {"symmetric": True}},
+    "--act_symmetric": {role: {"symmetric": True} for role in ("input", "query", "key", "value")},
+    "--lac 0.9": {role: {"clip": 0.9} for role in ("input", "query", "key")},
+    "--lac_kv 0.8": {role: {"clip": 0.8} for role in ("key", "value")},
+    "--lac 0.9 --lac_kv 0.8": {
+        "input": {"clip": 0.9},
+        "query": {"clip": 0.9},
+        "key": {"clip": 0.8},
+        "value": {"clip": 0.8},
+    },
+    "--swc 0.7": {"weight": {"clip": 0.7}},
+}
+
+
+def parsed(flags: str) -> QuantSettings:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, QuantSettings)
+    return from_flags(QuantSettings, parser.parse_args(flags.split()))
+
+
+@pytest.mark.parametrize("flags", ROLES)
+def test_flags_of_a_role_change_the_scheme_of_that_role_alone(flags):
+    usual = parsed("").scheme
+    expected = {role: dataclasses.replace(scheme, **ROLES[flags].get(role, {})) for role, scheme in usual.roles.items()}
+    assert parsed(flags).scheme.roles == expected
+
+
+def test_without_flags_the_settings_are_the_defaults():
+    assert parsed("") == QuantSettings()
+    assert parsed("--smooth --lwc") == QuantSettings(smooth=SmoothSettings(), training=TrainingSettings())
+
+
+@pytest.mark.parametrize("flags", ["--qbits 1", "--kbits 17", "--vbits 0", "--act_group_size 0", "--lac_kv 1.5"])
+def test_a_wrong_setting_of_a_role_names_its_flag(flags):
+    with pytest.raises(InputError, match=flags):
+        parsed(flags)
+
+
+def test_learning_the_clipping_and_fixing_it_is_refused():
+    with pytest.raises(InputError, match="--swc"):
+        parsed("--lwc --swc 0.9")
+
+
+def test_labels_tell_different_bits_apart():
+    bits = [BitSettings(4, 4, query=q, key=k, value=v) for q, k, v in itertools.product((None, 3, 8), repeat=3)]
+    assert len({QuantSettings(each).label for each in bits}) == len(bits)

@@ -1,4 +1,4 @@
-"""Rotation matrices: the base rotation, the random factor, and the Hadamard matrix of a head."""
+"""Rotation matrices: the base rotation and the random factor."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantize.rotation import base_rotation, exchange_index, hadamard, random_orthogonal, step_rotation
+from quantize.rotation import base_rotation, exchange_index, random_orthogonal, step_rotation
 from quantize.settings import RotationOrder
 
 DENSE_SIZES = [*range(2, 34), 48, 63, 64, 65, 80, 96, 127, 128, 129, 130]
@@ -96,22 +96,3 @@ def test_exchange_index_swaps_zero_and_the_other(other):
     expected[0], expected[other] = other, 0
     assert exchange_index(5, other).tolist() == expected
     assert exchange_index(5, torch.tensor(other)).tolist() == expected
-
-
-@pytest.mark.parametrize("size", range(1, 129))
-def test_hadamard_is_orthonormal(size):
-    matrix = hadamard(size)
-    assert (matrix.dtype, matrix.shape) == (torch.float32, (size, size))
-    assert orthogonality_error(matrix) < 1e-6
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 32, 64, 128, 256, 12, 20, 24, 48, 72, 80, 96])
-def test_hadamard_spreads_every_channel_over_the_whole_head(size):
-    torch.testing.assert_close(hadamard(size).abs(), torch.full((size, size), size**-0.5), atol=1e-7, rtol=0)
-
-
-@pytest.mark.parametrize(("size", "block"), [(6, 2), (28, 4), (56, 8), (7, 1)])
-def test_hadamard_of_an_awkward_size_spreads_over_its_power_of_two(size, block):
-    nonzero = hadamard(size) != 0
-    assert (nonzero.sum(dim=0) == block).all()
-    assert (nonzero.sum(dim=1) == block).all()

@@ -2,10 +2,10 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tools import make_tiny_llama as make
@@ -25,7 +25,7 @@ from tools.outliers import (
 from tools.stories import Question, generate_stories
 from utils.io import read_tensors
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
+ASSETS = ROOT / "assets"
 NEURONS = (5, 17, 40)
 
 

@@ -6,10 +6,11 @@ from conftest import random_tokens, tiny_model
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
-from duquant.attention import AttentionQuantizer, attach_, head_hadamard, install
+from duquant.attention import AttentionQuantizer, attach_, install
+from duquant.hadamard import hadamard
 from duquant.quantizer import make_quantizer
+from duquant.scheme import TensorScheme
 from models import decoder_spec
-from quantize.clipping import NoClip, RatioClip
 from quantize.quantization import quantize_model
 from quantize.settings import BitSettings, ClipSettings, QuantSettings, RotationSettings
 
@@ -60,7 +61,7 @@ def test_generation_with_and_without_cache_gives_the_same_tokens(model):
 def test_what_is_cached_is_quantized():
     model = tiny_model(num_hidden_layers=1)
     install(model)
-    attach_(model.model.layers[0].self_attn, AttentionQuantizer(None, *(make_quantizer(2, False, NoClip()),) * 2))
+    attach_(model.model.layers[0].self_attn, AttentionQuantizer(None, *[make_quantizer(TensorScheme(bits=2))] * 3))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(TOKENS, past_key_values=cache)
@@ -72,9 +73,7 @@ def test_keys_enter_the_cache_once_quantized_and_are_not_quantized_again():
     """With a clip ratio quantizing twice is not quantizing once, so the second time would show."""
     model = tiny_model(num_hidden_layers=1)
     install(model)
-    quantizer = AttentionQuantizer(
-        head_hadamard(16, CPU), *(make_quantizer(4, False, RatioClip(0.7)) for _ in range(2))
-    )
+    quantizer = AttentionQuantizer(hadamard(16), *[make_quantizer(TensorScheme(clip=0.7))] * 3)
     key, value = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16)
     once = quantizer.key_value(key, value)
     assert not torch.allclose(quantizer.key_value(*once)[1], once[1])
@@ -90,7 +89,7 @@ def test_attaching_again_replaces_the_quantizer_and_quantizes_once():
     install(model)
     attention = model.model.layers[0].self_attn
     for bits in (2, 4):
-        attach_(attention, AttentionQuantizer(None, *(make_quantizer(bits, False, RatioClip(0.7)) for _ in range(2))))
+        attach_(attention, AttentionQuantizer(None, *[make_quantizer(TensorScheme(bits=bits, clip=0.7))] * 3))
     with torch.no_grad():
         full = model(TOKENS, use_cache=False).logits
     cached = decoded(model, DynamicCache(config=model.config), 4)

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from duquant.formats import IntegerFormat
-from duquant.quantizer import Quantizer, make_quantizer
-from quantize.clipping import NoClip, RatioClip
+from duquant.quantizer import NoClip, Quantizer, RatioClip, fixed_clip, make_quantizer
+from duquant.scheme import TensorScheme
+
+LOW, HIGH = torch.tensor([[-2.0], [0.5], [0.0]]), torch.tensor([[1.0], [3.0], [0.0]])
 
 
 def activation(*shape: int, seed: int = 0) -> Tensor:
@@ -46,10 +48,10 @@ def test_groups_are_quantized_like_tensors_of_their_own(group_size, symmetric):
 @pytest.mark.parametrize("group_size", [None, 4])
 def test_fake_quantization_is_dequantized_codes(group_size):
     x, quantizer = activation(3, 8), four_bits(group_size=group_size)
-    codes = quantizer.quantize(x)
+    codes = quantizer.encode(x)
     assert codes.values.shape == ((3, 8) if group_size is None else (3, 2, 4))
     assert codes.scale.shape == codes.zero.shape == (*codes.values.shape[:-1], 1)
-    assert torch.equal(quantizer(x), codes.dequantize().view(3, 8))
+    assert torch.equal(quantizer(x), quantizer.format.decode(codes).view(3, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -72,7 +74,7 @@ def test_float16_ranges_wider_than_float16_do_not_overflow():
 
 def test_float64_keeps_its_precision():
     x = activation(4, 16).double()
-    codes = four_bits().quantize(x)
+    codes = four_bits().encode(x)
     low, high = x.aminmax(dim=-1, keepdim=True)
     torch.testing.assert_close(codes.scale, (high - low) / 15, atol=0, rtol=1e-15)
 
@@ -106,7 +108,7 @@ def test_views_are_quantized_like_their_copies(view, group_size):
 
 def test_clipping_narrows_the_range_before_the_scale():
     x = activation(6, 32)
-    clipped, plain = four_bits(clip=RatioClip(0.5)).quantize(x), four_bits().quantize(x)
+    clipped, plain = four_bits(clip=RatioClip(0.5)).encode(x), four_bits().encode(x)
     torch.testing.assert_close(clipped.scale, plain.scale / 2, atol=0, rtol=1e-6)
     assert four_bits(clip=RatioClip(0.5))(x).abs().max() < 0.6 * x.abs().max()
 
@@ -114,13 +116,31 @@ def test_clipping_narrows_the_range_before_the_scale():
 @pytest.mark.parametrize("bits", [2, 4, 8, 15])
 def test_fewer_than_sixteen_bits_make_a_quantizer(bits):
     clip = NoClip()
-    made = make_quantizer(bits, True, clip, group_size=8)
+    made = make_quantizer(TensorScheme(bits=bits, symmetric=True, group_size=8), clip)
     assert made.format == IntegerFormat(bits, symmetric=True)
     assert made.clip is clip
     assert made.group_size == 8
 
 
 def test_sixteen_bits_leave_a_tensor_untouched():
-    made, x = make_quantizer(16, False, RatioClip(0.5), group_size=4), activation(3, 8).half()
+    made, x = make_quantizer(TensorScheme(bits=16, group_size=4), RatioClip(0.5)), activation(3, 8).half()
     assert isinstance(made, nn.Identity)
     assert made(x) is x
+
+
+def test_no_clip_changes_nothing():
+    low, high = NoClip()(LOW, HIGH)
+    assert torch.equal(low, LOW)
+    assert torch.equal(high, HIGH)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
+def test_a_ratio_multiplies_both_ends(ratio):
+    low, high = RatioClip(ratio)(LOW, HIGH)
+    assert torch.equal(low, ratio * LOW)
+    assert torch.equal(high, ratio * HIGH)
+
+
+def test_a_missing_ratio_means_no_clipping():
+    assert isinstance(fixed_clip(None), NoClip)
+    assert fixed_clip(0.9).ratio == 0.9

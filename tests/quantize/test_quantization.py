@@ -4,9 +4,12 @@ import copy
 import itertools
 import json
 import logging
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
+import families
 import pytest
 import torch
 from conftest import VOCABULARY, random_tokens, tiny_config, tiny_model
@@ -15,11 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PretrainedConfig
 
 from duquant.attention import install
-from duquant.linear import QuantLinear
+from duquant.linear import GroupInput, QuantLinear
+from duquant.quantizer import NoClip
 from models import decoder_spec
-from quantize.clipping import NoClip
-from quantize.layer import LayerInputs, quantize_layer, smoothing_scales
+from quantize.layer import LayerInputs, decide, smoothing_scales
 from quantize.observe import layer_calls
+from quantize.quantization import PROBE_SAMPLES, check_shapes, describe_group, make_probe, quantize_model
 from quantize.settings import (
     BitSettings,
     ClipSettings,
@@ -33,7 +37,6 @@ from quantize.settings import (
     WeightPeak,
 )
 from quantize.statistics import channel_statistics
-from quantize.walk import PROBE_SAMPLES, check_shapes, describe_group, make_probe, quantize_model
 from utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -112,7 +115,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def same_parameters(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two modules have the same tensors, parameters and buffers, to the bit."""
+    """Whether two modules have the same tensors, codes and all, to the bit."""
     one, other = first.state_dict(), second.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -163,27 +166,27 @@ def test_both_attention_implementations_are_left_exact(implementation):
 
 
 @every_config
-def test_every_linear_of_every_layer_is_replaced_and_baked(config):
+def test_every_linear_of_every_layer_is_replaced_and_rounded_for_good(config):
     model, _ = quantize(make_model(config), settings())
     for layer in model.model.layers:
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, QuantLinear)}
         assert linears.keys() == linear_paths(model)
-        assert all(linear.weight_quantizer is None for linear in linears.values())
+        assert all(linear.weight_codes is not None for linear in linears.values())
         assert not any(isinstance(module, nn.Linear) for module in layer.modules())
         assert layer.self_attn.qkv_quantizer is not None
     assert isinstance(model.lm_head, nn.Linear)
 
 
 @every_config
-def test_linears_of_a_group_share_their_transform(config):
+def test_linears_of_a_group_share_their_input(config):
     model, _ = quantize(make_model(config), settings())
     for layer in model.model.layers:
-        transforms = [
-            {id(layer.get_submodule(path).transform) for path in group.linears}
+        groups = [
+            {id(layer.get_submodule(path).group) for path in group.linears}
             for group in decoder_spec(model.config).groups
         ]
-        assert [len(found) for found in transforms] == [1, 1, 1, 1]
-        assert len(set.union(*transforms)) == 4
+        assert [len(found) for found in groups] == [1, 1, 1, 1]
+        assert len(set.union(*groups)) == 4
 
 
 @every_config
@@ -203,7 +206,7 @@ def test_every_ingredient_lowers_the_error_of_four_bits_on_outliers():
 
 
 @pytest.mark.parametrize(("group_size", "symmetric"), [(None, False), (8, False), (None, True)])
-def test_baked_weights_take_no_more_values_than_their_bits_allow(group_size, symmetric):
+def test_rounded_weights_take_no_more_values_than_their_bits_allow(group_size, symmetric):
     model, _ = quantize(make_model(), settings(bits=BitSettings(3, 4, group_size, symmetric)))
     for path in linear_paths(model):
         weight = model.model.layers[1].get_submodule(path).weight
@@ -220,18 +223,19 @@ def test_sixteen_bits_leave_one_side_unquantized(wbits, abits):
     layer = model.model.layers[0]
     for path in linear_paths(model):
         linear = layer.get_submodule(path)
-        assert isinstance(linear.input_quantizer, nn.Identity) == (abits == 16)
-        assert (len(linear.weight[0].unique()) > 16) == (wbits == 16)
+        assert isinstance(linear.group.quantizer, nn.Identity) == (abits == 16)
+        assert (len(linear.weight[0].unique()) > 16) == (linear.weight_codes is None) == (wbits == 16)
     attention = layer.self_attn.qkv_quantizer
-    assert isinstance(attention.qk_quantizer, nn.Identity) == isinstance(attention.v_quantizer, nn.Identity)
-    assert isinstance(attention.v_quantizer, nn.Identity) == (abits == 16)
+    for quantizer in (attention.query, attention.key, attention.value):
+        assert isinstance(quantizer, nn.Identity) == (abits == 16)
 
 
 def test_clip_ratios_reach_what_they_are_for():
     layer = quantize(make_model(), settings(clip=ClipSettings(activation_ratio=0.9)))[0].model.layers[0]
-    assert layer.mlp.down_proj.input_quantizer.clip.ratio == 0.9
-    assert layer.self_attn.qkv_quantizer.qk_quantizer.clip.ratio == 0.9
-    assert isinstance(layer.self_attn.qkv_quantizer.v_quantizer.clip, NoClip)
+    assert layer.mlp.down_proj.group.quantizer.clip.ratio == 0.9
+    assert layer.self_attn.qkv_quantizer.query.clip.ratio == 0.9
+    assert layer.self_attn.qkv_quantizer.key.clip.ratio == 0.9
+    assert isinstance(layer.self_attn.qkv_quantizer.value.clip, NoClip)
     widths = []
     for ratio in (None, 0.5):
         model, _ = quantize(make_model(), settings(4, 16, clip=ClipSettings(weight_ratio=ratio)))
@@ -252,7 +256,7 @@ def test_a_half_precision_model_stays_one_and_comes_close(dtype):
 
 
 def transforms_of(model: nn.Module) -> list[nn.Module]:
-    return [module.transform for module in model.modules() if isinstance(module, QuantLinear)]
+    return [module.group.transform for module in model.modules() if isinstance(module, QuantLinear)]
 
 
 @every_config
@@ -293,14 +297,14 @@ def test_a_layer_s_result_depends_on_its_arguments_alone():
         return LayerInputs(make_probe(calls.hidden, Probe.MEAN), calls.kwargs[1])
 
     alone, alone_inputs = copy.deepcopy(model.model.layers[1]), inputs()
-    _, alone_report = quantize_layer(alone, 1, spec, alone_inputs, peaks, settings())
+    _, alone_report = decide(alone, 1, spec, alone_inputs, peaks, settings())
 
     torch.manual_seed(999)
     quantize(make_model(CONFIGS["llama, biases"]), settings(3, 3))
     zeroth = copy.deepcopy(model.model.layers[0])
-    quantize_layer(zeroth, 0, spec, inputs(), peaks, settings())
+    decide(zeroth, 0, spec, inputs(), peaks, settings())
     later, later_inputs = copy.deepcopy(model.model.layers[1]), inputs()
-    _, later_report = quantize_layer(later, 1, spec, later_inputs, peaks, settings())
+    _, later_report = decide(later, 1, spec, later_inputs, peaks, settings())
     assert same_parameters(alone, later)
     assert torch.equal(alone_inputs.probe, later_inputs.probe)
     assert alone_report == later_report
@@ -313,7 +317,7 @@ def test_statistics_and_calibration_arguments_are_left_alone():
     before = {name: peak.clone() for name, peak in peaks.items()}
     calls = layer_calls(model, spec, TOKENS, CPU)
     probe = calls.hidden.clone()
-    quantize_layer(model.model.layers[0], 0, spec, LayerInputs(probe, calls.kwargs[0]), peaks, settings())
+    decide(model.model.layers[0], 0, spec, LayerInputs(probe, calls.kwargs[0]), peaks, settings())
     assert all(torch.equal(peak, before[name]) for name, peak in peaks.items())
     assert torch.equal(probe, calls.hidden)
 
@@ -331,7 +335,7 @@ def test_smoothing_goes_where_the_config_says(config):
             "folded into mlp.up_proj",
         ]
     for layer in model.model.layers:
-        online = {path for path in linear_paths(model) if layer.get_submodule(path).transform.scale is not None}
+        online = {path for path in linear_paths(model) if layer.get_submodule(path).group.transform.scale is not None}
         assert online == ({"self_attn.o_proj"} if shared_heads else set())
 
 
@@ -405,7 +409,9 @@ def test_block_sizes_follow_the_width_of_each_group(block_size, expected):
     for report in reports:
         assert [group.block_size for group in report.groups] == expected
     first = model.model.layers[0]
-    sizes = [first.get_submodule(group.linears[0]).transform.rotations.shape[-1] for group in decoder_groups(model)]
+    sizes = [
+        first.get_submodule(group.linears[0]).group.transform.rotations.shape[-1] for group in decoder_groups(model)
+    ]
     assert sizes == expected
 
 
@@ -485,7 +491,7 @@ def test_reports_go_into_json_and_back():
 
 
 def test_a_log_line_tells_the_story_of_a_group(caplog):
-    with caplog.at_level(logging.INFO, logger="quantize.walk"):
+    with caplog.at_level(logging.INFO, logger="quantize.quantization"):
         _, reports = quantize(make_model(), settings())
     assert len(caplog.messages) == 2 * (4 + 1)
     group = reports[1].groups[3]
@@ -510,3 +516,106 @@ def test_without_smoothing_no_statistics_are_needed():
     model = tiny_model()
     reports = quantize_model(model, decoder_spec(model.config), TOKENS, None, settings(alpha=None), CPU)
     assert len(reports) == 2
+
+
+def attention_quantizers(**bits) -> nn.Module:
+    made, _ = quantize(make_model(), settings(bits=BitSettings(4, 4, **bits)))
+    return made.model.layers[1].self_attn.qkv_quantizer
+
+
+@pytest.mark.parametrize("role", ["query", "key", "value"])
+def test_bits_of_a_role_reach_its_quantizer_and_no_other(role):
+    quantizers = attention_quantizers(**{role: 6})
+    for each in ("query", "key", "value"):
+        assert getattr(quantizers, each).format.bits == (6 if each == role else 4)
+
+
+@pytest.mark.parametrize("role", ["query", "key", "value"])
+def test_sixteen_bits_leave_one_role_alone(role):
+    quantizers = attention_quantizers(**{role: 16})
+    inputs = {each: torch.randn(1, 2, 5, 16) for each in ("query", "key", "value")}
+    for each, found in zip(inputs, quantizers(*inputs.values()), strict=True):
+        exact = inputs[each] if each == "value" else inputs[each] @ quantizers.matrix
+        assert torch.equal(found, exact) == (each == role)
+
+
+def test_groups_and_symmetry_of_activations_reach_the_inputs_of_linears():
+    bits = BitSettings(4, 4, act_group_size=8, act_symmetric=True)
+    layer = quantize(make_model(), settings(bits=bits))[0].model.layers[0]
+    for path in linear_paths_of(layer):
+        quantizer = layer.get_submodule(path).group.quantizer
+        assert (quantizer.group_size, quantizer.format.symmetric) == (8, True)
+        assert not layer.get_submodule(path).format.symmetric
+    quantizers = layer.self_attn.qkv_quantizer
+    for each in (quantizers.query, quantizers.key, quantizers.value):
+        assert (each.group_size, each.format.symmetric) == (None, True)
+
+
+def linear_paths_of(layer: nn.Module) -> list[str]:
+    return [path for path, module in layer.named_modules() if isinstance(module, QuantLinear)]
+
+
+def test_clips_of_keys_and_values_reach_them():
+    clip = ClipSettings(activation_ratio=0.9, kv_ratio=0.7)
+    quantizers = quantize(make_model(), settings(clip=clip))[0].model.layers[0].self_attn.qkv_quantizer
+    found = [each.clip.ratio for each in (quantizers.query, quantizers.key, quantizers.value)]
+    assert found == [0.9, 0.7, 0.7]
+
+
+def test_an_activation_group_size_that_does_not_divide_names_the_linear():
+    model = make_model()
+    config = settings(bits=BitSettings(4, 4, act_group_size=32))
+    with pytest.raises(InputError, match=r"q_proj: 48 input channels do not divide by --act_group_size 32"):
+        quantize_model(model, decoder_spec(model.config), TOKENS, None, config, CPU)
+
+
+def inputs_computed(model: nn.Module) -> Counter:
+    """How often each layer transformed and rounded an input in one forward pass."""
+    counts, handles = Counter(), []
+    for index, layer in enumerate(model.model.layers):
+        shared = [each for each in layer.modules() if isinstance(each, GroupInput)]
+        count = partial(lambda index, *_: counts.update([index]), index)
+        handles += [each.quantizer.register_forward_hook(count) for each in shared]
+    logits(model)
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+@every_config
+def test_a_layer_transforms_and_rounds_four_inputs_for_its_seven_linears(config):
+    model, _ = quantize(make_model(config), settings())
+    assert inputs_computed(model) == {0: 4, 1: 4}
+    assert inputs_computed(model) == {0: 4, 1: 4}
+
+
+def test_a_mixture_transforms_and_rounds_two_inputs_of_attention_and_two_of_every_expert_called():
+    model, _ = families.quantize(families.make_model("mixtral"), families.settings())
+    called = []
+    for layer in model.model.layers:
+        for expert in layer.mlp.experts:
+            expert.register_forward_hook(lambda *_, index=layer.self_attn.layer_idx: called.append(index))
+    counts = inputs_computed(model)
+    experts = Counter(called)
+    assert min(experts.values()) > 1
+    assert counts == {index: 2 + 2 * count for index, count in experts.items()}
+
+
+def test_between_layers_nothing_of_an_input_is_held():
+    model, _ = quantize(make_model(), settings())
+    logits(model)
+    shared = [module for module in model.modules() if isinstance(module, GroupInput)]
+    assert len(shared) == 8
+    assert not any(isinstance(value, Tensor) for each in shared for value in vars(each).values())
+
+
+def test_a_quantized_model_holds_codes_and_no_float_copies_of_its_weights():
+    original = make_model()
+    weights = sum(module.weight.nbytes for module in original.model.layers.modules() if isinstance(module, nn.Linear))
+    model, _ = quantize(original, settings())
+    logits(model)
+    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert 4 * sum(linear.codes.nbytes for linear in linears) == weights
+    held = [value for linear in linears for value in (*vars(linear).values(), *linear.buffers(recurse=False))]
+    floats = [each for each in held if isinstance(each, Tensor) and each.is_floating_point()]
+    assert sum(each.nbytes for each in floats) < 0.2 * weights  # scales and zero points

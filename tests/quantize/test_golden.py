@@ -5,13 +5,14 @@ import torch
 from safetensors.torch import load_file
 
 from duquant.formats import IntegerFormat
-from duquant.quantizer import Quantizer
-from duquant.transform import DualTransform, channel_peak, rotate_blocks
-from quantize.clipping import LearnedClip, NoClip, RatioClip
+from duquant.quantizer import NoClip, Quantizer, RatioClip
+from duquant.transform import DualTransform, rotate_blocks
+from quantize.clipping import LearnedClip
 from quantize.greedy import greedy_rotation
 from quantize.permutation import zigzag_permutation
 from quantize.rotation import base_rotation, step_rotation
 from quantize.settings import RotationOrder, SearchRule
+from quantize.transforms import channel_peak
 
 # settings of the vectors in fake_quant.safetensors, by name: bits, symmetric, clip (by number of rows), group size
 FAKE_QUANT = {

@@ -13,6 +13,7 @@ from torch import nn
 from evaluation.perplexity import perplexity
 from models import decoder_spec
 from models.load import ModelSource, load_config, load_model
+from quantize.observer import Observer
 from quantize.original import SCALES, read_original
 from quantize.quantization import quantize_model
 from quantize.settings import (
@@ -25,6 +26,7 @@ from quantize.settings import (
     TrainingSettings,
     Transform,
 )
+from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
 from utils.errors import InputError
 
@@ -35,7 +37,7 @@ GOLDEN_PERPLEXITY = 2.7304  # golden/original_checkpoint/README.md
 def settings(**changes) -> QuantSettings:
     usual = {
         "bits": BitSettings(4, 4),
-        "clip": ClipSettings(0.95, None, learned=True),
+        "clip": ClipSettings(0.95),
         "smooth": SmoothSettings(),
         "rotation": RotationSettings(16, 6, 1),
         "training": TrainingSettings(epochs=1),
@@ -48,9 +50,19 @@ def quantize(config: QuantSettings, finished=None, shape=None):
     model = tiny_model(**(shape or {}))
     spec, tokens = decoder_spec(model.config), random_tokens(4, 16)
     peaks = channel_statistics(model, spec, tokens, CPU).scales if finished is None else None
-    layers = dict(finished or {})
-    quantize_model(model, spec, tokens, peaks, config, CPU, finished, layers.__setitem__)
-    return model, layers
+    done = Done()
+    quantize_model(model, spec, tokens, peaks, config, CPU, finished, [done])
+    return model, done.layers
+
+
+class Done(Observer):
+    """Every layer's state, by index."""
+
+    def __init__(self):
+        self.layers = {}
+
+    def layer_done(self, index: int, finished: FinishedLayer, restored: bool) -> None:
+        self.layers[index] = finished
 
 
 def as_original(layers, spec, dtype=torch.float16) -> dict[int, dict]:
@@ -100,7 +112,7 @@ def distance(one: nn.Module, other: nn.Module) -> float:
         {"bits": BitSettings(4, 16)},
         {"bits": BitSettings(4, 16), "rotation": RotationSettings(16, 6, 2)},
         {"bits": BitSettings(3, 16, group_size=16)},
-        {"bits": BitSettings(4, 16), "clip": ClipSettings(None, 0.9)},
+        {"bits": BitSettings(4, 16), "clip": ClipSettings(None, 0.9), "training": None},
     ],
     ids=["W4", "two permutations", "groups", "no lwc"],
 )
@@ -232,7 +244,7 @@ def test_the_golden_checkpoint_gives_the_perplexity_of_its_readme(golden_dir, sh
     config = load_config(source)
     model, spec = load_model(source, config, torch.float32, "sdpa"), decoder_spec(config)
     tokens = load_file(golden_dir / "babyllama_root_tokens.safetensors")
-    quant = settings(clip=ClipSettings(0.95, None, learned=True), rotation=RotationSettings(32, 256, 1))
+    quant = settings(rotation=RotationSettings(32, 256, 1))
     finished = read_original(path, model, spec, quant)
     quantize_model(model, spec, tokens["calibration"].long(), None, quant, CPU, finished)
     found = perplexity(model, spec, tokens["test"].long(), CPU).perplexity

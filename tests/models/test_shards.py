@@ -9,8 +9,8 @@ import threading
 import pytest
 import torch
 from conftest import tiny_model
+from families import CASES, make_model
 from safetensors.torch import load_file, save_file
-from test_families import CASES, make_model
 
 import models.shards
 import models.streaming

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.batching import AUTO_TOKENS_CPU, BatchSize, is_out_of_memory, row_parts
+from utils.batching import AUTO_TOKENS_CPU, BatchSize, is_out_of_memory
 from utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -78,12 +78,3 @@ def test_out_of_memory_on_the_host_is_recognised():
         torch.empty(1 << 50)
     assert is_out_of_memory(failure.value)
     assert not is_out_of_memory(ValueError("out of memory"))
-
-
-@pytest.mark.parametrize("shape", [(10, 6), (1, 100), (7, 2, 3), (0, 4), (3,)])
-def test_row_parts_cover_every_row_once_and_are_small(shape, monkeypatch):
-    monkeypatch.setattr("utils.batching.PART_ELEMENTS", 20)
-    weight = torch.arange(torch.Size(shape).numel()).view(shape)
-    parts = [weight[part] for part in row_parts(weight)]
-    assert torch.equal(torch.cat([*parts, weight[:0]]), weight)
-    assert all(part.numel() <= 20 or len(part) == 1 for part in parts)

@@ -5,20 +5,18 @@ import copy
 import pytest
 import torch
 from conftest import random_tokens
-from quantize.export import save_model
-from safetensors.torch import load_file
-from test_families import CPU, logits, make_config, make_model, reload, settings
+from families import CPU, logits, make_config, make_model, reload, save, settings
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-from duquant.experts import Experts, fuse_experts, unfuse_experts_
+from duquant.experts import Experts, unfuse_experts_
 from duquant.linear import QuantLinear
 from models import decoder_spec
 from models.load import ModelSource, load_config, load_model, load_skeleton
 from models.qwen3_moe import has_experts
 from quantize.observe import capture_rows, layer_calls
 from quantize.quantization import quantize_model
-from quantize.settings import ClipSettings, SmoothSettings, TrainingSettings, WeightPeak
+from quantize.settings import SmoothSettings, TrainingSettings, WeightPeak
 from quantize.statistics import channel_statistics
 
 FEW = torch.tensor([[5, 5, 5, 5]])  # one token over and over: it reaches as many experts as a token has
@@ -27,11 +25,17 @@ every_mixture = pytest.mark.parametrize("name", MIXTURES)
 
 
 def fused_model(name: str) -> nn.Module:
-    """The same weights as `make_model`, with the experts as transformers has them."""
-    ours = make_model(name, torch.float64)
+    """Random weights, with the experts as transformers has them."""
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(make_config(name)).double().eval().requires_grad_(False)
-    model.load_state_dict(fuse_experts(ours, ours.state_dict()))
+    for parameter in model.parameters():
+        parameter.mul_(4 if parameter.dim() > 1 else 1)
     return model
+
+
+def take_apart_(model: nn.Module) -> None:
+    spec = decoder_spec(model.config)
+    unfuse_experts_(spec.decoder_layers(model), spec.experts)
 
 
 def quantize(model: nn.Module, config, tokens: torch.Tensor) -> tuple[nn.Module, list[dict]]:
@@ -45,11 +49,11 @@ def test_taken_apart_experts_compute_what_the_fused_ones_do(name):
     fused = fused_model(name)
     fused.set_experts_implementation("eager")  # the grouped product knows no float64
     apart = copy.deepcopy(fused)
-    unfuse_experts_(apart, decoder_spec(apart.config))
+    take_apart_(apart)
     assert any(isinstance(module, Experts) for module in apart.modules())
     torch.testing.assert_close(logits(apart), logits(fused), atol=1e-12, rtol=1e-12)
     before = logits(apart)
-    unfuse_experts_(apart, decoder_spec(apart.config))
+    take_apart_(apart)
     assert torch.equal(logits(apart), before)
 
 
@@ -57,36 +61,21 @@ def test_taken_apart_experts_compute_what_the_fused_ones_do(name):
 def test_taking_apart_copies_nothing(name):
     model = fused_model(name)
     storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    unfuse_experts_(model, decoder_spec(model.config))
+    take_apart_(model)
     assert {parameter.untyped_storage().data_ptr() for parameter in model.parameters()} <= storages
 
 
 @every_mixture
-def test_stacking_gives_back_the_names_and_values_of_transformers(name):
-    fused = fused_model(name)
-    apart = copy.deepcopy(fused)
-    unfuse_experts_(apart, decoder_spec(apart.config))
-    found, expected = fuse_experts(apart, apart.state_dict()), fused.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@every_mixture
-def test_a_mixture_goes_to_disk_and_back_under_the_names_of_its_family(name, model_folder, tmp_path):
-    model = make_model(name)
-    model.save_pretrained(tmp_path / "original", state_dict=fuse_experts(model, model.state_dict()))
+def test_a_mixture_is_loaded_from_fused_weights_and_saved_with_experts_of_their_own(name, model_folder, tmp_path):
+    apart = fused_model(name).float()
+    apart.save_pretrained(tmp_path / "original")
+    take_apart_(apart)
     source = ModelSource(str(tmp_path / "original"))
-    config = load_config(source)
-    loaded = load_model(source, config, torch.float32, "sdpa")
-    assert torch.equal(logits(loaded), logits(model))
+    loaded = load_model(source, load_config(source), torch.float32, "sdpa")
+    assert torch.equal(logits(loaded), logits(apart))
     quantized, _ = quantize(loaded, settings(), random_tokens(3, 12))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
-    save_model(tmp_path / "saved", quantized, tokenizer, decoder_spec(config), settings())
-    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("original", "saved"))
-    assert {name: tensor.shape for name, tensor in after.items()} == {
-        name: tensor.shape for name, tensor in before.items()
-    }
-    assert torch.equal(logits(reload(tmp_path / "saved")), logits(quantized))
+    save(tmp_path / "saved", quantized, settings(), model_folder)
+    assert torch.equal(logits(reload(tmp_path / "saved")[0]), logits(quantized))
 
 
 def test_a_skeleton_has_the_experts_that_a_model_has():
@@ -147,8 +136,7 @@ def test_experts_without_a_calibration_token_are_exact_and_finite_all_the_same(n
 
 @every_mixture
 def test_clipping_is_trained_where_tokens_are_and_left_where_none_are(name):
-    clip, training = ClipSettings(learned=True), TrainingSettings(epochs=2)
-    model, figures = quantize(make_model(name), settings(clip=clip, training=training), FEW)
+    model, figures = quantize(make_model(name), settings(training=TrainingSettings(epochs=2)), FEW)
     for layer in figures:
         assert layer["training"]["restored"] == 0
         assert layer["training"]["loss_after"] <= layer["training"]["loss_before"]

@@ -2,8 +2,9 @@
 
     python benchmarks/parity.py --model MODEL_DIR --tokens TOKENS.safetensors --reference REFERENCE.json
 
-The reference file lists settings with the perplexity and seconds the original reached with the same tokens. Prints a
-table per setting, and with --variants the mean over the W4A4 settings of every search rule, order and probe.
+The reference file lists, under the model folder's name, settings with the perplexity and seconds that the original
+reached with the same tokens. Prints a table per setting, and with --variants the mean over the W4A4 settings of every
+search rule, order and probe.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--variants", action="store_true", help="also compare search rules, orders and probes")
     args = parser.parse_args()
-    (figures,) = (value for value in json.loads(args.reference.read_text()).values() if isinstance(value, dict))
+    figures = json.loads(args.reference.read_text())[Path(args.model).name]
     runs = [run for run in figures["runs"] if run["perplexity"] is not None]
     bench = Bench(args.model, args.tokens)
 

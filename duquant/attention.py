@@ -36,7 +36,7 @@ class AttentionQuantizer(nn.Module):
 
     def __init__(self, matrix: Tensor | None, query: nn.Module, key: nn.Module, value: nn.Module):
         super().__init__()
-        self.register_buffer("matrix", matrix)
+        self.register_buffer("matrix", matrix, persistent=False)  # it follows from the scheme
         self.query, self.key, self.value = query, key, value
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,7 +35,7 @@ class GroupInput(nn.Module):
                 self._forget()
             return result
         result = self._computed(x)
-        if self.readers > 1:
+        if self.readers > 1 and not x.is_inference():  # whether such a tensor was changed in place cannot be known
             self._seen, self._version, self._left, self._result = weakref.ref(x), x._version, self.readers - 1, result
         return result
 

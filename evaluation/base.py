@@ -5,6 +5,8 @@ torch, so that scripts answer `--help`, and results are read, at once.
 """
 
 import enum
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -179,3 +181,8 @@ class Entry(ABC):
     @abstractmethod
     def figures(cls, results: dict) -> Iterator[Figure]:
         """The figures in `results` (a results.json, perhaps an older one, or its part on one model)."""
+
+
+def digest(value: object) -> str:
+    """16 hex digits of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,7 +1,5 @@
 """One evaluation after the other, of every model of a run. What they are is none of its business."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from evaluation.base import QUANTIZED, Candidate, Context, Evaluation, EvaluationError, Passenger
+from evaluation.base import QUANTIZED, Candidate, Context, Evaluation, EvaluationError, Passenger, digest
 from evaluation.journal import Journal, Section
 from evaluation.measured import Measured
 from evaluation.settings import EvaluationSettings
@@ -154,9 +152,7 @@ class Runner:
 
     def _section(self, evaluation: Evaluation, row: str) -> Section:
         """What the journal has of this evaluation: with other data it is another one."""
-        described = json.dumps(evaluation.identity(), sort_keys=True, default=str)
-        digest = hashlib.sha256(described.encode()).hexdigest()[:16]
-        return self.journal.under(f"{row}/{evaluation.name}/{digest}")
+        return self.journal.under(f"{row}/{evaluation.name}/{digest(evaluation.identity())}")
 
     def _placed(self, model: nn.Module):
         context = self.evaluations.context

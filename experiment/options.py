@@ -137,8 +137,8 @@ class OutputSettings:
     )
     dry_run: bool = option(
         False,
-        "check everything and say what the run would do and need (memory, disk, time), and what is missing for it; the "
-        "model's config.json is enough; exit code 2 with the reason if it cannot work here or with these flags",
+        "check everything and say what the run would do and need (memory, disk, time) and what is still missing for "
+        "it; the model's config.json is enough; exit code 2 with the reason if it cannot work here or with these flags",
         changes=Changes.NOTHING,
     )
     track: TrackSettings = part(TrackSettings)

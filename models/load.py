@@ -18,6 +18,7 @@ from duquant.experts import unfuse_experts_
 from models import COMPOSITES, decoder_spec, require_supported
 from utils.errors import InputError, Missing
 from utils.log import shows_bars
+from utils.memory import all_finite
 
 SAMPLED_BYTES = 1 << 20  # of each weights file that enter a fingerprint
 DEFAULT_SEQLEN = 2048
@@ -125,7 +126,7 @@ def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype
         missing = sorted(report["missing_keys"])
         raise InputError(f"--model {source.name}: its checkpoint lacks {missing[0]} (and {len(missing) - 1} more)")
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise InputError(f"--model {source.name}: {name} contains NaN or inf; the checkpoint is damaged")
     spec = decoder_spec(config)
     unfuse_experts_(spec.decoder_layers(model), spec.experts)

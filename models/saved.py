@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from duquant.attention import AttentionQuantizer, install
+from duquant.attention import install
 from duquant.experts import unfuse_experts_
 from duquant.formats import Codes
 from models.load import ModelSource, load_model, pick_attention
@@ -56,8 +56,9 @@ class ModelWriter:
             raise self._cannot(error) from None
 
     def visit(self, index: int, layer: nn.Module) -> None:
-        """Write `layer`, number `index`, which is quantized."""
-        self._write(index, {f"{self.prefix}.{index}.{name}": tensor for name, tensor in layer_tensors(layer).items()})
+        """Write `layer`, number `index`, which is quantized; what its linears share is written once."""
+        tensors = without_tied(layer.state_dict())
+        self._write(index, {f"{self.prefix}.{index}.{name}": tensor for name, tensor in tensors.items()})
 
     def finish(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: QuantSettings) -> None:
         """Write everything beside the layers, and give the folder its name."""
@@ -96,17 +97,6 @@ class ModelWriter:
     def _cannot(self, error: OSError) -> InputError:
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return InputError(f"--save_model {self.folder}: cannot be written ({error.strerror or error})")
-
-
-def layer_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """What makes a quantized layer, by name inside it; shared transforms once, nothing that follows from settings."""
-    derived = {name for name, module in layer.named_modules() if isinstance(module, AttentionQuantizer)}
-    tensors = {
-        name: tensor
-        for name, tensor in layer.state_dict().items()
-        if not any(name.startswith(f"{each}.") for each in derived)
-    }
-    return without_tied(tensors)
 
 
 def without_tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

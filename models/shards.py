@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from models import COMPOSITES, decoder_spec
 from models.load import TEXT_PART, ModelSource
 from utils.errors import InputError
+from utils.memory import all_finite
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -157,8 +158,7 @@ def read_tensor(stored: Stored, name: str, dtype: torch.dtype) -> Tensor:
     raw = torch.empty(stored.nbytes, dtype=torch.uint8)
     read_into(stored, memoryview(raw.numpy()))
     tensor = raw.view(stored.dtype).view(stored.shape).to(dtype)
-    low, high = torch.aminmax(tensor)  # NaN is passed on; nothing as large as the tensor is made
-    if not (torch.isfinite(low) and torch.isfinite(high)):
+    if not all_finite(tensor):
         raise InputError(f"{stored.path}: {name} contains NaN or inf; the checkpoint is damaged")
     return tensor
 

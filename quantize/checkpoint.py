@@ -7,6 +7,7 @@
 Every file is written whole or not at all. A layer file is used only if its digest is right and it is of this run.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -29,6 +30,7 @@ from utils.results import differences
 from utils.settings import defaults
 
 FORMAT = 1
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of NFS, FUSE and cluster file systems
 logger = logging.getLogger(__name__)
 
 
@@ -159,7 +161,11 @@ def _nearest_existing(folder: Path) -> Path:
 
 
 def _lock(folder: Path) -> int:
-    """Take the folder's lock. The system frees it when the holder ends, so a lock is never stale."""
+    """Take the folder's lock. The system frees it when the holder ends, so a lock is never stale.
+
+    Where the file system has no locks, a warning takes its place: a file that marks the folder would stay behind a run
+    that is killed.
+    """
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,6 +173,11 @@ def _lock(folder: Path) -> int:
         holder = os.read(handle, 200).decode(errors="replace").strip()
         os.close(handle)
         raise InputError(f"{folder}: another run is writing there ({holder or 'unknown process'})") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(handle)
+            raise
+        logger.warning("%s: cannot be locked there (%s); see that no other run writes to it", folder, error.strerror)
     os.ftruncate(handle, 0)
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return handle

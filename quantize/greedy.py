@@ -121,7 +121,7 @@ class _Search:
 
     def _advance(self, state: _State, steps: int) -> _State:
         rows, exchange, product, best = state.rows, state.exchange, state.product, state.best
-        exchanges, peaks, least = list(state.exchanges), list(state.peaks), state.floor.new_tensor(torch.inf)
+        exchanges, peaks, least = list(state.exchanges), list(state.peaks), torch.full_like(state.floor, torch.inf)
         smallest = torch.stack(peaks).min()
         # written in turn, and never into the rows of `state`: fresh memory for every product takes half its time
         buffers = (torch.empty_like(rows), torch.empty_like(rows))

@@ -22,8 +22,8 @@ class TrainingReport:
     """Figures of one layer's training.
 
     `loss_before` and `loss_after` are over all samples whose loss is finite at the start, with the logits at rest (NaN
-    if there is none); `losses` and `gradient_norms` are the means over each epoch's finite steps; `restored` counts the
-    others.
+    if there is none); `losses` and `gradient_norms` are the means over each epoch's finite ones; `restored` counts the
+    steps that were not made, because the loss or the gradient was not finite.
     """
 
     loss_before: float
@@ -72,9 +72,14 @@ def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: Tr
     """Train every `LearnedClip` of `layer`, which is on its device, in place.
 
     Minimises the mean squared error of the layer's quantized output on the student's inputs against the targets, with
-    straight-through rounding. A loss or gradient that is not finite restores the last logits whose loss was finite.
-    If the loss over all samples ends above where it began, the logits go back to their start. A sample whose loss is
-    not finite at the start says nothing about the clipping and does not count there.
+    straight-through rounding. A loss that is not finite restores the last logits whose loss was; where only the
+    gradient overflows (float16, its scale still too large) the step is left out and the logits stay.
+
+    Of the logits at the start, at the end, and at the end of the best epoch those are kept whose loss over all samples
+    is the least. The best epoch is the one with the least mean loss of its steps, and with the most that were finite:
+    that costs nothing, where a pass with the logits at rest behind each epoch would cost a third more. But the logits
+    move meanwhile, so it only proposes; what decides is measured at rest, in one more pass if it was not the last one.
+    A sample whose loss is not finite at the start says nothing about the clipping and does not count there.
     Sources: OmniQuant, sec. 3.2 (the clipping); DuQuant, sec. 4.1 (its use).
     """
     started = time.perf_counter()
@@ -87,33 +92,39 @@ def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: Tr
     if not logits:  # 16-bit weights
         return TrainingReport(before, before, (), (), 0, time.perf_counter() - started)
     optimizer = torch.optim.AdamW(logits, lr=config.learning_rate, weight_decay=config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16 and device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     initial = copies(logits)
     losses, norms, restored, sound = [], [], 0, initial
+    best, rank = initial, (0, math.inf, -1)  # finite losses × −1, their mean, the epoch
     for parameter in logits:
         parameter.requires_grad_(True)
     with meter(config.epochs, "clipping", "epoch", inner=True) as bar:
-        for _ in range(config.epochs):
+        for epoch in range(config.epochs):
             steps = []
             for batch in samples.batches(config.batch_size, device):
                 current = copies(logits)
-                step = train_step(layer, batch, kwargs, logits, optimizer, scaler)
-                if step is None:
-                    restore_(logits, sound)
-                    restored += 1
-                else:
+                steps.append(train_step(layer, batch, kwargs, logits, optimizer, scaler))
+                if math.isfinite(steps[-1][0]):
                     sound = current
-                    steps.append(step)
-            losses.append(mean_or_none([loss for loss, _ in steps]))
-            norms.append(mean_or_none([norm for _, norm in steps]))
-            bar.set_postfix_str(f"loss {losses[-1]:.3e}" if steps else "no finite loss")
+                else:
+                    restore_(logits, sound)
+            restored += sum(not all(map(math.isfinite, step)) for step in steps)
+            finite = [[figure for figure in figures if math.isfinite(figure)] for figures in zip(*steps, strict=True)]
+            losses.append(mean_or_none(finite[0]))
+            norms.append(mean_or_none(finite[1]))
+            if finite[0] and (-len(finite[0]), losses[-1]) < rank[:2]:
+                best, rank = copies(logits), (-len(finite[0]), losses[-1], epoch)
+            bar.set_postfix_str(f"loss {losses[-1]:.3e}" if finite[0] else "no finite loss")
             bar.update()
     for parameter in logits:
         parameter.requires_grad_(False)
-    after = sample_losses(layer, samples, kwargs, config.batch_size, device)[counted].mean().item()
-    if not after <= before:
-        restore_(logits, initial)
-        after = before
+    after, kept = before, initial
+    for values in [best] if rank[2] == config.epochs - 1 else [best, copies(logits)]:
+        restore_(logits, values)
+        loss = sample_losses(layer, samples, kwargs, config.batch_size, device)[counted].mean().item()
+        if loss <= after:
+            after, kept = loss, values
+    restore_(logits, kept)
     return TrainingReport(before, after, tuple(losses), tuple(norms), restored, time.perf_counter() - started)
 
 
@@ -134,8 +145,8 @@ def train_step(
     logits: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-) -> tuple[float, float] | None:
-    """One optimizer step: (loss, gradient norm) of the logits it started from, or None, and no step, if not finite.
+) -> tuple[float, float]:
+    """One optimizer step: (loss, gradient norm) of the logits it starts from; no step if one of them is not finite.
 
     The gradient of a batch is the sum of what the processes find on their parts of it, so all make the same step.
     """
@@ -146,16 +157,17 @@ def train_step(
             loss = batch.share * distance(run(layer, batch.inputs, kwargs), batch.targets)
             scaler.scale(loss).backward()
         loss = loss.detach()
+    else:
+        scaler.scale(loss)  # which has no scale before its first loss
     add_up_(loss, logits)
     scaler.unscale_(optimizer)
     # experts that none of the tokens went to have no gradient
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in logits if parameter.grad is not None])
     figures = torch.stack([loss, norm]).tolist()
-    finite = all(math.isfinite(figure) for figure in figures)
-    if finite:
+    if all(map(math.isfinite, figures)):
         scaler.step(optimizer)
     scaler.update()
-    return tuple(figures) if finite else None
+    return tuple(figures)
 
 
 def add_up_(loss: Tensor, logits: Sequence[nn.Parameter]) -> None:

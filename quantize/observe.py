@@ -12,7 +12,7 @@ from quantize.spec import DecoderSpec
 from utils.batching import BatchSize
 from utils.device import to_device
 from utils.errors import InputError
-from utils.memory import Allocate, in_memory
+from utils.memory import Allocate, all_finite, in_memory
 
 TOKENS_PER_FORWARD = 4096  # samples are batched up to this many tokens
 
@@ -158,7 +158,7 @@ def capture_rows(layer: nn.Module, paths: Sequence[str], hidden: Tensor, kwargs:
 
 def require_finite(x: Tensor, name: str) -> None:
     """Raise InputError if the activation `x` that enters the linear `name` has NaN or inf."""
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         raise InputError(
             f"{name}: its calibration activation contains NaN or inf; "
             "if the model itself is sound, half precision overflows here: try --dtype bfloat16 or float32"

@@ -150,7 +150,13 @@ def make_probe(hidden: Tensor, kind: Probe) -> Tensor:
     """The activation to search on, from samples [N, T, C]: their mean [1, T, C] or the first few of them [P, T, C]."""
     if kind is Probe.SAMPLE:
         return hidden[:PROBE_SAMPLES].clone()
-    return hidden.mean(dim=0, keepdim=True, dtype=torch.promote_types(hidden.dtype, torch.float32)).to(hidden.dtype)
+    if hidden.dtype.itemsize >= torch.float32.itemsize:
+        return hidden.mean(dim=0, keepdim=True)
+    # mean(dtype=float32) would first widen all samples: 4.3 GB of a 7B model's
+    total = torch.zeros(hidden.shape[1:], device=hidden.device)
+    for sample in hidden:
+        total += sample
+    return (total / len(hidden)).to(hidden.dtype)[None]
 
 
 def check_shapes(model: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> None:

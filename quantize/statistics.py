@@ -15,7 +15,7 @@ from quantize.walk import layers_in_memory, walk
 from utils.distributed import gather, own_part
 from utils.errors import InputError
 from utils.io import read_tensors, write_tensors
-from utils.memory import Allocate, in_memory
+from utils.memory import Allocate, all_finite, in_memory
 
 MIDPOINT_DECAY = 0.99
 
@@ -30,10 +30,14 @@ class ChannelStatistics:
 
 @dataclass
 class Seen:
-    """What entered the linears of one group in one layer: the largest |x| [C], and each sample's midpoint [C]."""
+    """What entered the linears of one group in one layer: the largest |x| [C], and each sample's midpoint [C].
+
+    What is observed counts when it is `settled`: a batch that runs out of memory half-way is run again, in parts.
+    """
 
     peak: Tensor | None = None
     midpoints: list[Tensor] = field(default_factory=list)
+    unsettled: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # peak [C] and midpoints [batch, C] of calls
 
     def observe(self, x: Tensor, name: str) -> None:
         """Take in `x`: samples [batch, T, C], or rows [T, C] without their samples. `name` is for the error."""
@@ -41,9 +45,14 @@ class Seen:
         low, high = torch.aminmax(samples.transpose(1, 2), dim=-1)  # [batch, C] each
         require_finite(torch.cat([low, high]), name)
         low, high = low.float(), high.float()
-        peak = torch.maximum(high, -low).amax(dim=0)
-        self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
-        self.midpoints.append((high + low) / 2)
+        self.unsettled.append((torch.maximum(high, -low).amax(dim=0), (high + low) / 2))
+
+    def settle(self) -> None:
+        """Count what was observed since the last time."""
+        for peak, midpoints in self.unsettled:
+            self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
+            self.midpoints.append(midpoints)
+        self.unsettled.clear()
 
     def on_host(self) -> "Seen":
         """The same with its tensors on the host."""
@@ -97,7 +106,17 @@ def observed(layer: nn.Module, index: int, spec: DecoderSpec, statistics: Channe
             lambda module, args: seen[group.name].observe(args[0], name)
         )
 
+    def forget(*call: object) -> None:
+        for each in seen.values():
+            each.unsettled.clear()
+
+    def settle(*call: object) -> None:
+        for each in seen.values():
+            each.settle()
+
     handles = [watch(group, path) for group in groups for path in group.inputs]
+    # what a call of the layer that did not come to its end has observed is observed again
+    handles += [layer.register_forward_pre_hook(forget), layer.register_forward_hook(settle)]
     try:
         yield
     finally:
@@ -167,6 +186,6 @@ def load_scales(path: Path, origin: Origin, skeleton: nn.Module, spec: DecoderSp
                 if found is None or found.shape != (width,):
                     problem = "is missing" if found is None else f"has shape {list(found.shape)}, not [{width}]"
                     raise InputError(f"--act-scales {path}: not of this model ({name} {problem})")
-                if not torch.isfinite(found).all():
+                if not all_finite(found):
                     raise InputError(f"--act-scales {path}: {name} contains NaN or inf; make the file again")
     return {name: scale.float() for name, scale in scales.items()}

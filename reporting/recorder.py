@@ -3,6 +3,7 @@
 Knows tensors, not pictures; `reporting/` draws what is written here. Nothing that is recorded changes a result.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from utils.io import file_digest, write_tensors
 MOST_TOKENS, MOST_CHANNELS = 64, 256  # bins of a landscape
 ATTENTION, EVERYTHING = "queries, keys and values", "all activations"  # parts that can go unrounded
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of learned clip ratios
+logger = logging.getLogger(__name__)
 
 
 class Recorder(Observer):
@@ -100,7 +102,10 @@ class Recorder(Observer):
         self.current.groups[group.name] = figures
 
     def layer_built(self, layer: nn.Module, kwargs: dict) -> dict:
-        """Advance the sample through the quantized layer, write the file, and return the layer's figures."""
+        """Advance the sample through the quantized layer, write the file, and return the layer's figures.
+
+        A file that cannot be written has no digest: that costs the report this layer, not the run its results.
+        """
         current, output = self.current, run(layer, self.sample, kwargs)
         figures = {
             "output_error": relative_error(current.reference, output),
@@ -110,8 +115,13 @@ class Recorder(Observer):
         }
         self.sample, self.current = output, None
         path = self.folder / f"layer_{current.index:03d}.safetensors"
-        write_tensors(path, current.tensors, {"layer": str(current.index)})
-        return {"recorded": {"file": path.name, "sha256": file_digest(path), **figures}}
+        try:
+            write_tensors(path, current.tensors, {"layer": str(current.index)})
+            digest = file_digest(path)
+        except OSError as error:
+            logger.warning("layer %d: not in the report (%s)", current.index, error)
+            digest = None
+        return {"recorded": {"file": path.name, "sha256": digest, **figures}}
 
     def _unrounded(self, layer: nn.Module, kwargs: dict) -> list[dict]:
         """SQNR of the output if one part of the layer's activations were not rounded, and if none were.

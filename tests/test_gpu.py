@@ -15,7 +15,7 @@ from quantize.rotation import random_orthogonal, step_rotation
 from quantize.settings import BitSettings, QuantSettings, RotationOrder, RotationSettings, SearchRule, SmoothSettings
 from quantize.statistics import channel_statistics
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CALIBRATION, TEST = random_tokens(8, 32, seed=1), random_tokens(6, 32, seed=2)

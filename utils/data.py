@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from utils import windows
@@ -185,7 +184,7 @@ def _read_cache(path: Path, description: dict[str, str]) -> Tensor | None:
 def _write_cache(path: Path, tokens: Tensor, description: dict[str, str]) -> None:
     try:
         write_tensors(path, {"tokens": tokens}, _metadata(tokens, description))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         logger.warning("%s: tokens cannot be cached (%s)", path.parent, error)
 
 

@@ -18,7 +18,7 @@ class Missing(InputError):
 
 @contextmanager
 def noting(missing: list[str] | None, what: str = "") -> Iterator[None]:
-    """What is `Missing` for `what` ends the block and goes into the list; without a list it is raised."""
+    """Inside the block what is `Missing` for `what` joins the list and ends the block; without a list it is raised."""
     try:
         yield
     except Missing as error:

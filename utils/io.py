@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,9 +46,28 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as one safetensors file, atomically. Shared or strided tensors are copied first."""
+    """Write tensors as one safetensors file, atomically. Shared or strided tensors are copied first.
+
+    Raises OSError where the system refuses: a full disk, a limit on files' size.
+    """
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    with system_errors(path):
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Inside the block a SafetensorError that the system caused, while `path` was written, is raised as OSError.
+
+    safetensors hands on what Rust's `io::Error` says, which ends with the number: `… (os error 28)`.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def file_digest(path: Path) -> str:

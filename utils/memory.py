@@ -1,4 +1,4 @@
-"""Host memory: how much there is, and large tensors in memory or in files that the system pages out."""
+"""Host memory: how much there is, and large tensors: in memory, in files that the system pages out, and checked."""
 
 import mmap
 import os
@@ -45,6 +45,11 @@ def _container_memory(folder: Path) -> int | None:
 def in_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor in ordinary memory."""
     return torch.empty(tuple(shape), dtype=dtype)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether `x` has neither NaN nor inf: both show in the extremes. Nothing as large as `x` is made."""
+    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 def too_large(hidden: int, free: int) -> bool:

@@ -9,8 +9,13 @@ from torch import nn
 
 from utils.device import on_device
 from utils.errors import InputError
+from utils.memory import available_memory
 
-Memory = dict[int | str, str]  # device number, or "cpu", → the most it may hold, such as "20GiB"
+Memory = dict[int | str, int | str]  # device number, or "cpu", → the most it may hold: bytes, or such as "20GiB"
+# Of a GPU's free memory, for activations. A token of a 70B takes 28 bytes for each of 28,672 channels (rounded inputs
+# and their float32 copies), 10 for each of 128,256 logits, and 0.3 MB of keys and values: 5 GB for 2048 tokens, an
+# eighth of 40 GB. And its weights, 141 GB, still fit into seven eighths of two GPUs of 79 GiB.
+ACTIVATION_SHARE = 1 / 8
 
 
 @contextmanager
@@ -20,7 +25,7 @@ def placed(
     """`model` is ready to run on inputs on `device` inside the block, and on the host after it.
 
     With `spread` its layers are dealt to all visible GPUs, then to the host, then to disk, as far as the memory of
-    each, or its limit, goes (accelerate's device map). Raises InputError if it does not fit.
+    each, less some for activations, or its limit, goes (accelerate's device map). Raises InputError if it does not fit.
     """
     if not spread:
         try:
@@ -37,19 +42,44 @@ def placed(
 
 @contextmanager
 def _dispatched(model: nn.Module, limits: Memory | None, folder: str) -> Iterator[None]:
-    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate import dispatch_model
     from accelerate.hooks import remove_hook_from_submodules
 
-    places = infer_auto_device_map(model, limits, no_split_module_classes=list(model._no_split_modules or ()))
-    if places == {"": "disk"}:
-        raise InputError("--max_memory leaves no room for even the smallest part of the model; raise a limit")
-    dispatch_model(model, places, offload_dir=folder, force_hooks=True)
+    places = device_map(model, limits or room_for_weights(model, free_memory()))
+    dispatch_model(model, places, offload_dir=folder, offload_buffers=True, force_hooks=True)  # codes are buffers
     try:
         yield
     finally:
         remove_hook_from_submodules(model)
         model.to("cpu")
         del model.hf_device_map
+
+
+def device_map(model: nn.Module, limits: Memory) -> dict[str, int | str]:
+    """Where each part of `model` goes: part → device number, "cpu" or "disk". Raises InputError if all is on disk."""
+    from accelerate import infer_auto_device_map
+
+    whole = list(model._no_split_modules or ())
+    places = infer_auto_device_map(model, limits, no_split_module_classes=whole, offload_buffers=True)
+    if places == {"": "disk"}:
+        raise InputError("--max_memory leaves no room for even the smallest part of the model; raise a limit")
+    return places
+
+
+def room_for_weights(model: nn.Module, free: dict[int | str, int]) -> Memory:
+    """Bytes of weights that each device may hold of a `model` on the host, from those that are `free` there."""
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))  # needs no new memory if it stays
+    gpus = {device: int(bytes_free * (1 - ACTIVATION_SHARE)) for device, bytes_free in free.items() if device != "cpu"}
+    return {**gpus, "cpu": free["cpu"] + held}
+
+
+def free_memory() -> dict[int | str, int]:
+    """Free bytes of every visible GPU, by number, and of the host ("cpu"); what PyTorch only caches is free."""
+    free: dict[int | str, int] = {"cpu": available_memory()}
+    for number in range(torch.cuda.device_count()):
+        cached = torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
+        free[number] = torch.cuda.mem_get_info(number)[0] + cached
+    return free
 
 
 def parse_memory(limits: list[str]) -> Memory:

@@ -260,7 +260,9 @@ def _shown(tag: str, value: Any) -> str:
     """A setting in a folder's name: `lac0.9`, `hadamard`, `smooth`, `no_smooth`, `bauto` for one that is left open."""
     if isinstance(value, bool):
         return tag if value else f"no_{tag}"
-    return f"{tag}{'auto' if value is None else f'{value:g}' if isinstance(value, float) else value}"
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{tag}{value:g}"
+    return f"{tag}{'auto' if value is None else value}"
 
 
 def _most(cls: type) -> Changes:

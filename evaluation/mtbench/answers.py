@@ -202,7 +202,8 @@ def answer_question(
     temperature = settings.temperature.of(question.category)
     turns: list[Turn] = []
     cut = 0
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # of no other GPU: asking for its state would take memory there, for every process
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(question_seed(settings.seed, question.question_id))
         for user in question.turns:
             whole = prompt_tokens(form, tokenizer, [*turns, (user, None)])

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from torch import nn
 
-from evaluation.base import QUANTIZED, Candidate, Context, Evaluation, Finding
+from evaluation.base import QUANTIZED, Candidate, Context, Evaluation, Finding, digest
 from evaluation.mtbench.answers import (
     HUB_QUESTIONS,
     HUB_REFERENCES,
@@ -49,12 +49,13 @@ class MTBench(Evaluation):
 
     def identity(self) -> dict[str, object]:
         """Questions, how they are put and answered, and the judge with its references."""
-        judge = self.endpoint and {
-            "model": self.endpoint.model,
-            "references": {str(question): texts for question, texts in self.references.items()},
+        references = digest(sorted((str(question), texts) for question, texts in self.references.items()))
+        return {
+            "questions": digest([asdict(question) for question in self.questions]),
+            "format": self.form.name,
+            "settings": asdict(self.settings),
+            "judge": self.endpoint and {"model": self.endpoint.model, "references": references},
         }
-        questions = [asdict(question) for question in self.questions]
-        return {"questions": questions, "format": self.form.name, "settings": asdict(self.settings), "judge": judge}
 
     def check(self, candidate: Candidate) -> None:
         """The answers that are there already must be this candidate's."""

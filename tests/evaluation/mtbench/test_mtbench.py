@@ -323,6 +323,17 @@ def test_prompt_and_answer_always_fit_the_context(context, max_new_tokens):
         assert len(prompt) + min(max_new_tokens, context // 2) <= context
 
 
+@pytest.mark.parametrize(("device", "touched"), [("cpu", []), ("cuda:1", ["cuda:1"])])
+def test_only_the_random_state_of_the_device_in_use_is_kept(device, touched, tokenizer, questions, monkeypatch):
+    saved, restored = [], []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda place: saved.append(str(torch.device(place))))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, place: restored.append(str(torch.device(place))))
+    monkeypatch.setattr("evaluation.mtbench.generate_text", lambda *arguments: "")
+    answer_question(None, tokenizer, questions[0], PLAIN, AnswerSettings(64, 8), torch.device(device))
+    assert saved == restored == touched
+
+
 def test_long_prompts_are_cut_counted_and_logged(model, tokenizer, questions, tmp_path, caplog):
     short = AnswerSettings(context=24, max_new_tokens=8)
     file = AnswerFile(tmp_path / "answers.jsonl", "tiny", "")

@@ -1,0 +1,67 @@
+"""The runtime by itself: installed into an empty folder, it needs nothing else of this repository."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+OURS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "duquant")
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+import duquant
+names = [each.name for each in pkgutil.walk_packages(duquant.__path__, "duquant.")]
+for name in names:
+    importlib.import_module(name)
+print(json.dumps({"file": duquant.__file__, "imported": names, "loaded": sorted(sys.modules)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Path:
+    """A folder into which pip installed what the repository's pyproject.toml describes."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
+    shutil.copy(ROOT / "pyproject.toml", source)  # building leaves files beside it
+    for package in ("duquant", *OURS):
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    flags = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", "install", *flags, "--target", str(target), "."]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
+def test_one_package_is_installed(target):
+    assert sorted(path.name for path in target.iterdir() if path.suffix != ".dist-info") == ["duquant"]
+    modules = {path.name for path in (ROOT / "duquant").glob("*.py")}
+    assert {path.name for path in (target / "duquant").glob("*.py")} == modules
+
+
+def test_all_of_it_is_imported_from_an_empty_folder_and_brings_in_nothing_else_of_ours(target, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", IMPORT_ALL]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert Path(found["file"]).is_relative_to(target)
+    assert {f"duquant.{path.stem}" for path in (ROOT / "duquant").glob("*.py")} - {"duquant.__init__"} == set(
+        found["imported"]
+    )
+    assert not {name.split(".")[0] for name in found["loaded"]} & set(OURS)
+
+
+def test_its_files_name_no_other_package_of_ours_and_neither_do_those_of_a_function():
+
+    for path in (ROOT / "duquant").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & set(OURS), path.name

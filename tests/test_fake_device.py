@@ -1,0 +1,337 @@
+"""What only a GPU can show, without one: the real walk on fake tensors, where they are, and what waits for what."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY, random_tokens, tiny_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from duquant.experts import unfuse_experts_
+from evaluation.perplexity import final_hidden, perplexity, score
+from models import decoder_spec
+from quantize.observer import Observer
+from quantize.quantization import quantize_model
+from quantize.settings import (
+    BitSettings,
+    ClipSettings,
+    GqaSmooth,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
+    TrainingSettings,
+)
+from quantize.state import FinishedLayer
+from quantize.statistics import channel_statistics
+from reporting.recorder import Recorder
+from tools.fake_device import FakeDevice, Traffic, fake_device
+from utils import io
+
+CPU = torch.device("cpu")
+HALF, BFLOAT = torch.float16, torch.bfloat16
+SAMPLES, TOKENS, LAYERS, GROUPS = 8, 32, 2, 4
+BATCH = 4
+
+
+def mixtral(dtype: torch.dtype) -> nn.Module:
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = MixtralForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    spec = decoder_spec(config)
+    unfuse_experts_(spec.decoder_layers(model), spec.experts)
+    return model
+
+
+MODELS = {
+    "llama": lambda dtype: tiny_model(dtype, num_key_value_heads=6),
+    "llama with GQA": tiny_model,
+    "mixtral": mixtral,
+}
+every_model = pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, HALF) for name in MODELS), ("llama with GQA", BFLOAT)]
+)
+
+
+@pytest.fixture
+def gpu():
+    with fake_device(distinct=4) as gpu:
+        yield gpu
+
+
+def settings(
+    trained: bool = False, epochs: int = 1, steps: int = 2, permutations: int = 0, gqa=GqaSmooth.ONLINE
+) -> QuantSettings:
+    return QuantSettings(
+        BitSettings(4, 4),
+        ClipSettings(0.9, None if trained else 0.8),
+        SmoothSettings(0.6, gqa=gqa),
+        rotation=RotationSettings(block_size=16, steps=steps, permutation_times=permutations),
+        training=TrainingSettings(epochs=epochs, batch_size=BATCH, augmented=True) if trained else None,
+    )
+
+
+def statistics(model: nn.Module, gpu: FakeDevice) -> dict[str, Tensor]:
+    return channel_statistics(model, decoder_spec(model.config), random_tokens(SAMPLES, TOKENS), gpu.device).scales
+
+
+class Keeper(Observer):
+    def __init__(self):
+        self.kept: dict[int, FinishedLayer] = {}
+
+    def layer_done(self, index: int, finished: FinishedLayer, restored: bool) -> None:
+        if not restored:
+            self.kept[index] = finished
+
+
+def quantize(
+    model: nn.Module,
+    gpu: FakeDevice,
+    config: QuantSettings,
+    finished: dict[int, FinishedLayer] | None = None,
+    observers: tuple[Observer, ...] = (),
+) -> tuple[Traffic, dict[int, FinishedLayer]]:
+    """The traffic of quantizing alone, and the states of the layers that were decided."""
+    spec, tokens, keeper = decoder_spec(model.config), random_tokens(SAMPLES, TOKENS), Keeper()
+    peaks, before = statistics(model, gpu), gpu.traffic
+    observers = (*observers, keeper)
+    figures = quantize_model(model, spec, tokens, peaks, config, gpu.device, finished, observers)
+    assert len(figures) == LAYERS
+    return gpu.traffic - before, keeper.kept
+
+
+def places(model: nn.Module) -> set[torch.device]:
+    return {tensor.device for tensor in model.state_dict().values()}
+
+
+@every_model
+def test_statistics_come_to_the_host_and_leave_the_model_there(gpu, name, dtype):
+    model = MODELS[name](dtype)
+    weights = sum(tensor.nbytes for tensor in model.get_decoder().layers.parameters())
+    scales = statistics(model, gpu)
+    assert {(scale.device, scale.dtype) for scale in scales.values()} == {(CPU, torch.float32)}
+    assert places(model) == {CPU}
+    # every layer goes there once and comes back, and so do hidden states and embedding
+    assert weights < gpu.traffic.bytes_to_device < 2 * weights
+    assert weights < gpu.traffic.bytes_to_host < 2 * weights + sum(scale.nbytes for scale in scales.values()) * 10
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@every_model
+def test_a_quantized_model_is_on_the_host_in_its_own_dtype(gpu, name, dtype, trained):
+    model = MODELS[name](dtype)
+    traffic, kept = quantize(model, gpu, settings(trained, permutations=0 if trained else 1))
+    assert places(model) == {CPU}
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert all(linear.weight.device == CPU for linear in model.modules() if hasattr(linear, "weight"))
+    tensors = [tensor for layer in kept.values() for tensor in layer.state.tensors().values()]
+    assert len(kept) == LAYERS
+    assert {tensor.device for tensor in tensors} == {CPU}
+    assert bool(kept[0].state.clips) == trained
+    assert traffic.launches > 10 * traffic.waits
+
+
+def test_scales_that_heads_share_are_folded_on_the_device(gpu):
+    model = tiny_model(HALF)
+    quantize(model, gpu, settings(gqa=GqaSmooth.FOLD))
+    assert places(model) == {CPU}
+
+
+def test_a_second_run_of_the_same_counts_the_same(gpu):
+    first, second = (quantize(tiny_model(HALF), gpu, settings(permutations=1))[0] for _ in range(2))
+    assert first == second
+
+
+def test_the_search_waits_once_for_every_sixteen_steps_and_copies_nothing_for_them(gpu):
+    short, long = (quantize(tiny_model(HALF), gpu, settings(steps=steps))[0] for steps in (16, 32))
+    rotations = GROUPS * LAYERS
+    assert long.waits - short.waits == rotations * (32 - 16) // 16
+    assert long.copies_to_device == short.copies_to_device
+    assert long.launches - short.launches > rotations * (32 - 16) * 5
+
+
+@pytest.mark.parametrize(("dtype", "waits"), [(HALF, 2), (BFLOAT, 1)])
+def test_a_training_step_waits_for_its_loss_and_where_it_is_scaled_for_the_scaler(gpu, dtype, waits):
+    short, long = (quantize(tiny_model(dtype), gpu, settings(trained=True, epochs=epochs))[0] for epochs in (2, 3))
+    steps = LAYERS * SAMPLES // BATCH
+    assert long.waits - short.waits <= waits * steps
+    assert long.copies_to_device == short.copies_to_device  # the samples are there already
+
+
+def test_samples_that_have_no_room_on_the_device_travel_at_every_step():
+    with fake_device(free_memory=2**10) as gpu:
+        short, long = (quantize(tiny_model(HALF), gpu, settings(trained=True, epochs=epochs))[0] for epochs in (2, 3))
+    sample = TOKENS * 48 * 2  # bytes; three of each: input and two targets
+    assert long.bytes_to_device - short.bytes_to_device == LAYERS * (2 - 1) * SAMPLES * 3 * sample
+
+
+@every_model
+def test_perplexity_waits_for_windows_and_layers_and_not_for_operations(gpu, name, dtype):
+    model, traffic = MODELS[name](dtype), []
+    spec = decoder_spec(model.config)
+    for windows in (6, 12):
+        before = gpu.traffic
+        measured = perplexity(model, spec, random_tokens(windows, TOKENS), gpu.device)
+        traffic.append(gpu.traffic - before)
+        assert (measured.windows, measured.tokens_per_window) == (windows, TOKENS)
+    assert traffic[1].waits - traffic[0].waits <= 2 * 6
+    assert traffic[1].launches - traffic[0].launches > 5 * 6
+    assert places(model) == {CPU}
+
+
+@every_model
+def test_divergence_from_the_full_model_is_measured(gpu, name, dtype):
+    model, windows = MODELS[name](dtype), random_tokens(6, TOKENS)
+    spec = decoder_spec(model.config)
+    teacher = final_hidden(model, spec, windows, gpu.device, "full precision")
+    quantize(model, gpu, settings())
+    hidden = final_hidden(model, spec, windows, gpu.device, "quantized")
+    assert (hidden.device, hidden.shape) == (CPU, teacher.shape)
+    before = gpu.traffic
+    measured = score(model, spec, windows, hidden, gpu.device, teacher)
+    assert measured.divergence is not None
+    shell = sum(tensor.nbytes for tensor in (model.lm_head.weight, model.model.norm.weight, *embeddings(model)))
+    states = hidden.nbytes + teacher.nbytes + windows.nbytes
+    assert (gpu.traffic - before).bytes_to_device == shell + states
+
+
+def embeddings(model: nn.Module) -> list[Tensor]:
+    return [model.model.embed_tokens.weight, *model.model.rotary_emb.buffers()]
+
+
+@pytest.mark.parametrize(("name", "trained"), [("llama", False), ("llama with GQA", True), ("mixtral", False)])
+def test_a_resumed_layer_is_neither_searched_nor_trained(gpu, name, trained):
+    config, dtype = settings(trained), HALF
+    whole, kept = quantize(MODELS[name](dtype), gpu, config)
+    kept = {index: FinishedLayer(layer.state.to(CPU), layer.figures) for index, layer in kept.items()}
+    model = MODELS[name](dtype)
+    half, again = quantize(model, gpu, config, finished={0: kept[0]})
+    assert list(again) == [1]
+    assert places(model) == {CPU}
+    model = MODELS[name](dtype)
+    none, again = quantize(model, gpu, config, finished=kept)
+    assert again == {}
+    assert none.launches < half.launches < whole.launches
+    assert none.waits < half.waits < whole.waits
+    assert places(model) == {CPU}
+
+
+def test_a_report_is_written_from_tensors_on_the_host(gpu, monkeypatch, tmp_path):
+    written = []
+
+    def save(tensors: dict[str, Tensor], path: Path, metadata: dict) -> None:
+        Path(path).touch()
+        written.append(tensors)
+
+    monkeypatch.setattr(io, "save_file", save)
+    for trained in (False, True):
+        quantize(tiny_model(HALF), gpu, settings(trained), observers=(Recorder(tmp_path),))
+        assert len(written) == LAYERS
+        assert {tensor.device for tensors in written for tensor in tensors.values()} == {CPU}
+        written.clear()
+
+
+def test_a_tensor_that_was_left_on_the_host_ends_the_walk(gpu):
+    model = tiny_model(HALF)
+    norm = model.model.layers[1].input_layernorm
+    norm.forward = lambda x: x * torch.ones(48, dtype=x.dtype)  # the device forgotten
+    with pytest.raises(RuntimeError, match="same device"):
+        statistics(model, gpu)
+
+
+@pytest.mark.parametrize(
+    "misplaced",
+    [
+        lambda there, here: there + here,
+        lambda there, here: there @ here,
+        lambda there, here: torch.cat([there, here]),
+        lambda there, here: torch.where(there > 0, there, here),
+        lambda there, here: torch.mm(there, there, out=here),
+        lambda there, here: here[there.argmax(0)],
+        lambda there, here: there.index_select(0, here.argmax(0)),
+        lambda there, here: nn.functional.embedding(here.argmax(0), there),
+    ],
+)
+def test_an_operation_on_two_devices_raises(gpu, misplaced):
+    here = torch.ones(4, 4)
+    misplaced(here, here.clone())
+    with pytest.raises(RuntimeError, match=r"same device"):
+        misplaced(here.to(gpu.device), here)
+
+
+def counted(gpu: FakeDevice, work) -> Traffic:
+    before = gpu.traffic
+    work()
+    return gpu.traffic - before
+
+
+def test_copies_reads_and_launches_are_counted(gpu):
+    here = torch.ones(4, 4)
+    there = here.to(gpu.device)
+    assert gpu.traffic == Traffic(bytes_to_device=64, copies_to_device=1)
+    assert counted(gpu, lambda: there.to(gpu.device)) == Traffic()
+    assert counted(gpu, lambda: there.T[1:].reshape(-1)[None]).launches == 1  # the transposed rows become one row
+    assert counted(gpu, lambda: there.view(-1)[2:]) == Traffic()
+    assert counted(gpu, lambda: here * 2) == Traffic()
+    assert counted(gpu, lambda: there * 2) == Traffic(launches=1)
+    assert counted(gpu, lambda: torch._foreach_add_([there, there], 1.0)) == Traffic(launches=1)
+    read = Traffic(bytes_to_host=64, copies_to_host=1, waits=1)
+    for work in (there.cpu, there.tolist, lambda: here.copy_(there)):
+        assert counted(gpu, work) == read
+    assert counted(gpu, there[0, 0].item) == Traffic(bytes_to_host=4, copies_to_host=1, waits=1)
+    assert counted(gpu, lambda: there.nonzero()).waits == counted(gpu, lambda: there[there > 0]).waits == 1
+    assert counted(gpu, lambda: there[torch.tensor([1, 2])]) == Traffic(
+        bytes_to_device=16, copies_to_device=1, launches=1
+    )
+    assert counted(gpu, lambda: there * torch.tensor(2.0)) == Traffic(launches=1)  # a number travels with the kernel
+
+
+def test_a_stage_counts_what_is_inside_it_and_inside_its_stages(gpu):
+    there = torch.ones(4, 4, device=gpu.device)
+    holder = type("Holder", (), {"work": staticmethod(lambda: there * 2)})
+    with gpu.stage("outer"):
+        there + 1
+        with gpu.staged(holder, "work", "inner"):
+            holder.work()
+            holder.work()
+    holder.work()
+    assert (gpu.stages["outer"].launches, gpu.stages["inner"].launches) == (3, 2)
+
+
+def test_answers_are_plausible(gpu):
+    there = torch.zeros(4, 4, device=gpu.device)
+    assert there.sum().item() == 1.0
+    assert there.isfinite().all()
+    assert there.long().tolist() == [[1] * 4] * 4
+    assert there.unique().tolist() == [0, 1, 2, 3]
+    assert len(there[there > 0]) == 16
+    assert len(torch.where(there == 2)[0]) == 4  # one in `distinct`
+    assert torch.tensor([3, 5]).tolist() == [3, 5]  # known on the host
+    assert torch.arange(2).repeat_interleave(torch.tensor([3, 5])).shape == (8,)
+
+
+def test_a_gradient_is_where_its_tensor_is(gpu):
+    weight = nn.Parameter(torch.ones(4, 4, device=gpu.device))
+    (weight.half() @ torch.ones(4, 4, device=gpu.device, dtype=HALF)).sum().backward()
+    assert (weight.grad.device, weight.grad.dtype) == (gpu.device, torch.float32)
+
+
+def test_everything_is_put_back():
+    before = torch.cuda.is_available(), FakeTensor.tolist, nn.functional.scaled_dot_product_attention
+    with fake_device(free_memory=5) as gpu:
+        assert torch.cuda.is_available()
+        assert torch.cuda.mem_get_info(gpu.device)[0] == 5
+        assert torch.ones(2, device=gpu.device).is_cuda
+    after = torch.cuda.is_available(), FakeTensor.tolist, nn.functional.scaled_dot_product_attention
+    assert after == before
+    assert torch.ones(2).tolist() == [1, 1]

@@ -1,0 +1,52 @@
+"""Large tensors are checked without anything as large being made."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.load import ModelSource, load_model
+from quantize.observe import require_finite
+from utils.memory import all_finite
+
+HALF_TO_DOUBLE = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+class LargestMask(TorchDispatchMode):
+    """Remembers how large the largest tensor of truth values is that was made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype is torch.bool:
+            self.largest = max(self.largest, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", HALF_TO_DOUBLE)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(bad, dtype):
+    x = torch.randn(7, 1001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert all_finite(x)
+    for place in (0, 1, 63, 3500, 7005, 7006):
+        damaged = x.clone()
+        damaged.view(-1)[place] = bad
+        assert not all_finite(damaged)
+        assert not all_finite(damaged.T)
+
+
+@pytest.mark.parametrize("dtype", HALF_TO_DOUBLE)
+def test_the_largest_numbers_there_are_and_none_at_all_are_finite(dtype):
+    limits = torch.finfo(dtype)
+    assert all_finite(torch.tensor([limits.min, 0, limits.max], dtype=dtype))
+    assert all_finite(torch.empty(0, 3, dtype=dtype))
+
+
+def test_weights_and_activations_are_checked_without_masks_of_their_size(model_folder):
+    with LargestMask() as watched:
+        load_model(ModelSource(str(model_folder)), tiny_config(), torch.float32, "sdpa")
+        require_finite(torch.ones(5, 200), "down_proj")
+    assert watched.largest <= 2

@@ -88,7 +88,7 @@ class Keeping(Observer):
         if not restored:
             self.computed.append(index)
             if self.checkpoint:
-                self.checkpoint.keep(index, finished)
+                self.checkpoint.layer_done(index, finished, restored)
 
 
 @contextmanager

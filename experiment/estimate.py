@@ -37,7 +37,9 @@ WEIGHT_COPIES = 3  # of the largest linear, while it is transformed and rounded
 SEARCH_COPIES = 5  # of the probe, while it is searched
 ROUNDING_COPIES = 5  # of a linear's input, while it is transformed and rounded, and of what stands beside it
 TRAINING_ACTIVATIONS = 10  # float32 copies of the widest activation that autograd keeps of a sample
-TRAINING_COPIES = 4  # of a layer's float32 weights: what autograd keeps of their rounding
+TRAINING_COPIES = (
+    6  # of a layer's float32 weights: what autograd keeps of their rounding (4), and what the heap keeps of it
+)
 
 MEASURED_STEPS = 8
 MEASURED_BLOCK = 512  # above it a step is nothing but matrix products, and takes too long to try

@@ -59,9 +59,10 @@ def dry_run(prepared: Prepared) -> None:
     )
     if setup.saved is not None:
         logger.log(RESULT, "quantized already (%s): it is only evaluated\n", quant.label)
+    elif quant.bits.untouched:
+        logger.log(RESULT, "16-bit weights and activations: nothing is quantized\n")
     else:
-        if setup.calibration[0]:
-            logger.log(RESULT, "calibration on %d×%d tokens", *setup.calibration)
+        logger.log(RESULT, "calibration on %d×%d tokens", *setup.calibration)
         logger.log(RESULT, "%s\n\n%s\n", describe_bits(quant), group_table(setup.skeleton, setup.spec, quant))
     host = available_memory()
     in_files = needed.hidden if too_large(needed.hidden, host) else 0
@@ -101,8 +102,6 @@ def make_plan(prepared: Prepared) -> Plan:
 
 def describe_bits(settings: QuantSettings) -> str:
     """One line on what is rounded to what."""
-    if settings.bits.untouched:
-        return "16-bit weights and activations: nothing is quantized"
     scheme = settings.scheme
     heads = "; ".join(f"{role[0]} {describe_scheme(getattr(scheme, role), 'head')}" for role in HEADS)
     if len({getattr(scheme, role) for role in HEADS}) == 1:

@@ -37,7 +37,9 @@ WEIGHT_COPIES = 3  # of the largest linear, while it is transformed and rounded
 SEARCH_COPIES = 5  # of the probe, while it is searched
 ROUNDING_COPIES = 5  # of a linear's input, while it is transformed and rounded, and of what stands beside it
 TRAINING_ACTIVATIONS = 10  # float32 copies of the widest activation that autograd keeps of a sample
-TRAINING_COPIES = 4  # of a layer's float32 weights: what autograd keeps of their rounding
+TRAINING_COPIES = (
+    6  # of a layer's float32 weights: what autograd keeps of their rounding (4), and what the heap keeps of it
+)
 
 MEASURED_STEPS = 8
 MEASURED_BLOCK = 512  # above it a step is nothing but matrix products, and takes too long to try
@@ -110,7 +112,7 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pl
     shell = model - sum(model_bytes(layer, plan.held) for layer in layers)
     quantized = quantized_bytes(skeleton, spec, settings, plan.held)
     held = quantized if plan.saved else model  # before the first layer is quantized
-    hidden, extra = travelling_bytes(skeleton, settings, plan)
+    begun, walking = travelling_bytes(skeleton, settings, plan)
     layer, logits = layer_work(skeleton, spec, settings, plan), logits_bytes(skeleton, plan)
     process = PROCESS_BYTES + (CONTEXT_BYTES if plan.on_gpu else 0)
     # on a CPU the layer that is worked on is one of the model's
@@ -126,9 +128,9 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pl
         layer_wide=layer_wide,
         shell=shell,
         quantized=quantized,
-        hidden=hidden,
-        host=max(held + hidden + extra + working, quantized + windows + scoring) + process,
-        host_streamed=shell + max(layer_wide * 3 // 2 + hidden + extra + working, windows + scoring) + process,
+        hidden=begun,
+        host=max(held + begun, held + walking + working, quantized + windows + scoring) + process,
+        host_streamed=shell + max(begun, layer_wide * 3 // 2 + walking + working, windows + scoring) + process,
         device=device + CONTEXT_BYTES if plan.on_gpu else 0,
         checkpoint=checkpoint_bytes(skeleton, spec, settings),
     )
@@ -140,18 +142,20 @@ def tokens_of(windows: Windows) -> int:
 
 
 def travelling_bytes(skeleton: nn.Module, settings: QuantSettings, plan: Plan) -> tuple[int, int]:
-    """Hidden states that go through the layers at once, and the copies of samples that training makes beside them.
+    """Hidden states that are there before the first layer, and the most that go through the layers at once.
 
-    The first may live in files (see `utils.memory`). The copies: the second target of `--aug_loss`, and pinned ones of
-    inputs and targets where training reads them from the host (see `quantize.lwc.placed`).
+    The first may live in files (see `utils.memory`). Without training one copy of the samples is only there until the
+    probe is made. With it there are more: the second target of `--aug_loss`, and pinned copies of inputs and targets
+    where training reads them from the host (see `quantize.lwc.placed`).
     """
     samples = prod(plan.calibration) if plan.quantizes(settings) else 0
     tokens = sample_copies(settings, plan.statistics) * samples + tokens_of(plan.windows + plan.compared)
-    copies = 0
+    more = -1
     if settings.training is not None:
-        copies = settings.training.augmented
-        copies += (2 + settings.training.augmented) * (plan.on_gpu and settings.training.offload)
-    return hidden_bytes(tokens, skeleton, plan.held), hidden_bytes(copies * samples, skeleton, plan.held)
+        more = settings.training.augmented
+        more += (2 + settings.training.augmented) * (plan.on_gpu and settings.training.offload)
+    begun, walking = (hidden_bytes(number, skeleton, plan.held) for number in (tokens, tokens + more * samples))
+    return begun, walking
 
 
 def layer_work(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> int:
@@ -246,7 +250,7 @@ def work_of(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pla
             before += size
     layers = len(spec.decoder_layers(skeleton))
     floats = sum(model_bytes(layer, plan.held) for layer in spec.decoder_layers(skeleton))
-    hidden, extra = travelling_bytes(skeleton, settings, plan)
+    _, walking = travelling_bytes(skeleton, settings, plan)
     return Work(
         statistics=once if quantizes and plan.statistics else 0.0,
         layers=operations if quantizes else 0.0,
@@ -254,7 +258,7 @@ def work_of(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pla
         training=(3 * learned.epochs + 4) * once if quantizes and learned is not None else 0.0,
         evaluation=sum(n * t * forward_operations(skeleton, spec, t, head=True) for n, t in tests),
         steps={width: number for width, number in steps.items() if number} if quantizes else {},
-        moved=2.0 * (floats + layers * (hidden + extra)) if plan.on_gpu else 0.0,
+        moved=2.0 * (floats + layers * walking) if plan.on_gpu else 0.0,
     )
 
 

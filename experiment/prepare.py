@@ -66,10 +66,10 @@ def prepare(settings: RunSettings) -> Prepared:
     quant, output = settings.quant, settings.output
     missing: list[str] | None = [] if output.dry_run else None
     setup = make_setup(settings.model, settings.calibration, quant.seed, not quant.bits.untouched, missing)
-    if setup.saved is None:
-        check_shapes(setup.skeleton, setup.spec, quant)
-    else:
+    if setup.saved is not None:
         refuse_for_saved(settings)
+    elif not quant.bits.untouched:
+        check_shapes(setup.skeleton, setup.spec, quant)
     if 0 < setup.calibration[0] < world_size():
         raise InputError(f"--nsamples {setup.calibration[0]}: fewer than the {world_size()} processes that share them")
     if settings.report.report:

@@ -85,7 +85,12 @@ def codes_bytes(outputs: int, inputs: int, scheme: TensorScheme, dtype: torch.dt
 
 
 def transform_bytes(width: int, settings: QuantSettings, number: int = HALF, index: int = INDEX) -> int:
-    """The rotations and permutations of a group of `width` channels, at so many bytes a number and an index."""
+    """The rotations and permutations of a group of `width` channels, at so many bytes a number and an index.
+
+    0 where nothing is quantized.
+    """
+    if settings.bits.untouched:
+        return 0
     times = settings.rotation.permutation_times
     rotations, permutations = settings.transform.rotations(times), settings.transform.permutations(times)
     return number * rotations * settings.rotation.block_size_for(width) ** 2 + index * permutations * width
@@ -93,7 +98,8 @@ def transform_bytes(width: int, settings: QuantSettings, number: int = HALF, ind
 
 def online_bytes(group: InputGroup, width: int, settings: QuantSettings, number: int = HALF) -> int:
     """The smoothing scale that a group of `width` channels keeps; none if it goes upstream."""
-    return number * width if settings.smooth is not None and not absorbers(group, settings.smooth) else 0
+    smoothed = settings.smooth is not None and not settings.bits.untouched
+    return number * width if smoothed and not absorbers(group, settings.smooth) else 0
 
 
 def memory_footprint(model: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> dict[str, float]:
@@ -128,8 +134,6 @@ def quantized_layer_bytes(layer: nn.Module, spec: DecoderSpec, settings: QuantSe
 
 def quantized_bytes(model: nn.Module, spec: DecoderSpec, settings: QuantSettings, dtype: torch.dtype) -> int:
     """The whole quantized model as it is held, and as `--save_model` writes it."""
-    if settings.bits.untouched:
-        return model_bytes(model, dtype)
     layers = list(spec.decoder_layers(model))
     shell = model_bytes(model, dtype) - sum(model_bytes(layer, dtype) for layer in layers)
     held = (quantized_layer_bytes(layer, spec.at(index), settings, dtype) for index, layer in enumerate(layers))

@@ -142,6 +142,7 @@ def test_linears_of_a_group_share_one_transform():
     assert len(set(pointers.values())) == 1
 
 
+@torch.no_grad()
 def test_an_input_is_computed_once_for_all_of_its_readers():
     group, x = make_group(), random(2, 5, INPUTS)
     linears = [make_linear(group, seed=seed) for seed in range(3)]
@@ -152,6 +153,12 @@ def test_an_input_is_computed_once_for_all_of_its_readers():
     for linear in linears:
         linear(x)
     assert group.quantizer.calls == 2, "a second pass is computed again"
+
+
+def test_readers_that_record_gradients_compute_their_own():
+    group, x = make_group(), random(5, INPUTS)
+    assert torch.equal(group(x), group(x))
+    assert group.quantizer.calls == 2
 
 
 def test_one_reader_is_never_given_what_another_was_given():
@@ -186,6 +193,7 @@ def test_a_tensor_that_was_changed_in_place_is_computed_anew():
     assert not torch.equal(group(x), before)
 
 
+@torch.no_grad()
 def test_an_input_that_only_some_read_does_not_stay_for_the_next():
     group, first, second = make_group(), random(5, INPUTS), random(5, INPUTS, seed=1)
     group(first)

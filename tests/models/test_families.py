@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from duquant.linear import QuantLinear
 from models import FAMILIES, decoder_spec
 from models.load import ModelSource, load_config, load_model
-from quantize.checkpoint import Checkpoint, bytes_needed
+from quantize.checkpoint import Checkpoint
 from quantize.settings import ClipSettings, GqaSmooth, TrainingSettings
+from quantize.sizes import checkpoint_bytes
 
 HALVES = (torch.float16, torch.bfloat16)
 W8A8_ERROR = 0.1  # relative error of the logits
@@ -108,9 +109,9 @@ def test_a_resumed_and_a_saved_model_give_the_same_logits_to_the_bit(name, gqa, 
     model, config = make_model(name), settings(gqa=gqa, clip=ClipSettings(0.95), training=TrainingSettings(epochs=1))
     spec = decoder_spec(model.config)
     quantized, layers = quantize(model, config)
-    checkpoint = Checkpoint.create(tmp_path / "kept", {"of": name}, name, bytes_needed(model, spec, config))
+    checkpoint = Checkpoint.create(tmp_path / "kept", {"of": name}, name, checkpoint_bytes(model, spec, config))
     for index, done in layers.items():
-        checkpoint.keep(index, done)
+        checkpoint.layer_done(index, done, restored=False)
     kept = checkpoint.finished(2, spec)
     assert kept.keys() == {0, 1}
     for count in (1, 2):

@@ -43,7 +43,7 @@ def test_every_model_of_the_zoo_can_be_planned(name):
     assert found.weights == 2 * found.parameters
     assert found.layers == config.num_hidden_layers
     assert found.layer_wide < found.device < found.host_streamed < found.host
-    assert found.save_dir < 1e-2 * found.weights
+    assert found.checkpoint < 1e-2 * found.weights
 
 
 def test_the_zoo_has_the_published_dimensions_that_differ_between_series():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from models import decoder_spec
-from quantize.checkpoint import Checkpoint, bytes_needed
+from quantize.checkpoint import Checkpoint
 from quantize.observer import Observer
 from quantize.quantization import quantize_model
 from quantize.settings import (
@@ -34,6 +34,7 @@ from quantize.settings import (
     TrainingSettings,
     Transform,
 )
+from quantize.sizes import checkpoint_bytes
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
 from utils.errors import InputError
@@ -87,7 +88,7 @@ class Keeping(Observer):
         if not restored:
             self.computed.append(index)
             if self.checkpoint:
-                self.checkpoint.keep(index, finished)
+                self.checkpoint.layer_done(index, finished, restored)
 
 
 @contextmanager
@@ -436,7 +437,7 @@ def test_the_space_needed_is_known_beforehand(name, tmp_path):
     config, shape = CASES[name]
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(tiny_config(num_hidden_layers=LAYERS, **shape))
-    predicted = bytes_needed(skeleton, decoder_spec(skeleton.config), config)
+    predicted = checkpoint_bytes(skeleton, decoder_spec(skeleton.config), config)
     with created(tmp_path / "run") as checkpoint:
         quantize(config, checkpoint, shape)
     actual = sum(len(content) for content in layer_bytes(tmp_path / "run").values())

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from duquant.attention import install
+from duquant.linear import QuantLinear
+from duquant.transform import DualTransform
 from models import decoder_spec
 from quantize.clipping import INITIAL_LOGIT, LearnedClip
 from quantize.layer import decide

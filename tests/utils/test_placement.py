@@ -56,10 +56,14 @@ def test_limits_that_leave_no_room_are_named(model):
         pass
 
 
+def tensors(model) -> list:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
 @pytest.fixture
 def two_gpus(model, monkeypatch) -> int:
     """Two GPUs with room for the model and a twentieth more each; half of it is in PyTorch's cache. Bytes that fit."""
-    room = sum(parameter.nbytes for parameter in model.parameters()) * 21 // 20
+    room = sum(tensor.nbytes for _, tensor in tensors(model)) * 21 // 20
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (room // 2, 10 * room))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda number: room)
@@ -77,9 +81,9 @@ def test_weights_leave_an_eighth_of_every_gpu_to_activations(model, two_gpus):
     limits = room_for_weights(model, free_memory())
     places = device_map(model, limits)
     held = dict.fromkeys(limits, 0)
-    for name, parameter in model.named_parameters():
+    for name, tensor in tensors(model):
         part = next(part for part in places if name == part or name.startswith(f"{part}."))
-        held[places[part]] += parameter.nbytes
+        held[places[part]] += tensor.nbytes
     assert 0 < held[0] <= two_gpus * 7 / 8
     assert 0 < held[1] <= two_gpus * 7 / 8
     assert held["cpu"] == 0

@@ -329,7 +329,7 @@ def test_only_the_random_state_of_the_device_in_use_is_kept(device, touched, tok
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda place: saved.append(str(torch.device(place))))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, place: restored.append(str(torch.device(place))))
-    monkeypatch.setattr("evaluation.mtbench.generate_text", lambda *arguments: "")
+    monkeypatch.setattr("evaluation.mtbench.answers.generate_text", lambda *arguments: "")
     answer_question(None, tokenizer, questions[0], PLAIN, AnswerSettings(64, 8), torch.device(device))
     assert saved == restored == touched
 

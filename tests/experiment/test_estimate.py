@@ -1,0 +1,251 @@
+"""What a run needs, against what it allocates, computes and searches."""
+
+import gc
+import weakref
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
+
+from evaluation.perplexity import Windows, score
+from experiment.estimate import (
+    CONTEXT_BYTES,
+    PROCESS_BYTES,
+    Plan,
+    Rates,
+    estimate,
+    forward_operations,
+    measure_rates,
+    stage_seconds,
+    work_of,
+)
+from models import decoder_spec
+from models.load import ModelSource, load_skeleton
+from models.shards import open_shards
+from models.streaming import LayerReader, load_shell
+from quantize import transforms
+from quantize.quantization import Quantization
+from quantize.settings import (
+    BitSettings,
+    Probe,
+    QuantSettings,
+    RotationSettings,
+    SmoothSettings,
+    TrainingSettings,
+    Transform,
+)
+from quantize.statistics import Observation
+from quantize.walk import layers_in_memory, walk
+
+CPU = torch.device("cpu")
+QUANT = QuantSettings(BitSettings(4, 4), smooth=SmoothSettings(0.5), rotation=RotationSettings(64, steps=2))
+TRAINED = replace(QUANT, training=TrainingSettings(epochs=1))
+MEDIUM = {  # wide enough that what is not counted (masks, positions, figures) does not show
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    "num_hidden_layers": 3,
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that live, beginning with those it is given, and the most there ever were."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+        for tensor in tensors:
+            self.see(tensor)
+
+    def see(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes and not tensor.is_meta:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, output)):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor)
+        return output
+
+
+def medium_model(**changes):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config(**MEDIUM, **changes)).eval().requires_grad_(False)
+
+
+def random_windows(shape):
+    return torch.randint(97, shape, generator=torch.Generator().manual_seed(prod(shape)))
+
+
+def visit_all(model, layers, settings, plan):
+    """The walk of a run with `plan`, and the scores behind it."""
+    spec, tokens = decoder_spec(model.config), random_windows(plan.calibration)
+    before, behind = (
+        [Windows(model, spec, random_windows(shape), CPU) for shape in shapes]
+        for shapes in (plan.compared, plan.windows)
+    )
+    first, peaks = [], None
+    if plan.statistics:
+        first = [Observation(model, spec, tokens, CPU)]
+        peaks = first[0].statistics.scales
+    middle = [] if settings.bits.untouched else [Quantization(model, spec, tokens, peaks, settings, CPU)]
+    walk(layers, [*first, *before, *middle, *behind], MEDIUM["num_hidden_layers"])
+    del first, middle
+    for index, shape in enumerate(plan.windows):
+        teacher = before[index].hidden if plan.divergence else None
+        score(model, spec, random_windows(shape), behind[index].hidden, CPU, teacher)
+
+
+def peak_of(model, layers, settings, plan):
+    gc.collect()
+    with LiveBytes(*model.parameters(), *model.buffers()) as live:
+        visit_all(model, layers, settings, plan)
+    return live.peak
+
+
+def needed(settings, plan):
+    config = tiny_config(**MEDIUM)
+    return estimate(load_skeleton(config), decoder_spec(config), settings, plan)
+
+
+PLAN = Plan(torch.float32, False, (8, 256), ((4, 256),))
+RUNS = {
+    "weights show": (QUANT, replace(PLAN, calibration=(8, 32), windows=())),
+    "samples show": (QUANT, PLAN),
+    "windows show": (QUANT, replace(PLAN, calibration=(2, 256), windows=((8, 256), (24, 64)))),
+    "both models": (QUANT, replace(PLAN, compared=((4, 256),), divergence=True)),
+    "no statistics": (replace(QUANT, smooth=None), replace(PLAN, statistics=False)),
+    "four samples": (replace(QUANT, probe=Probe.SAMPLE), PLAN),
+    "hadamard": (replace(QUANT, transform=Transform.HADAMARD), replace(PLAN, windows=())),
+    "activations left alone": (replace(QUANT, bits=BitSettings(4, 16)), PLAN),
+    "trained": (TRAINED, replace(PLAN, calibration=(8, 64))),
+    "trained twice": (replace(TRAINED, training=TrainingSettings(epochs=1, augmented=True)), PLAN),
+    "16 bits": (replace(QUANT, bits=BitSettings(16, 16)), Plan(torch.float32, False, (0, 256), ((8, 256),), (), False)),
+}
+
+
+@pytest.mark.parametrize(("settings", "plan"), RUNS.values(), ids=RUNS)
+def test_a_run_in_memory_allocates_nearly_what_was_estimated_and_no_more(settings, plan):
+    model = medium_model()
+    peak = peak_of(model, layers_in_memory(model, decoder_spec(model.config), CPU), settings, plan)
+    assert 0.7 < peak / (needed(settings, plan).host - PROCESS_BYTES) <= 1
+
+
+@pytest.mark.parametrize("name", ["weights show", "samples show", "both models"])
+def test_a_streamed_run_allocates_nearly_what_was_estimated_and_no_more(name, tmp_path):
+    settings, plan = RUNS[name]
+    medium_model().save_pretrained(tmp_path)
+    config, source = tiny_config(**MEDIUM), ModelSource(str(tmp_path))
+    spec, shards = decoder_spec(config), open_shards(source, config, load_skeleton(config))
+    shell = load_shell(source, config, spec, shards, torch.float32, torch.float32, "sdpa")
+    with LayerReader(shell, spec, shards, torch.float32, CPU) as reader:
+        peak = peak_of(shell, reader.layers(), settings, plan)
+    assert 0.6 < peak / (needed(settings, plan).host_streamed - PROCESS_BYTES) <= 1
+
+
+def test_what_a_gpu_holds_is_not_on_the_host():
+    plan = replace(PLAN, dtype=torch.float16, on_gpu=True)
+    cpu, gpu = needed(QUANT, replace(plan, on_gpu=False)), needed(QUANT, plan)
+    assert cpu.device == 0
+    assert gpu.weights == cpu.weights == gpu.host - PROCESS_BYTES - CONTEXT_BYTES - gpu.hidden
+    assert 2 * gpu.hidden == cpu.hidden  # float16, which a CPU widens
+    work = gpu.device - CONTEXT_BYTES - gpu.layer_wide
+    assert 0 < work < cpu.host - cpu.host_streamed + cpu.layer_wide * 9 // 2
+
+
+def test_an_evaluation_of_the_whole_model_needs_it_on_the_device_as_codes_or_before_as_floats():
+    apart = replace(PLAN, dtype=torch.float16, on_gpu=True, calibration=(2, 8), windows=())
+    config = tiny_config(num_hidden_layers=80)
+    model = load_skeleton(config), decoder_spec(config), replace(QUANT, transform=Transform.NONE)
+    layers, codes, floats = (
+        estimate(*model, replace(apart, **{name: True} if name else {})) for name in ("", "whole", "whole_compared")
+    )
+    assert layers.device - CONTEXT_BYTES < codes.quantized < codes.device - CONTEXT_BYTES < codes.weights
+    assert floats.device - codes.device == floats.weights - codes.quantized
+
+
+def test_a_model_that_is_quantized_already_is_held_as_codes():
+    plan = replace(PLAN, calibration=(0, 256), saved=True)
+    saved, made = needed(QUANT, plan), needed(QUANT, PLAN)
+    assert saved.quantized == made.quantized
+    assert saved.host - PROCESS_BYTES < made.host - PROCESS_BYTES - (made.weights - made.quantized)
+    assert needed(QUANT, replace(PLAN, calibration=(0, 256), windows=(), saved=True)).hidden == 0
+
+
+def test_operations_are_those_that_torch_counts():
+    model, length = medium_model(attn_implementation="eager"), 64  # the counter knows no fused attention
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    config = tiny_config(**MEDIUM)
+    found = forward_operations(load_skeleton(config), decoder_spec(config), length, head=True)
+    assert found * length == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize("times", [0, 2])
+@pytest.mark.parametrize("transform", Transform)
+def test_greedy_steps_are_those_that_are_searched(transform, times, monkeypatch):
+    settings = replace(QUANT, transform=transform, rotation=RotationSettings(16, 2, times))
+    searched, search = {}, transforms.greedy_rotation
+
+    def counting(x, step, steps, rule):
+        searched[x.shape[-1]] = searched.get(x.shape[-1], 0) + steps
+        return search(x, step, steps, rule)
+
+    monkeypatch.setattr(transforms, "greedy_rotation", counting)
+    config, plan = tiny_config(**MEDIUM), replace(PLAN, calibration=(2, 8), windows=())
+    model = medium_model()
+    visit_all(model, layers_in_memory(model, decoder_spec(config), CPU), settings, plan)
+    assert work_of(load_skeleton(config), decoder_spec(config), settings, plan).steps == searched
+
+
+def test_what_is_not_done_takes_no_time():
+    config = tiny_config()
+    shapes = load_skeleton(config), decoder_spec(config)
+    untouched = work_of(*shapes, replace(QUANT, bits=BitSettings(16, 16)), PLAN)
+    saved = work_of(*shapes, QUANT, replace(PLAN, calibration=(0, 256), saved=True))
+    for work in (untouched, saved):
+        assert (work.statistics, work.layers, work.training, work.steps, work.moved) == (0, 0, 0, {}, 0)
+    assert untouched.evaluation == saved.evaluation > 0
+    compared = replace(PLAN, compared=PLAN.windows)
+    assert work_of(*shapes, QUANT, compared).evaluation == 2 * saved.evaluation
+    assert work_of(*shapes, QUANT, replace(PLAN, statistics=False)).statistics == 0
+    assert work_of(*shapes, TRAINED, PLAN).training > 7 * work_of(*shapes, QUANT, PLAN).statistics * 0.99
+
+
+def test_seconds_are_work_over_rates():
+    config = tiny_config()
+    work = work_of(load_skeleton(config), decoder_spec(config), QUANT, replace(PLAN, on_gpu=True))
+    steps = dict.fromkeys(work.steps, 0.5)
+    slow, fast = (stage_seconds(work, Rates(rate, steps, 1e6)) for rate in (1e9, 2e9))
+    assert slow["activation statistics"] == 2 * fast["activation statistics"] > 0
+    assert slow["search, at most"] == fast["search, at most"] == sum(work.steps.values()) / 2
+    assert slow["copying to the GPU and back"] == work.moved / 1e6 > 0
+
+
+def test_rates_are_measured_on_this_machine():
+    rates = measure_rates(CPU, torch.float32, [128, 192], 32, QUANT.rotation)
+    assert rates.operations > 1e6
+    assert set(rates.step) == {128, 192}
+    assert rates.copied == float("inf")
+
+
+def test_a_step_on_very_large_blocks_is_not_tried_out():
+    rates = measure_rates(CPU, torch.float32, [30000], 32, RotationSettings(block_size=-1))
+    assert rates.step[30000] == pytest.approx((2 * 32 * 30000**2 + 4 * 30000**3) / rates.operations)

@@ -63,7 +63,8 @@ def option(
 def part(cls: type, *, switch: str | None = None, help: str = "", on: bool = False, tag: str | None = None) -> Any:
     """A field that holds further settings of class `cls`; with a `switch` they are there only where that flag is given.
 
-    `on`: they are there by default, and the flag is `--no_<switch>`. `tag`: the switch in a folder's name.
+    `on`: they are there by default, and the flag is `--no_<switch>`; `--<switch>` says what is so anyway. `tag`: the
+    switch in a folder's name.
     """
     metadata = {"part": cls, "switch": switch, "help": help, "on": on, "tag": tag}
     return dataclasses.field(default=None if switch and not on else cls(), metadata=metadata)
@@ -200,6 +201,8 @@ def _add(parser: argparse.ArgumentParser, group: Any, cls: type, leave_out: Sequ
     if switch and switch not in leave_out:
         name, action = (f"--no_{switch}", "store_false") if held.metadata["on"] else (f"--{switch}", "store_true")
         group.add_argument(name, dest=switch, action=action, help=held.metadata["help"])
+        if held.metadata["on"]:
+            group.add_argument(f"--{switch}", action="store_true", default=True, help=f"the contrary of {name}")
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if "part" in field.metadata:

@@ -15,7 +15,8 @@ from evaluation.settings import EvaluationSettings, entries
 from utils.errors import InputError
 from utils.settings import Changes, add_flags, flat, from_dict, from_flags, identity, options, to_dict
 
-NOT_FIGURES = {"eval_batch_size", "multigpu", "max_memory", "log_samples", "judge_base_url", "judge_api_key_env"}
+NOT_FIGURES = {"eval_batch_size", "multigpu", "max_memory", "log_samples"}
+NOT_FIGURES |= {"judge_base_url", "judge_model", "judge_api_key_env", "mtbench_references"}  # a judge may come later
 EVERY_FLAG = """
 --limit 3 --eval_batch_size 2 --multigpu --max_memory 0=1GiB cpu=2GiB
 --eval_ppl --test_dataset ptb,c4 other --eval_kl

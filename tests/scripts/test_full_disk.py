@@ -94,7 +94,7 @@ def test_rotations_that_do_not_fit_leave_the_earlier_file(tmp_path):
 
 def test_a_model_that_does_not_fit_is_refused_in_one_line(model_folder, token_file, tmp_path):
     flags = (*common(model_folder, token_file), *QUICK, "--block_size", 16, "--save_model", "saved")
-    done = run_limited(50_000, "main.py", *flags, folder=tmp_path)
+    done = run_limited(20_000, "main.py", *flags, folder=tmp_path)
     assert_refused(done, "--save_model saved: cannot be written ")
     assert REASON in done.stderr
 

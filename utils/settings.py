@@ -185,8 +185,8 @@ def from_flags(cls: type[Settings], flags: argparse.Namespace) -> Settings:
     for field in dataclasses.fields(cls):
         if "part" in field.metadata:
             switch = field.metadata["switch"]
-            wanted = switch is None or getattr(flags, switch, field.metadata["on"])
-            values[field.name] = from_flags(field.metadata["part"], flags) if wanted else None
+            inner = from_flags(field.metadata["part"], flags)  # a value that cannot be is refused even if it is idle
+            values[field.name] = inner if switch is None or getattr(flags, switch, field.metadata["on"]) else None
         else:
             value = getattr(flags, _name(field).replace("-", "_"), field.default)
             values[field.name] = tuple(value) if isinstance(value, list) else value

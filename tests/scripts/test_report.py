@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import run_script
+from script_cases import the_run
 
 from reporting import drawing, figures, overview, tables
 from reporting.page import duration, number, size
@@ -35,7 +37,7 @@ def reported(model_folder, token_file, tmp_path_factory):
     done = run_script("main.py", *common(model_folder, token_file), *flags, folder=folder)
     assert done.returncode == 0, done.stderr
     assert "report: " in done.stdout
-    return folder / "output/tiny_w4a4"
+    return the_run(folder / "output")
 
 
 @pytest.fixture(scope="module")
@@ -385,14 +387,13 @@ def unsortable(page: str) -> int:
 
 
 def test_a_later_run_without_a_report_says_that_the_page_is_not_its_own(reported, model_folder, token_file, tmp_path):
-    shutil.copytree(reported, tmp_path / "output/tiny_w4a4")
-    page = (tmp_path / "output/tiny_w4a4/report/index.html").read_bytes()
-    done = run_script("main.py", *common(model_folder, token_file), folder=tmp_path)
+    shutil.copytree(reported, tmp_path / "output" / reported.name)
+    page = Path("output") / reported.name / "report/index.html"
+    before = (tmp_path / page).read_bytes()
+    done = run_script("main.py", *common(model_folder, token_file), "--smooth", "--lwc", "--epochs", 2, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.strip() == (
-        "output/tiny_w4a4/report/index.html is of an earlier run, not of this one: --report would draw it anew"
-    )
-    assert (tmp_path / "output/tiny_w4a4/report/index.html").read_bytes() == page
+    assert done.stderr.strip() == f"{page} is of an earlier run, not of this one: --report would draw it anew"
+    assert (tmp_path / page).read_bytes() == before
 
 
 def test_the_help_explains_what_is_read_and_written(tmp_path):
@@ -406,7 +407,7 @@ def test_a_run_that_rounds_only_weights_blames_no_activation(model_folder, token
     flags = ("--abits", 16, "--report", "--report_layers", 0)
     done = run_script("main.py", *common(model_folder, token_file), *flags, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "output/tiny_w4a16/report/index.html").read_text(encoding="utf-8")
+    page = (the_run(tmp_path / "output") / "report/index.html").read_text(encoding="utf-8")
     assert "no activation is rounded" in page
     assert "cost most" not in page
     assert "figures/layers_activation_noise.png" not in page

@@ -7,17 +7,15 @@ import shutil
 import signal
 import statistics
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 from conftest import random_tokens, run_script
 from safetensors.torch import save_file
+from script_cases import FAIL_ONCE, assert_refused, kill_at, results_of, snapshot, the_run
 from starter import shared_starter
-from test_cli import assert_refused, snapshot
-from test_evaluation_cli import FAIL_ONCE
-from test_resume_cli import kill_at
 
 TINY = ("--block_size", 16, "--max_rotation_step", 20, "--wbits", 4, "--abits", 4, "--lac", 0.95, "--net", "tiny")
-FOLDER = "output/tiny_w4a4_compare"
 ROWS = {
     "full": "full precision",
     "rtn": "round-to-nearest",
@@ -48,13 +46,16 @@ def whole(usual, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(usual, tmp_path_factory):
-    """A folder with finished runs of main.py: `a/tiny_w4a4`, `b/tiny_w4a4` (other settings), `full/tiny_w16a16`."""
+    """A folder with the folders of finished runs of main.py: `a`, `b` (other settings), `full` (16 bits)."""
     folder = tmp_path_factory.mktemp("runs")
     ours = ("--smooth", "--swc", 0.9)
     for name, flags in {"a": ours, "b": (*ours, "--lac", 0.8, "--seed", 5), "full": (*ours, "--wbits", 16)}.items():
         more = ("--abits", 16) if name == "full" else ()
         done = run_script("main.py", *usual, *flags, *more, "--eval_kl", "--output_dir", name, folder=folder)
         assert done.returncode == 0, done.stderr
+        the_run(folder / name).rename(folder / "its")
+        (folder / name).rmdir()
+        (folder / "its").rename(folder / name)
     return folder
 
 
@@ -62,28 +63,33 @@ def results_in(folder) -> dict:
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
+def table_in(folder) -> Path:
+    """The folder of the one comparison that was started in `folder`."""
+    return the_run(folder / "output", "tiny_w4a4_compare*")
+
+
 def rows_of(folder) -> dict[str, list[dict]]:
     """Rows of a comparison's results by name, one per seed."""
     found: dict[str, list[dict]] = {}
-    for row in results_in(folder / FOLDER)["rows"]:
+    for row in results_in(table_in(folder))["rows"]:
         found.setdefault(row["row"], []).append(row)
     return found
 
 
 def table_of(folder) -> list[dict[str, str]]:
-    with open(folder / FOLDER / "table.csv", encoding="utf-8", newline="") as file:
+    with open(table_in(folder) / "table.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_every_row_is_measured_in_the_order_of_the_table(whole):
-    rows = results_in(whole[0] / FOLDER)["rows"]
+    rows = results_in(table_in(whole[0]))["rows"]
     assert {row["row"]: row["title"] for row in rows} == ROWS
     assert [row["row"] for row in rows] == list(ROWS)
     assert [row["bits"] for row in rows] == ["–", *["W4A4"] * 7]
     assert len({row["perplexity"]["tokens"] for row in rows}) == len(rows), "no two rows do the same"
     table = [line.split("|")[1].strip() for line in whole[1].stdout.splitlines() if line.startswith("| ")]
     assert table == ["", ":" + "-" * 33, *ROWS.values()]
-    assert results_in(whole[0] / FOLDER)["error"] is None
+    assert results_in(table_in(whole[0]))["error"] is None
 
 
 def test_rows_have_the_transforms_they_are_named_after(whole):
@@ -106,8 +112,8 @@ def test_rows_have_the_transforms_they_are_named_after(whole):
 
 def test_rows_are_bit_for_bit_what_main_finds(whole, runs):
     rows = rows_of(whole[0])
-    assert rows["full"][0]["perplexity"] == results_in(runs / "full/tiny_w16a16")["perplexity"]
-    ours = results_in(runs / "a/tiny_w4a4")
+    assert rows["full"][0]["perplexity"] == results_in(runs / "full")["perplexity"]
+    ours = results_in(runs / "a")
     assert rows["dual"][0]["perplexity_details"] == ours["perplexity_details"]
     assert rows["dual"][0]["layers"] == ours["layers"]
     assert ours["perplexity_details"]["tokens"]["divergence"] > 0
@@ -115,12 +121,12 @@ def test_rows_are_bit_for_bit_what_main_finds(whole, runs):
 
 def test_the_activation_statistics_are_computed_once(whole):
     assert whole[1].stdout.count("activation statistics: computed") == 1
-    assert sum("statistics" in row["seconds"] for row in results_in(whole[0] / FOLDER)["rows"]) == 1
+    assert sum("statistics" in row["seconds"] for row in results_in(table_in(whole[0]))["rows"]) == 1
 
 
 def test_csv_and_markdown_tell_the_same(whole):
     rows, table = rows_of(whole[0]), table_of(whole[0])
-    markdown = (whole[0] / FOLDER / "table.md").read_text(encoding="utf-8")
+    markdown = (table_in(whole[0]) / "table.md").read_text(encoding="utf-8")
     assert markdown.strip() in whole[1].stdout
     for row in table:
         assert float(row["tokens ppl"]) == rows[row["row"]][0]["perplexity"]["tokens"]
@@ -132,7 +138,7 @@ def test_csv_and_markdown_tell_the_same(whole):
 
 
 def test_the_picture_names_every_row_and_figure(whole):
-    folder = whole[0] / FOLDER
+    folder = table_in(whole[0])
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG\r\n")
     svg = ElementTree.parse(folder / "comparison.svg")
     written = [element.text for element in svg.iter() if element.tag.endswith("text")]
@@ -143,15 +149,15 @@ def test_the_picture_names_every_row_and_figure(whole):
 
 def test_a_missing_row_is_all_that_the_same_command_computes(whole, usual, tmp_path):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
-    before = results_in(tmp_path / FOLDER)["rows"]
-    kept = snapshot(tmp_path / FOLDER / "rows")
-    (gone,) = (tmp_path / FOLDER / "rows").glob("rotation_seed*")
+    before = results_in(table_in(tmp_path))["rows"]
+    kept = snapshot(table_in(tmp_path) / "rows")
+    (gone,) = (table_in(tmp_path) / "rows").glob("rotation_seed*")
     gone.unlink()
     done = run_script("compare.py", *usual, "--swc", 0.9, "--eval_kl", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("from an earlier run") == len(ROWS) - 1
     assert done.stdout.count("layer 1: relative output error") == 1
-    after = results_in(tmp_path / FOLDER)["rows"]
+    after = results_in(table_in(tmp_path))["rows"]
     assert [row["perplexity_details"] for row in after] == [row["perplexity_details"] for row in before]
     assert gone.exists()
     assert {path: facts for path, facts in snapshot(gone.parent).items() if path != gone} == {
@@ -161,12 +167,12 @@ def test_a_missing_row_is_all_that_the_same_command_computes(whole, usual, tmp_p
 
 def test_an_interrupted_comparison_goes_on_behind_the_rows_it_has(whole, usual, tmp_path):
     flags = (*usual, "--swc", 0.9, "--eval_kl")
-    interrupt = kill_at(tmp_path / FOLDER / "rows/rtn.json", sent=signal.SIGINT)
+    interrupt = kill_at(tmp_path / "output/*/rows/rtn.json", sent=signal.SIGINT)
     done = shared_starter().run(tmp_path, *flags, script="compare.py", meanwhile=interrupt)
     assert done.returncode == 130, done.stderr
     assert "the same command goes on" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    kept = sorted(path.stem for path in (tmp_path / FOLDER / "rows").glob("*.json"))
+    kept = sorted(path.stem for path in (table_in(tmp_path) / "rows").glob("*.json"))
     assert "rtn" in kept
     assert len(kept) < len(ROWS), "interrupted too late to prove anything"
     done = run_script("compare.py", *flags, folder=tmp_path)
@@ -176,7 +182,7 @@ def test_an_interrupted_comparison_goes_on_behind_the_rows_it_has(whole, usual, 
     assert {name: row[0]["perplexity_details"] for name, row in found.items()} == {
         name: row[0]["perplexity_details"] for name, row in expected.items()
     }
-    assert not list((tmp_path / FOLDER / "rows").glob("*.unfinished.jsonl"))
+    assert not list((table_in(tmp_path) / "rows").glob("*.unfinished.jsonl"))
 
 
 def test_quiet_prints_the_table_alone(whole, usual, tmp_path):
@@ -184,14 +190,14 @@ def test_quiet_prints_the_table_alone(whole, usual, tmp_path):
     done = run_script("compare.py", *usual, "--swc", 0.9, "--eval_kl", "--quiet", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert done.stdout.strip() == (tmp_path / FOLDER / "table.md").read_text().strip()
-    runs = [tmp_path / FOLDER / "rows", tmp_path]
+    assert done.stdout.strip() == (table_in(tmp_path) / "table.md").read_text().strip()
+    runs = [table_in(tmp_path) / "rows", tmp_path]
     assert "error: " in run_script("compare.py", *runs, "--quiet", folder=tmp_path).stderr
 
 
 def test_a_damaged_row_is_measured_again(whole, usual, tmp_path):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
-    (tmp_path / FOLDER / "rows/rtn.json").write_text('{"identity": {')
+    (table_in(tmp_path) / "rows/rtn.json").write_text('{"identity": {')
     done = run_script("compare.py", *usual, "--swc", 0.9, "--eval_kl", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "rtn.json: cannot be read" in done.stderr
@@ -199,28 +205,42 @@ def test_a_damaged_row_is_measured_again(whole, usual, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (("--swc", 0.8), "quantization.clip.weight_ratio was 0.9, is 0.8"),
-        (("--swc", 0.9, "--limit", 2), "--limit was None, is 2"),
-        (("--swc", 0.9, "--attn_implementation", "eager"), "--attn_implementation was sdpa, is eager"),
-    ],
-    ids=str,
+    "flags", [("--swc", 0.8), ("--swc", 0.9, "--limit", 2), ("--swc", 0.9, "--attn_implementation", "eager")], ids=str
 )
-def test_rows_of_another_comparison_are_refused_and_left_alone(flags, words, whole, usual):
-    before = snapshot(whole[0])
-    done = run_script("compare.py", *usual, "--eval_kl", *flags, folder=whole[0])
-    assert_refused(done, words)
+def test_another_comparison_has_a_folder_of_its_own(flags, whole, usual):
+    folder = table_in(whole[0])
+    before = snapshot(folder)
+    done = run_script("compare.py", *usual, "--eval_kl", *flags, "--rows", "rtn", folder=whole[0])
+    assert done.returncode == 0, done.stderr
+    assert "from an earlier run" not in done.stdout
+    others = set((whole[0] / "output").iterdir()) - {folder}
+    assert len(others) == 1
+    shutil.rmtree(others.pop())
+    assert snapshot(folder) == before
+
+
+def test_rows_of_other_data_are_refused_and_left_alone(usual, tmp_path):
+    shutil.copy(usual[3], tmp_path / "own.safetensors")
+    flags = ("--calib_dataset", "own.safetensors", "--rows", "rtn", "smooth")
+    assert run_script("compare.py", *usual, *flags, folder=tmp_path).returncode == 0
+    save_file({"calibration": random_tokens(8, 32, seed=11)}, tmp_path / "own.safetensors")
+    before = snapshot(tmp_path / "output")
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path)
+    assert_refused(done, "smooth_seed2.json is of another comparison (calibration was ")
     assert "choose another --output_dir" in done.stderr
-    assert snapshot(whole[0]) == before
+    assert snapshot(tmp_path / "output") == before
 
 
 def test_settings_that_a_row_does_not_use_do_not_matter_to_it(whole, usual, tmp_path):
-    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
-    rows = ("--rows", "full", "rtn", "smooth", "--max_rotation_step", 30)
-    done = run_script("compare.py", *usual, "--swc", 0.9, "--eval_kl", *rows, folder=tmp_path)
+    more = ("--swc", 0.9, "--eval_kl", "--max_rotation_step", 30)
+    assert run_script("compare.py", *usual, *more, "--rows", "rtn", folder=tmp_path).returncode == 0
+    shutil.rmtree(table_in(tmp_path) / "rows")
+    shutil.copytree(table_in(whole[0]) / "rows", table_in(tmp_path) / "rows")
+    done = run_script("compare.py", *usual, *more, "--rows", "full", "rtn", "smooth", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("from an earlier run") == 3
+    done = run_script("compare.py", *usual, *more, "--rows", "dual", folder=tmp_path)
+    assert_refused(done, "quantization.max_rotation_step was 20, is 30")
 
 
 def test_seeds_give_mean_and_sample_deviation_where_a_row_depends_on_them(usual, tmp_path):
@@ -237,13 +257,13 @@ def test_seeds_give_mean_and_sample_deviation_where_a_row_depends_on_them(usual,
         assert float(table[name]["tokens ppl"]) == pytest.approx(statistics.fmean(found))
         assert float(table[name]["tokens ppl std"]) == pytest.approx(statistics.stdev(found))
         cell = f"{statistics.fmean(found):.3f} ± {statistics.stdev(found):.3f}"
-        assert cell in (tmp_path / FOLDER / "table.md").read_text(encoding="utf-8")
+        assert cell in (table_in(tmp_path) / "table.md").read_text(encoding="utf-8")
     assert (table["rtn"]["tokens ppl std"], table["rtn"]["seeds"]) == ("", "")
     assert done.stdout.count("activation statistics: ") == 3, "once for a seed, whatever the rows"
     assert "sample standard deviation over the seeds 2, 3, 4" in done.stdout
     alone = run_script("main.py", *usual, *more[:6], "--smooth", "--seed", 4, folder=tmp_path)
     assert alone.returncode == 0, alone.stderr
-    assert results_in(tmp_path / "output/tiny_w4a4")["perplexity"] == rows["dual"][2]["perplexity"]
+    assert results_of(tmp_path, "tiny_w4a4_[!c]*")["perplexity"] == rows["dual"][2]["perplexity"]
 
 
 def test_lwc_adds_a_row_to_every_quantized_one(usual, tmp_path):
@@ -257,7 +277,7 @@ def test_lwc_adds_a_row_to_every_quantized_one(usual, tmp_path):
     assert rows["rtn_lwc"][0]["layers"][0]["training"]["losses"]
     alone = run_script("main.py", *usual, "--smooth", "--lwc", "--epochs", 1, folder=tmp_path)
     assert alone.returncode == 0, alone.stderr
-    assert results_in(tmp_path / "output/tiny_w4a4")["perplexity"] == rows["dual_lwc"][0]["perplexity"]
+    assert results_of(tmp_path, "tiny_w4a4_[!c]*")["perplexity"] == rows["dual_lwc"][0]["perplexity"]
 
 
 def test_without_smoothing_rows_say_so_by_their_names(usual, tmp_path):
@@ -267,7 +287,7 @@ def test_without_smoothing_rows_say_so_by_their_names(usual, tmp_path):
     rows = rows_of(tmp_path)
     assert [row["title"] for [row] in rows.values()] == ["Hadamard rotation", "DuQuant without smoothing"]
     assert [row["layers"][0]["groups"][0]["scale"] for [row] in rows.values()] == ["none", "none"]
-    assert "“w1 w2”" in (tmp_path / FOLDER / "table.md").read_text(encoding="utf-8")
+    assert "“w1 w2”" in (table_in(tmp_path) / "table.md").read_text(encoding="utf-8")
 
 
 FAIL_ROW = """
@@ -275,14 +295,14 @@ import builtins, pathlib
 real = builtins.__import__
 def patched(name, *arguments, **keywords):
     module = real(name, *arguments, **keywords)
-    if name == "experiment.run" and hasattr(module, "quantize_") and not hasattr(module, "patched"):
-        module.patched, quantize_ = True, module.quantize_
-        def fail(setup, model, quant, *rest):
+    if name == "experiment.run" and hasattr(module, "travel") and not hasattr(module, "patched"):
+        module.patched, travel = True, module.travel
+        def fail(setup, model, layers, quant, *rest, **more):
             if quant.transform == "hadamard" and not pathlib.Path("failed").exists():
                 pathlib.Path("failed").touch()
                 raise RuntimeError("no luck today")
-            return quantize_(setup, model, quant, *rest)
-        module.quantize_ = fail
+            return travel(setup, model, layers, quant, *rest, **more)
+        module.travel = fail
     return module
 builtins.__import__ = patched
 """
@@ -297,12 +317,12 @@ def test_a_row_that_fails_is_recorded_and_loses_no_other(usual, tmp_path):
     rows = rows_of(tmp_path)
     assert rows["hadamard"][0]["error"] == "RuntimeError: no luck today"
     assert rows["dual"][0]["perplexity"]["tokens"] > 1
-    table = (tmp_path / FOLDER / "table.md").read_text(encoding="utf-8")
+    table = (table_in(tmp_path) / "table.md").read_text(encoding="utf-8")
     assert "Failed: smoothing + Hadamard rotation (hadamard_seed2): RuntimeError: no luck today" in table
     done = run_script("compare.py", *usual, *flags, folder=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("from an earlier run") == 2
-    assert results_in(tmp_path / FOLDER)["error"] is None
+    assert results_in(table_in(tmp_path))["error"] is None
 
 
 def test_an_evaluation_that_fails_leaves_its_row_unfinished_and_is_all_that_is_tried_again(usual, tmp_path):
@@ -315,7 +335,7 @@ def test_an_evaluation_that_fails_leaves_its_row_unfinished_and_is_all_that_is_t
     assert table_of(tmp_path)[0]["second ppl"] == ""
     found = rows_of(tmp_path)["rtn"][0]["perplexity"]
     assert list(found) == ["tokens"]
-    folder = tmp_path / FOLDER / "rows"
+    folder = table_in(tmp_path) / "rows"
     assert sorted(path.name for path in folder.iterdir()) == ["dual_seed2.json", "rtn.unfinished.jsonl"]
     done = run_script("compare.py", *usual, *flags, folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -352,22 +372,22 @@ def test_a_comparison_needs_a_measure_and_a_model(usual, tmp_path):
 
 
 def test_runs_side_by_side_show_all_figures_and_name_every_setting_that_differs(runs):
-    done = run_script("compare.py", "a/tiny_w4a4", "b/tiny_w4a4", "--output", "both.md", folder=runs)
+    done = run_script("compare.py", "a", "b", "--output", "both.md", folder=runs)
     assert done.returncode == 0, done.stderr
     for name in "ab":
-        found = results_in(runs / name / "tiny_w4a4")
+        found = results_in(runs / name)
         assert f"{found['perplexity']['tokens']:.3f}" in done.stdout
         assert f"{found['perplexity_details']['tokens']['divergence']:.3f}" in done.stdout
     different = done.stdout.split("What differs:")[1]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in different.strip().splitlines()]
-    assert cells[2:] == [["--seed", "2", "5"], ["--lac", "0.95", "0.8"]]
+    assert cells[2:] == [["--lac", "0.95", "0.8"], ["--seed", "2", "5"]]
     assert (runs / "both.md").read_text(encoding="utf-8").strip() == done.stdout.strip()
 
 
 def test_runs_that_differ_in_nothing_say_so_and_write_nothing(runs, tmp_path):
     shutil.copytree(runs / "a", tmp_path / "a")
     before = snapshot(tmp_path)
-    done = run_script("compare.py", runs / "a/tiny_w4a4", tmp_path / "a/tiny_w4a4", folder=tmp_path)
+    done = run_script("compare.py", runs / "a", tmp_path / "a", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "No setting differs." in done.stdout
     assert snapshot(tmp_path) == before
@@ -375,13 +395,13 @@ def test_runs_that_differ_in_nothing_say_so_and_write_nothing(runs, tmp_path):
 
 def test_half_finished_runs_are_reported_as_such(runs, tmp_path):
     shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
-    interrupted = results_in(tmp_path / "b/tiny_w4a4") | {"error": "KeyboardInterrupt", "perplexity_details": {}}
-    (tmp_path / "b/tiny_w4a4/results.json").write_text(json.dumps(interrupted))
-    (tmp_path / "full/tiny_w16a16/results.json").unlink()
-    done = run_script("compare.py", "a/tiny_w4a4", "b/tiny_w4a4", "full/tiny_w16a16", folder=tmp_path)
+    interrupted = results_in(tmp_path / "b") | {"error": "KeyboardInterrupt", "perplexity_details": {}}
+    (tmp_path / "b/results.json").write_text(json.dumps(interrupted))
+    (tmp_path / "full/results.json").unlink()
+    done = run_script("compare.py", "a", "b", "full", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "2. b/tiny_w4a4 (unfinished: KeyboardInterrupt)" in done.stdout
-    assert "3. full/tiny_w16a16 (unfinished: no results.json" in done.stdout
+    assert "2. b (unfinished: KeyboardInterrupt)" in done.stdout
+    assert "3. full (unfinished: no results.json" in done.stdout
     header = next(line for line in done.stdout.splitlines() if line.startswith("|"))
     assert [cell.strip() for cell in header.split("|")[2:5]] == ["run 1", "run 2 (unfinished)", "run 3 (unfinished)"]
     (perplexity,) = (line for line in done.stdout.splitlines() if line.startswith("| tokens ppl"))
@@ -389,7 +409,7 @@ def test_half_finished_runs_are_reported_as_such(runs, tmp_path):
 
 
 def test_folders_that_are_no_runs_are_refused(runs, whole, tmp_path):
-    run = runs / "a/tiny_w4a4"
+    run = runs / "a"
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/results.json").write_text("{")
@@ -397,12 +417,12 @@ def test_folders_that_are_no_runs_are_refused(runs, whole, tmp_path):
         "nowhere": "nowhere: no such folder",
         "empty": "empty: no run there",
         "broken": "results.json: cannot be read",
-        whole[0] / FOLDER: "is a comparison with a table of its own",
+        table_in(whole[0]): "is a comparison with a table of its own",
         run: "the same folder is named twice",
     }.items():
         assert_refused(run_script("compare.py", run, folder, folder=tmp_path), words)
     assert_refused(run_script("compare.py", run, folder=tmp_path), "give two or more runs")
-    both = (run, runs / "b/tiny_w4a4", "--output", "broken")
+    both = (run, runs / "b", "--output", "broken")
     assert_refused(run_script("compare.py", *both, folder=tmp_path), "--output broken: cannot be written")
     assert_refused(run_script("compare.py", run, run, "--abits", 4, folder=tmp_path), "--abits is for --model")
 
@@ -418,7 +438,7 @@ def test_a_model_without_any_finite_figure_still_has_a_table(usual, model_folder
     save_file({"calibration": random_tokens(2, 8), "test": random_tokens(1, 8)}, tmp_path / "few.safetensors")
     few = ("--calib_dataset", "few.safetensors", "--test_dataset", "few.safetensors", "--rows", "full", "rtn")
     assert run_script("compare.py", *usual, *few, folder=tmp_path).returncode == 0
-    path = tmp_path / FOLDER / "rows/rtn.json"
+    path = table_in(tmp_path) / "rows/rtn.json"
     saved = json.loads(path.read_text())
     saved["figures"]["perplexity_details"]["few"]["perplexity"] = None  # as JSON has a perplexity that overflowed
     path.write_text(json.dumps(saved))

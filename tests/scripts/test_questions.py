@@ -4,14 +4,16 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
-from test_cli import assert_refused
+from script_cases import assert_refused, results_of, the_run
 
 BUNDLED = ROOT / "assets/tiny-llama"
 STORIES = ROOT / "assets/stories"
@@ -19,10 +21,6 @@ TEXT = ("--calib_dataset", STORIES / "calibration.txt", "--test_dataset", STORIE
 QUICK = ("--seqlen", 256, "--nsamples", 4, "--wbits", 4, "--abits", 4, "--max_rotation_step", 8, "--limit", 6)
 USUAL = ("--model", BUNDLED, *TEXT, *QUICK, "--net", "tiny")
 PIQA = {"goal": "open a jar", "sol1": "twist the lid", "sol2": "sing to the lid", "label": 0}
-
-
-def results_of(folder, name="tiny_w4a4") -> dict:
-    return json.loads((folder / "output" / name / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +52,12 @@ def asked(data) -> tuple:
     tasks = ("--tasks", "stories_qa,piqa", "--task_data_dir", data / "tasks", "--log_samples")
     mmlu = ("--eval_mmlu", "--mmlu_data_dir", data / "mmlu", "--mmlu_shots", 0, 2)
     return (*tasks, *mmlu, "--eval_mtbench", "--mtbench_questions", data / "question.jsonl", "--max_new_tokens", 5)
+
+
+def answers_in(folder) -> Path:
+    """The file of MT-Bench answers of the one W4A4 run that was started in `folder`."""
+    run = the_run(folder / "output", "tiny_w4a4*")
+    return run / f"mt_bench/model_answer/{run.name}.jsonl"
 
 
 class Judge(BaseHTTPRequestHandler):
@@ -92,7 +96,7 @@ def whole(data, judge_url, tmp_path_factory):
         done = run_script("main.py", *USUAL, *flags, *more, "--wbits", bits, "--abits", bits, folder=folder)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
-    return folder, [results_of(folder, name) for name in ("tiny_w4a4", "tiny_w16a16")], "".join(printed)
+    return folder, [results_of(folder, name) for name in ("tiny_w4a4*", "tiny_w16a16*")], "".join(printed)
 
 
 def test_every_evaluation_of_both_models_is_in_the_results_and_the_table(whole):
@@ -116,7 +120,7 @@ def test_a_report_measures_the_full_model_too_and_shows_what_was_lost(whole):
     for name in ("zero_shot", "mmlu"):
         assert without_clocks(beside[name]) == without_clocks(full[name])
     assert beside["mt_bench"] is None
-    opening = (folder / "output/tiny_w4a4/report/index.html").read_text().partition('id="worst"')[0]
+    opening = (the_run(folder / "output", "tiny_w4a4*") / "report/index.html").read_text().partition('id="worst"')[0]
     for figures in (ours, beside):
         assert f'<data value="{figures["mmlu"]["2_shot"]["accuracy"]!r}">' in opening
         assert f'<data value="{figures["zero_shot"]["scores"][0]["metrics"]["acc"]!r}">' in opening
@@ -124,16 +128,18 @@ def test_a_report_measures_the_full_model_too_and_shows_what_was_lost(whole):
 
 
 def test_what_was_answered_is_left_in_files(whole):
-    for name in ("tiny_w4a4", "tiny_w16a16"):
-        left = whole[0] / "output" / name
+    for bits in (4, 16):
+        left = the_run(whole[0] / "output", f"tiny_w{bits}a{bits}*")
         samples = (left / "samples/quantized/samples_piqa.jsonl").read_text().splitlines()
         assert len(samples) == 6
         assert len((left / "mmlu/quantized/mmlu_answers_2shot.csv").read_text().splitlines()) == 1 + 12
         assert (left / "mmlu/quantized/mmlu.csv").exists()
-        answers = [json.loads(line) for line in (left / f"mt_bench/model_answer/{name}.jsonl").read_text().splitlines()]
+        answers = [
+            json.loads(line) for line in (left / f"mt_bench/model_answer/{left.name}.jsonl").read_text().splitlines()
+        ]
         assert [line["question_id"] for line in answers] == [81, 111, 131]
         assert all(len(line["choices"][0]["turns"]) == 2 for line in answers)
-        judgements = (left / f"mt_bench/model_judgment/grader_{name}.jsonl").read_text().splitlines()
+        judgements = (left / f"mt_bench/model_judgment/grader_{left.name}.jsonl").read_text().splitlines()
         assert [json.loads(line)["score"] for line in judgements] == [7] * 6
 
 
@@ -158,20 +164,14 @@ def test_two_processes_find_what_one_finds(whole, data, tmp_path):
     results, (folder, (expected, _), _) = results_of(tmp_path), whole
     for name in ("zero_shot", "mmlu"):
         assert without_clocks(results[name]) == without_clocks(expected[name])
-    texts = [
-        [
-            json.loads(line)["choices"]
-            for line in (root / "output/tiny_w4a4/mt_bench/model_answer/tiny_w4a4.jsonl").open()
-        ]
-        for root in (folder, tmp_path)
-    ]
+    texts = [[json.loads(line)["choices"] for line in answers_in(root).open()] for root in (folder, tmp_path)]
     assert texts[0] == texts[1]
 
 
 def test_answers_that_are_there_are_not_written_again_and_a_judge_may_come_later(whole, data, judge_url, tmp_path):
     flags = ("--eval_mtbench", "--mtbench_questions", data / "question.jsonl", "--max_new_tokens", 5)
     assert run_script("main.py", *USUAL, *flags, folder=tmp_path).returncode == 0
-    answers = tmp_path / "output/tiny_w4a4/mt_bench/model_answer/tiny_w4a4.jsonl"
+    answers = answers_in(tmp_path)
     before = answers.read_text()
     judge = ("--judge_base_url", judge_url, "--judge_model", "grader")
     done = run_script("main.py", *USUAL, *flags, *judge, folder=tmp_path)
@@ -181,13 +181,26 @@ def test_answers_that_are_there_are_not_written_again_and_a_judge_may_come_later
     assert results_of(tmp_path)["mt_bench"]["scores"]["average"] == 7
 
 
-def test_answers_of_another_setting_are_refused_before_weights_are_loaded(data, tmp_path):
+def test_answers_of_another_setting_are_in_a_folder_of_their_own(data, tmp_path):
     flags = ("--eval_mtbench", "--mtbench_questions", data / "question.jsonl", "--chat_format", "vicuna")
     assert run_script("main.py", *USUAL, *flags, "--max_new_tokens", 5, folder=tmp_path).returncode == 0
-    answers = tmp_path / "output/tiny_w4a4/mt_bench/model_answer/tiny_w4a4.jsonl"
+    answers = answers_in(tmp_path)
     before = answers.read_text()
     done = run_script("main.py", *USUAL, *flags, "--max_new_tokens", 6, folder=tmp_path)
-    assert_refused(done, "model_answer/tiny_w4a4.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("output/*/mt_bench/model_answer/*.jsonl"))) == 2
+    assert answers.read_text() == before
+
+
+def test_answers_of_another_model_are_refused_before_weights_are_loaded(data, tmp_path):
+    shutil.copy(STORIES / "calibration.txt", tmp_path / "own.txt")
+    flags = ("--eval_mtbench", "--mtbench_questions", data / "question.jsonl", "--calib_dataset", "own.txt")
+    flags = (*USUAL, *flags, "--chat_format", "vicuna", "--max_new_tokens", 5)
+    assert run_script("main.py", *flags, folder=tmp_path).returncode == 0
+    answers = answers_in(tmp_path)
+    before = answers.read_text()
+    shutil.copy(STORIES / "test.txt", tmp_path / "own.txt")
+    assert_refused(run_script("main.py", *flags, folder=tmp_path), f"model_answer/{answers.name}")
     assert answers.read_text() == before
 
 
@@ -200,7 +213,7 @@ def test_a_judge_that_is_down_loses_no_answer_and_no_other_figure(data, tmp_path
     results = results_of(tmp_path)
     assert "JudgeError" in results["failures"]["MT-Bench"]
     assert results["perplexity"]["test"] > 1
-    assert len((tmp_path / "output/tiny_w4a4/mt_bench/model_answer/tiny_w4a4.jsonl").read_text().splitlines()) == 3
+    assert len(answers_in(tmp_path).read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Evaluations of the real main.py: together, failing, interrupted, shared by processes, spread over devices."""
 
-import json
 import math
 import os
 import signal
@@ -11,6 +10,7 @@ import time
 import pytest
 from conftest import ROOT, random_tokens, run_script
 from safetensors.torch import save_file
+from script_cases import FAIL_ONCE, results_of, the_run
 
 from utils.io import read_tensors, write_tensors
 
@@ -26,10 +26,6 @@ def usual(model_folder, token_file, tmp_path_factory) -> tuple:
     return ("--model", model_folder, *data, *TINY)
 
 
-def results_of(folder, output="output", name="tiny_w4a4") -> dict:
-    return json.loads((folder / output / name / "results.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def whole(usual, tmp_path_factory) -> dict:
     """Results of a run that nothing disturbed, with everything this file asks for."""
@@ -37,7 +33,7 @@ def whole(usual, tmp_path_factory) -> dict:
     flags = ("--eval_ppl", "--eval_kl", "--prompt", "w1 w2 w3", "w5", "--max_new_tokens", 6)
     done = run_script("main.py", *usual, *flags, folder=folder)
     assert done.returncode == 0, done.stderr
-    assert not (folder / "output/tiny_w4a4/unfinished.jsonl").exists()
+    assert not (the_run(folder / "output") / "unfinished.jsonl").exists()
     return {**results_of(folder), "stdout": done.stdout}
 
 
@@ -77,26 +73,8 @@ def test_the_summary_shows_every_figure_beside_the_full_models(whole):
 def test_sixteen_bits_diverge_from_nothing(usual, tmp_path):
     flags = ("--wbits", 16, "--abits", 16, "--eval_ppl", "--eval_kl")
     assert run_script("main.py", *usual, *flags, folder=tmp_path).returncode == 0
-    details = results_of(tmp_path, name="tiny_w16a16")["perplexity_details"]
+    details = results_of(tmp_path)["perplexity_details"]
     assert details["tokens"]["divergence"] == pytest.approx(0, abs=1e-7)
-
-
-FAIL_ONCE = """
-import builtins, pathlib
-real = builtins.__import__
-def patched(name, *arguments, **keywords):
-    module = real(name, *arguments, **keywords)
-    if name == "evaluation.perplexity" and hasattr(module, "score") and not hasattr(module, "patched"):
-        module.patched, score = True, module.score
-        def fail(model, spec, tokens, *rest):
-            if len(tokens) == 5 and not pathlib.Path("failed").exists():
-                pathlib.Path("failed").touch()
-                raise RuntimeError("no luck today")
-            return score(model, spec, tokens, *rest)
-        module.score = fail
-    return module
-builtins.__import__ = patched
-"""
 
 
 def test_an_evaluation_that_fails_loses_no_other_and_is_all_that_is_tried_again(usual, whole, tmp_path):
@@ -108,25 +86,30 @@ def test_an_evaluation_that_fails_loses_no_other_and_is_all_that_is_tried_again(
     results = results_of(tmp_path)
     assert results["perplexity"] == {"tokens": whole["perplexity"]["tokens"]}
     assert results["failures"] == {"perplexity second": "RuntimeError: no luck today"}
-    assert "no luck today" in (tmp_path / "output/tiny_w4a4/log.txt").read_text()
+    assert "no luck today" in (the_run(tmp_path / "output") / "log.txt").read_text()
     done = run_script("main.py", *usual, *flags, folder=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert "going on behind 1 parts" in done.stdout
     assert results_of(tmp_path)["perplexity"] == whole["perplexity"]
-    assert not (tmp_path / "output/tiny_w4a4/unfinished.jsonl").exists()
+    assert not (the_run(tmp_path / "output") / "unfinished.jsonl").exists()
 
 
 def test_other_flags_do_not_go_on_with_an_unfinished_evaluation(usual, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
     environment = {"PYTHONPATH": str(tmp_path)}
     assert run_script("main.py", *usual, "--eval_ppl", folder=tmp_path, **environment).returncode == 1
+    unfinished = the_run(tmp_path / "output")
+    other = unfinished.with_name(unfinished.name.replace("w4a4", "w4a4_lac0.8"))
+    unfinished.rename(other)
+    assert (other / "unfinished.jsonl").exists()
     done = run_script("main.py", *usual, "--eval_ppl", "--lac", 0.8, folder=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert "going on" not in done.stdout
+    assert the_run(tmp_path / "output") == other
 
 
 def test_figures_of_rewritten_statistics_are_not_revived(usual, tmp_path):
-    assert run_script("main.py", *usual, "--smooth", folder=tmp_path).returncode == 0
+    assert run_script("main.py", *usual, "--smooth", "--output_dir", "first", folder=tmp_path).returncode == 0
     (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
     path, environment = tmp_path / "act_scales/tiny.safetensors", {"PYTHONPATH": str(tmp_path)}
     flags = (*usual, "--eval_ppl", "--smooth", "--act-scales", path)
@@ -151,13 +134,13 @@ def test_an_interrupted_evaluation_goes_on_behind_what_was_done(usual, whole, tm
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    journal = tmp_path / "output/tiny_w4a4/unfinished.jsonl"
+    journal = "output/*/unfinished.jsonl"
     until = time.monotonic() + 120
-    while not journal.exists() and process.poll() is None and time.monotonic() < until:
+    while not list(tmp_path.glob(journal)) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert journal.exists()
+    assert list(tmp_path.glob(journal))
     done = run_script("main.py", *flags, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "an earlier run did not finish" in done.stdout

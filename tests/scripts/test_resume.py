@@ -1,22 +1,16 @@
 """Runs of main.py that are killed, interrupted or fail, and go on."""
 
-import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, tiny_model
+from script_cases import assert_refused, kill_at, layer_content, results_of, the_run
 from starter import shared_starter
-from test_cli import assert_refused
-
-from utils.io import read_tensors
 
 LAYERS = 4
 FLAGS = ("--wbits", 4, "--abits", 4, "--smooth", "--lac", 0.95, "--block_size", 16, "--eval_ppl", "--net", "tiny")
@@ -49,35 +43,6 @@ def uninterrupted(request, starter, usual, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert len(layer_content(folder / "ck")) == LAYERS
     return flags, folder
-
-
-def kill_at(path: Path, delay: float = 0, sent: int = signal.SIGKILL) -> Callable[[int], None]:
-    """Sends a signal to a process `delay` seconds after `path` has appeared."""
-
-    def wait_and_kill(pid: int) -> None:
-        end = time.monotonic() + 60
-        while not path.exists() and time.monotonic() < end:
-            time.sleep(0.001)
-        time.sleep(delay)
-        os.kill(pid, sent)
-
-    return wait_and_kill
-
-
-def layer_content(checkpoint: Path) -> dict[str, tuple]:
-    """Every tensor's bytes, and figures (without the clock's), of every layer file."""
-    content = {}
-    for path in checkpoint.glob("layers/layer_*.safetensors"):
-        tensors, metadata = read_tensors(path)
-        figures = json.loads(metadata["figures"])
-        (figures["training"] or {}).pop("seconds", None)
-        raw = {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in tensors.items()}
-        content[path.name] = (raw, metadata["run"], figures)
-    return content
-
-
-def results_of(folder: Path) -> dict:
-    return json.loads((folder / "output/tiny_w4a4/results.json").read_text())
 
 
 KILLED_AT = {
@@ -163,7 +128,7 @@ def test_an_interrupted_run_prints_the_command_that_really_goes_on(save_dir, uni
     assert "Traceback" not in done.stdout + done.stderr
     assert "KeyboardInterrupt" in results_of(tmp_path)["error"]
     [line] = [line for line in done.stderr.splitlines() if "--resume" in line]
-    assert line in (tmp_path / "output/tiny_w4a4/log.txt").read_text()
+    assert line in (the_run(tmp_path / "output") / "log.txt").read_text()
     assert 0 < len(layer_content(tmp_path / "c k")) < LAYERS
     program, script, *arguments = shlex.split(line.split("go on with: ")[1])
     assert (program, script) == ("python", str(ROOT / "main.py"))
@@ -222,4 +187,4 @@ def test_a_failing_evaluation_leaves_its_error_and_the_finished_layers(usual, tm
     assert len(results["layers"]) == LAYERS
     assert len(layer_content(tmp_path / "ck")) == LAYERS
     assert "--resume ck" in done.stderr
-    assert "no memory left" in (tmp_path / "output/tiny_w4a4/log.txt").read_text()
+    assert "no memory left" in (the_run(tmp_path / "output") / "log.txt").read_text()

@@ -1,14 +1,13 @@
 """--save_model through the scripts: what is evaluated again, and what is refused."""
 
-import argparse
 import json
 import shutil
 
 import pytest
 from conftest import run_script
-from experiment.plan import refuse_for_saved
-from test_cli import assert_refused, snapshot
+from script_cases import assert_refused, results_of, settings_of, snapshot
 
+from experiment.prepare import refuse_for_saved
 from models.saved import INDEX
 from utils.errors import InputError
 
@@ -23,7 +22,7 @@ def exported(model_folder, token_file, tmp_path_factory):
     data = ("--model", model_folder, "--calib_dataset", token_file, "--test_dataset", token_file, "--net", "tiny")
     done = run_script("main.py", *data, *FLAGS, *STEPS, "--eval_ppl", "--save_model", "saved", folder=folder)
     assert done.returncode == 0, done.stderr
-    return folder, json.loads((folder / "output/tiny_w4a4/results.json").read_text())
+    return folder, results_of(folder)
 
 
 def test_the_command_line_evaluates_a_saved_model_to_exactly_the_same_perplexity(exported, token_file, tmp_path):
@@ -31,7 +30,7 @@ def test_the_command_line_evaluates_a_saved_model_to_exactly_the_same_perplexity
     flags = ("--model", folder / "saved", "--calib_dataset", "nowhere.txt", "--test_dataset", token_file, "--eval_ppl")
     done = run_script("main.py", *flags, "--net", "again", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    again = json.loads((tmp_path / "output/again_w4a4/results.json").read_text())
+    again = results_of(tmp_path)
     assert again["perplexity"] == results["perplexity"]
     assert again["perplexity_details"] == results["perplexity_details"]
     assert not {"quantize", "statistics"} & set(again["seconds"])
@@ -51,11 +50,18 @@ def test_flags_that_quantize_again_are_refused_for_a_saved_model(exported, token
     done = run_script("main.py", *usual, "--save_dir", "d", folder=tmp_path)
     assert_refused(done, f"--save_dir: {exported[0] / 'saved'} is quantized already")
     assert list(tmp_path.iterdir()) == []
-    names = ("save_dir", "resume", "save_model", "act_scales", "eval_kl", "report")
-    for name in names:
-        flags = {**dict.fromkeys(names), name: ["full"], "model": "saved"}
-        with pytest.raises(InputError, match=f"--{name.replace('act_', 'act-')}: saved is quantized already"):
-            refuse_for_saved(argparse.Namespace(**flags))
+    file = (tmp_path / "file",)
+    for flag, *more in (
+        ("--save_dir", *file),
+        ("--resume", *file),
+        ("--save_model", *file),
+        ("--act-scales", *file, "--smooth"),
+        ("--eval_kl", "--eval_ppl"),
+        ("--report",),
+    ):
+        settings = settings_of("--model", "saved", flag, *more)
+        with pytest.raises(InputError, match=f"{flag}: saved is quantized already"):
+            refuse_for_saved(settings)
 
 
 def test_a_saved_model_without_its_index_is_refused(exported, token_file, tmp_path):

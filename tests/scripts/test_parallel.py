@@ -1,6 +1,5 @@
 """main.py in two processes that share the calibration: real ones, started by torchrun."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
+from script_cases import results_of, the_run
 
 FLAGS = ("--wbits", 4, "--abits", 4, "--smooth", "--lac", 0.95, "--block_size", 16, "--max_rotation_step", 20)
 TRAINED = (*FLAGS, "--lwc", "--epochs", 3, "--batch_size", 3, "--eval_ppl", "--net", "tiny", "--save_dir", "ck")
@@ -43,10 +43,6 @@ def both(usual, tmp_path_factory):
     return alone, shared
 
 
-def results_of(folder) -> dict:
-    return json.loads((folder / "output/tiny_w4a4/results.json").read_text())
-
-
 def test_statistics_are_the_same_to_the_bit(both):
     for kind in ("act_scales", "act_shifts"):
         alone, shared = (load_file(folder / kind / "tiny.safetensors") for folder in both)
@@ -75,7 +71,7 @@ def test_training_losses_and_clips_agree_to_the_order_of_sums(both):
 
 
 def test_only_one_process_writes_and_speaks(both):
-    log = (both[1] / "output/tiny_w4a4/log.txt").read_text()
+    log = (the_run(both[1] / "output") / "log.txt").read_text()
     assert log.count("results: ") == 1
     assert sorted(path.name for path in (both[1] / "ck/layers").iterdir()) == [
         "layer_000.safetensors",
@@ -90,13 +86,13 @@ if os.environ.get("RANK") == "1":
     real = builtins.__import__
     def patched(name, *arguments, **keywords):
         module = real(name, *arguments, **keywords)
-        if name == "quantize.walk" and hasattr(module, "quantize_layer") and not hasattr(module, "patched"):
-            module.patched, quantize_layer = True, module.quantize_layer
+        if name == "quantize.layer" and hasattr(module, "decide") and not hasattr(module, "patched"):
+            module.patched, decide = True, module.decide
             def die(layer, index, *rest, **more):
                 if index == 1:
                     os._exit(9)
-                return quantize_layer(layer, index, *rest, **more)
-            module.quantize_layer = die
+                return decide(layer, index, *rest, **more)
+            module.decide = die
         return module
     builtins.__import__ = patched
 """

@@ -7,9 +7,11 @@ import torch
 from conftest import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import utils.memory
 from models.load import ModelSource, load_model
 from quantize.observe import require_finite
-from utils.memory import all_finite
+from utils.errors import InputError
+from utils.memory import all_finite, available_memory, on_disk
 
 HALF_TO_DOUBLE = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -50,3 +52,32 @@ def test_weights_and_activations_are_checked_without_masks_of_their_size(model_f
         load_model(ModelSource(str(model_folder)), tiny_config(), torch.float32, "sdpa")
         require_finite(torch.ones(5, 200), "down_proj")
     assert watched.largest <= 2
+
+
+def test_memory_is_that_of_the_machine_or_of_the_container_if_less(tmp_path, monkeypatch):
+    machine = available_memory()
+    assert machine > 2**20
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(utils.memory, "CGROUP", tmp_path)
+    assert available_memory() == pytest.approx(machine, rel=0.5)
+    for name, content in (("max", "1000"), ("current", "700"), ("stat", "anon 1\ninactive_file 50\nactive_file 7\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert available_memory() == 357
+
+
+def test_a_tensor_in_a_file_keeps_what_is_written_to_it_and_its_file_has_no_name(tmp_path):
+    tensor = on_disk(tmp_path / "new")((3, 4), torch.bfloat16)
+    assert list((tmp_path / "new").iterdir()) == []
+    tensor.copy_(torch.arange(12).view(3, 4))
+    tensor[1:2].mul_(2)
+    assert tensor.tolist() == [[0, 1, 2, 3], [8, 10, 12, 14], [8, 9, 10, 11]]
+    assert tensor.shape == (3, 4)
+    assert tensor.dtype is torch.bfloat16
+
+
+def test_a_disk_without_room_is_said_in_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"--cache_dir .*cannot be written"):
+        on_disk(tmp_path)((2**55,), torch.float16)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--cache_dir"):
+        on_disk(tmp_path / "file")((2,), torch.float16)

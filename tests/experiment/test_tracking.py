@@ -9,27 +9,24 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import experiment.tracking_sinks
 import numpy as np
 import pytest
 import torch
 from conftest import run_script
-from experiment.tracking_sinks import as_code, new_folder
+from script_cases import assert_refused, results_of, settings_of, the_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_cli import assert_refused
 
 import experiment.run
 import experiment.tracking
-import main
-import quantize.walk
-from experiment.options import make_quant_config
+import quantize.quantization
+import utils.tracking
 from experiment.run import run_experiment
 from experiment.tracking import Tracker, check_tracking, final_scalars, layer_scalars, open_tracker
 from utils.errors import InputError
+from utils.tracking import as_code, new_folder
 
 TINY = ("--block_size", 16, "--max_rotation_step", 20, "--wbits", 4, "--abits", 4, "--lac", 0.95, "--net", "tiny")
 LEARNED = ("--smooth", "--lwc", "--epochs", 3, "--eval_ppl", "--eval_kl")
-FOLDER = "output/tiny_w4a4"
 NOTE_MODULES = """
 import atexit, pathlib, sys
 names = ("wandb", "tensorboard", "torch.utils.tensorboard")
@@ -71,8 +68,9 @@ def wandb_run(usual, tmp_path_factory):
     return folder, done
 
 
-def results_of(folder: Path) -> dict:
-    return json.loads((folder / FOLDER / "results.json").read_text())
+def output_of(folder: Path) -> Path:
+    """The folder of the one run that was started in `folder`."""
+    return the_run(folder / "output")
 
 
 def figures_of(folder: Path) -> list:
@@ -219,7 +217,7 @@ def test_settings_are_json_in_a_code_block():
 
 
 def test_a_folder_that_is_taken_gets_a_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment.tracking_sinks.time, "strftime", lambda form: "20260102-030405")
+    monkeypatch.setattr(utils.tracking.time, "strftime", lambda form: "20260102-030405")
     made = [new_folder(tmp_path / "tensorboard").name for _ in range(3)]
     assert made == ["20260102-030405", "20260102-030405-2", "20260102-030405-3"]
 
@@ -337,7 +335,7 @@ def test_a_dry_run_is_not_tracked(usual, tmp_path):
 
 def test_without_track_neither_library_is_imported(plain_run):
     assert (plain_run / "imported").read_text() == ""
-    assert sorted(path.name for path in (plain_run / FOLDER).iterdir()) == ["log.txt", "results.json"]
+    assert sorted(path.name for path in output_of(plain_run).iterdir()) == ["log.txt", "results.json"]
 
 
 def test_tracking_changes_no_bit_of_the_results(plain_run, tensorboard_run, wandb_run):
@@ -347,8 +345,8 @@ def test_tracking_changes_no_bit_of_the_results(plain_run, tensorboard_run, wand
 
 def test_tensorboard_has_every_layer_the_losses_the_final_figures_and_the_settings(tensorboard_run):
     folder, done = tensorboard_run
-    results, [events] = results_of(folder), event_folders(folder / FOLDER / "tensorboard")
-    assert f"tracking: tensorboard --logdir {FOLDER}/tensorboard" in done.stdout
+    results, [events] = results_of(folder), event_folders(output_of(folder) / "tensorboard")
+    assert f"tracking: tensorboard --logdir output/{output_of(folder).name}/tensorboard" in done.stdout
     assert done.stderr.strip() == ""
     curves = scalars_in(events)
     assert_layers_are_tracked(curves, results["layers"])
@@ -378,13 +376,13 @@ def test_layers_from_a_checkpoint_are_tracked_too(tensorboard_run, usual):
 def test_wandb_offline_keeps_the_same_in_the_folder_of_the_run(wandb_run):
     folder, _ = wandb_run
     results = results_of(folder)
-    assert_layers_are_tracked(wandb_curves(folder / FOLDER, "layer"), results["layers"])
-    losses = wandb_curves(folder / FOLDER, "epoch")
+    assert_layers_are_tracked(wandb_curves(output_of(folder), "layer"), results["layers"])
+    losses = wandb_curves(output_of(folder), "epoch")
     assert losses == {
         f"lwc/layer_{layer['layer']:03d}/loss": dict(enumerate(layer["training"]["losses"]))
         for layer in results["layers"]
     }
-    records = list(wandb_records(folder / FOLDER))
+    records = list(wandb_records(output_of(folder)))
     summary = {item.key: json.loads(item.value_json) for each in records for item in each.summary.update if item.key}
     assert summary["final/tokens ppl"] == results["perplexity"]["tokens"]
     assert summary["full/tokens ppl"] == results["full_precision"]["perplexity"]["tokens"]
@@ -393,13 +391,18 @@ def test_wandb_offline_keeps_the_same_in_the_folder_of_the_run(wandb_run):
     [begun] = [each.run for each in records if each.WhichOneof("record_type") == "run"]
     config = {item.key: json.loads(item.value_json) for item in begun.config.update}
     assert {key: config[key] for key in results["settings"]} == results["settings"]
-    assert (begun.project, begun.display_name, begun.host, begun.git.commit) == ("duquant", "tiny_w4a4", "", "")
+    assert (begun.project, begun.display_name, begun.host, begun.git.commit) == (
+        "duquant",
+        output_of(folder).name,
+        "",
+        "",
+    )
     assert [each.exit.exit_code for each in records if each.WhichOneof("record_type") == "exit"] == [0]
 
 
 def test_wandb_says_one_line_and_writes_only_where_the_run_does(wandb_run):
     folder, done = wandb_run
-    [kept] = (folder / FOLDER / "wandb").glob("offline-run-*")
+    [kept] = (output_of(folder) / "wandb").glob("offline-run-*")
     assert f"tracking: offline; upload with wandb sync {kept.relative_to(folder)}" in done.stdout
     assert done.stdout.count("wandb sync") == 1
     assert done.stderr.strip() == ""
@@ -412,7 +415,7 @@ def test_every_row_of_a_comparison_is_a_run(usual, tmp_path):
     flags = ("--eval_ppl", "--rows", "rtn", "dual", "--track", "tensorboard")
     done = run_script("compare.py", *usual, *flags, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "output/tiny_w4a4_compare"
+    folder = output_of(tmp_path)
     found = {events.parent.name: events for events in event_folders(folder / "tensorboard")}
     assert set(found) == {"rtn", "dual_seed2"}
     for row in json.loads((folder / "results.json").read_text())["rows"]:
@@ -439,8 +442,7 @@ def run_here(flags: tuple, folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.argv", ["main.py", *map(str, flags)])
     monkeypatch.setattr(experiment.run, "add_log_file", lambda path: path.parent.mkdir(parents=True))
-    args = main.parse_flags()
-    run_experiment(args, make_quant_config(args))
+    run_experiment(settings_of(*flags))
 
 
 def test_tracking_that_breaks_on_the_way_costs_the_run_nothing(usual, tmp_path, monkeypatch, caplog):
@@ -457,14 +459,14 @@ def test_tracking_that_breaks_on_the_way_costs_the_run_nothing(usual, tmp_path, 
 
 @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
 def test_a_run_that_dies_keeps_and_has_tracked_the_layers_it_finished(stream, usual, tmp_path, monkeypatch):
-    quantize_layer = quantize.walk.quantize_layer
+    decide = quantize.quantization.decide
 
     def fail_later(layer, index, *rest):
         if index == 1:
             raise RuntimeError("no luck today")
-        return quantize_layer(layer, index, *rest)
+        return decide(layer, index, *rest)
 
-    monkeypatch.setattr(quantize.walk, "quantize_layer", fail_later)
+    monkeypatch.setattr(quantize.quantization, "decide", fail_later)
     with pytest.raises(RuntimeError, match="no luck today"):
         run_here((*usual, "--eval_ppl", stream, "--track", "tensorboard"), tmp_path, monkeypatch)
     results = results_of(tmp_path)

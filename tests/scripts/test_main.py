@@ -1,19 +1,14 @@
 """The real scripts as subprocesses, as a user runs them."""
 
-import json
-
 import pytest
 import torch
 from conftest import run_script, tiny_model
 from safetensors.torch import load_file, save_file
+from script_cases import assert_refused, common, results_of, snapshot, the_run
 
 from quantize.rotation import base_rotation
 
 TINY = ("--block_size", "16", "--max_rotation_step", "20")
-
-
-def common(model_folder, token_file) -> tuple:
-    return ("--model", model_folder, "--calib_dataset", token_file, "--test_dataset", token_file)
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +21,8 @@ def finished(model_folder, token_file, tmp_path_factory):
     return folder, done
 
 
-def results_of(folder, name="tiny_w4a4"):
-    return json.loads((folder / "output" / name / "results.json").read_text())
-
-
 def test_results_json_holds_what_a_run_is_and_what_it_found(finished):
-    results = results_of(finished[0])
+    results = results_of(finished[0], "tiny_*")
     assert results["settings"]["wbits"] == 4
     assert results["settings"]["rotation_search"] == "channel"
     assert (results["settings"]["nsamples"], results["settings"]["seqlen"]) == (8, 32)
@@ -45,7 +36,7 @@ def test_results_json_holds_what_a_run_is_and_what_it_found(finished):
 
 
 def test_results_json_holds_figures_of_every_layer_and_group(finished):
-    layers = results_of(finished[0])["layers"]
+    layers = results_of(finished[0], "tiny_*")["layers"]
     assert [layer["layer"] for layer in layers] == [0, 1]
     for layer in layers:
         assert 0 < layer["output_error"] < 1
@@ -58,7 +49,7 @@ def test_results_json_holds_figures_of_every_layer_and_group(finished):
 
 def test_console_and_log_file_tell_the_same_and_end_with_the_table(finished):
     folder, done = finished
-    log = (folder / "output/tiny_w4a4/log.txt").read_text()
+    log = (the_run(folder / "output", "tiny_*") / "log.txt").read_text()
     for line in done.stdout.splitlines():
         assert line in log
     assert "| DuQuant " in done.stdout
@@ -76,7 +67,7 @@ def test_quiet_prints_the_results_alone_and_logs_everything(finished, model_fold
     assert [line.split("|")[1].strip() for line in lines[2:5]] == ["tokens ppl", "quantize s", "evaluate s"]
     assert lines[5].startswith("“w1”")
     assert len(lines) == 8  # the prompt's two completions are the last
-    log = (folder / "output/quiet_w4a4/log.txt").read_text()
+    log = (the_run(folder / "output", "quiet_*") / "log.txt").read_text()
     assert "layer 1: relative output error" in log
     assert all(line in log for line in done.stdout.splitlines())
     assert "layer 1: relative output error" in talking.stdout
@@ -99,11 +90,11 @@ def test_a_second_run_gives_the_same_figures_from_the_kept_statistics(finished, 
         "main.py", *common(model_folder, token_file), *TINY, *flags, "--output_dir", "again", folder=folder
     )
     assert done.returncode == 0, done.stderr
-    again = json.loads((folder / "again/tiny_w4a4/results.json").read_text())
+    again = results_of(folder, output="again")
     assert "statistics" not in again["seconds"]
-    assert again["perplexity"] == results_of(folder)["perplexity"]
+    assert again["perplexity"] == results_of(folder, "tiny_*")["perplexity"]
     assert [layer["output_error"] for layer in again["layers"]] == [
-        layer["output_error"] for layer in results_of(folder)["layers"]
+        layer["output_error"] for layer in results_of(folder, "tiny_*")["layers"]
     ]
 
 
@@ -122,20 +113,20 @@ def test_full_precision_evaluation_quantizes_nothing(model_folder, token_file, t
     flags = ("--wbits", 16, "--abits", 16, "--eval_ppl", "--net", "tiny")
     done = run_script("main.py", *common(model_folder, token_file), *TINY, *flags, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "quantize" not in results_of(tmp_path, "tiny_w16a16")["seconds"]
+    assert "quantize" not in results_of(tmp_path)["seconds"]
     assert "| full precision |" in done.stdout
 
 
 def test_limit_evaluates_exactly_that_many_windows(model_folder, token_file, tmp_path):
     flags = ("--wbits", 16, "--abits", 16, "--eval_ppl", "--net", "tiny", "--limit", 2)
     assert run_script("main.py", *common(model_folder, token_file), *TINY, *flags, folder=tmp_path).returncode == 0
-    limited = results_of(tmp_path, "tiny_w16a16")
+    limited = results_of(tmp_path)
     assert limited["perplexity_details"]["tokens"]["windows"] == 2
     two = tmp_path / "tokens.safetensors"
     save_file({"test": load_file(token_file)["test"][:2].clone()}, two)
     flags = ("--wbits", 16, "--abits", 16, "--eval_ppl", "--net", "two", "--test_dataset", two)
     assert run_script("main.py", *common(model_folder, token_file), *TINY, *flags, folder=tmp_path).returncode == 0
-    assert results_of(tmp_path, "two_w16a16")["perplexity"] == limited["perplexity"]
+    assert results_of(tmp_path, "two_*")["perplexity"] == limited["perplexity"]
 
 
 def test_several_test_sets_by_comma_and_by_space_in_text_files(model_folder, token_file, tmp_path):
@@ -147,7 +138,7 @@ def test_several_test_sets_by_comma_and_by_space_in_text_files(model_folder, tok
         "main.py", "--model", model_folder, "--calib_dataset", token_file, *TINY, *flags, *tests, folder=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert list(results_of(tmp_path, "tiny_w16a16")["perplexity"]) == ["first", "second", "wikitext2"]
+    assert list(results_of(tmp_path)["perplexity"]) == ["first", "second", "wikitext2"]
 
 
 def test_half_precision_names_work_on_a_cpu(model_folder, token_file, tmp_path):
@@ -157,7 +148,7 @@ def test_half_precision_names_work_on_a_cpu(model_folder, token_file, tmp_path):
         where = ("--output_dir", dtype, "--dtype", dtype)
         done = run_script("main.py", *common(model_folder, token_file), *TINY, *flags, *where, folder=tmp_path)
         assert done.returncode == 0, done.stderr
-        found[dtype] = json.loads((tmp_path / dtype / "tiny_w8a8/results.json").read_text())["perplexity"]["tokens"]
+        found[dtype] = results_of(tmp_path, output=dtype)["perplexity"]["tokens"]
     assert found["float16"] == pytest.approx(found["float32"], rel=0.01)
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.05)
 
@@ -279,15 +270,3 @@ def test_overflowing_activations_are_named_by_layer_and_linear(model_folder, tok
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     done = run_script("main.py", *common(folder, token_file), *TINY, "--smooth", "--abits", 4, folder=tmp_path)
     assert_refused(done, "model.layers.1.mlp.")
-
-
-def assert_refused(done, message: str) -> None:
-    assert done.returncode == 2, (done.stdout, done.stderr)
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-
-
-def snapshot(folder):
-    """Path, size and modification time of every file below `folder`."""
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}

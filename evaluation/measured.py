@@ -2,7 +2,6 @@
 
 import copy
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,24 +17,21 @@ def nothing() -> dict:
 class Measured:
     """What evaluations found, as results.json has it, wall seconds by stage, figures per layer.
 
-    `failures`: by evaluation, what ended it. `watch`: told the number and the figures of every layer when it is done.
+    `failures`: by evaluation, what ended it.
     """
 
     results: dict = field(default_factory=nothing)
     failures: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     layers: list[dict] = field(default_factory=list)
-    watch: Callable[[int, dict], None] | None = None
 
     def add(self, results: dict) -> None:
         """Add what an evaluation found; dicts of the same name become one."""
         _merge_(self.results, results)
 
-    def add_layer(self, index: int, figures: dict) -> None:
-        """Note what layer `index`, the next one, gave: a run that ends early has the figures of what it did."""
+    def add_layer(self, figures: dict) -> None:
+        """Note what the next layer gave: a run that ends early has the figures of what it did."""
         self.layers.append(figures)
-        if self.watch is not None:
-            self.watch(index, figures)
 
     @contextmanager
     def timing(self, stage: str):

@@ -21,6 +21,7 @@ from experiment.setup import Setup, fetch_tokens, keep_statistics, known_peaks, 
 from experiment.tables import Finished, comparison_text, csv_table, row_facts, table_rows
 from experiment.tracking import Tracker, check_tracking, open_tracker
 from models.load import model_fingerprint
+from quantize.observer import LayerLog
 from quantize.quantization import check_shapes
 from quantize.settings import Transform
 from quantize.statistics import load_scales
@@ -178,8 +179,7 @@ def measure_rows(comparison: Comparison, found: dict[str, dict | None]) -> list[
         tracker = track_row(comparison, row, required=row is pending[0])
         try:
             with tracker:
-                measured.watch = tracker.layer
-                measure_row(comparison, row, peaks, measured)
+                measure_row(comparison, row, peaks, measured, tracker)
                 tracker.figures(measured.figures())
                 tracker.failed = bool(measured.failures)
         except Exception as error:
@@ -203,7 +203,7 @@ def track_row(comparison: Comparison, row: Row, required: bool) -> Tracker:
     return open_tracker(kind, folder, row.key, plain(settings), group=folder.name, required=required)
 
 
-def measure_row(comparison: Comparison, row: Row, peaks: Peaks, measured: Measured) -> None:
+def measure_row(comparison: Comparison, row: Row, peaks: Peaks, measured: Measured, tracker: Tracker) -> None:
     """Load the model, quantize it as `row` says, and measure it; what an interrupted run found is taken over."""
     identity, folder = comparison.identities[row.key], comparison.folder
     journal = Journal(comparison.path(row).with_suffix(".unfinished.jsonl"), identity)
@@ -219,7 +219,7 @@ def measure_row(comparison: Comparison, row: Row, peaks: Peaks, measured: Measur
         measured,
         behind=[runner.board(model, measured, row.key)],
         peaks=lambda: peaks.get(row.seed) or known_peaks(files, setup),
-        observers=[LayerFigures(measured)],
+        observers=[LayerLog(), LayerFigures(measured), tracker],
     )
     if statistics is not None:
         keep_statistics(files, setup, statistics)

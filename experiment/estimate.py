@@ -146,7 +146,7 @@ def travelling_bytes(skeleton: nn.Module, settings: QuantSettings, plan: Plan) -
 
     The first may live in files (see `utils.memory`). Without training one copy of the samples is only there until the
     probe is made. With it there are more: the second target of `--aug_loss`, and pinned copies of inputs and targets
-    where training reads them from the host (see `quantize.lwc.placed`).
+    where training reads them from the host (see `quantize.training.placed`).
     """
     samples = prod(plan.calibration) if plan.quantizes(settings) else 0
     tokens = sample_copies(settings, plan.statistics) * samples + tokens_of(plan.windows + plan.compared)

@@ -23,7 +23,7 @@ from experiment.setup import Setup, keep_statistics, known_peaks, open_model
 from experiment.tracking import check_tracking, open_tracker
 from models.saved import ModelWriter
 from models.streaming import LayerReader, load_shell
-from quantize.observer import Observer
+from quantize.observer import LayerLog, Observer
 from quantize.quantization import Quantization
 from quantize.settings import QuantSettings
 from quantize.sizes import hidden_bytes, sample_copies
@@ -61,8 +61,8 @@ def run_experiment(settings: RunSettings) -> None:
     log_start(prepared, runner)
     outcome = Outcome()
     with open_tracker(track, prepared.folder, prepared.folder.name, described(prepared)) as tracker:
-        outcome.measured.watch = tracker.layer
-        execute_noting_error(prepared, outcome, runner)
+        observers = [*observers_of(prepared, outcome.measured), tracker]
+        execute_noting_error(prepared, outcome, runner, observers)
         tracker.figures(outcome.measured.figures(), outcome.full.figures())
         finish(prepared, outcome)
         if outcome.error is not None:
@@ -100,10 +100,10 @@ def described(prepared: Prepared) -> dict:
     return plain({**run_settings(prepared), "method": method, "versions": versions()})
 
 
-def execute_noting_error(prepared: Prepared, outcome: Outcome, runner: Runner) -> None:
+def execute_noting_error(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Sequence[Observer]) -> None:
     """`execute`; what ends it early is written into results.json, and how to go on is said."""
     try:
-        execute(prepared, outcome, runner)
+        execute(prepared, outcome, runner, observers)
     except InputError:
         raise
     except BaseException as error:
@@ -145,7 +145,7 @@ def draw_report(prepared: Prepared) -> None:
         logger.exception("the report failed; results.json is whole")
 
 
-def execute(prepared: Prepared, outcome: Outcome, runner: Runner) -> None:
+def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Sequence[Observer] = ()) -> None:
     """Load, walk, evaluate; figures go into `outcome` as they are found."""
     setup, measured, full = prepared.setup, outcome.measured, outcome.full
     compared = runner.for_comparison(prepared.settings.report.report)
@@ -171,7 +171,7 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner) -> None:
             behind=[*([writer] if writer else []), runner.board(model, measured, QUANTIZED, allocate)],
             peaks=partial(known_peaks, prepared.settings.statistics, setup),
             finished=finished,
-            observers=observers_of(prepared, measured),
+            observers=observers,
             allocate=allocate,
         )
         if statistics is not None:
@@ -251,17 +251,19 @@ class LayerFigures(Observer):
 
     def layer_done(self, index: int, finished: FinishedLayer, restored: bool) -> None:
         """Add them."""
-        self.measured.add_layer(index, finished.figures)
+        self.measured.add_layer(finished.figures)
 
 
 def observers_of(prepared: Prepared, measured: Measured) -> list[Observer]:
-    """Who looks on while the layers are quantized: the report, then the checkpoint, then the figures."""
-    found: list[Observer] = [prepared.checkpoint] if prepared.checkpoint is not None else []
+    """Who looks on while the layers are quantized: the report, the log, the checkpoint, then the figures."""
+    observers: list[Observer] = [LayerLog(), LayerFigures(measured)]
+    if prepared.checkpoint is not None:
+        observers.insert(1, prepared.checkpoint)
     if prepared.settings.report.report and is_main():
         from reporting.recorder import Recorder
 
-        found.insert(0, Recorder(prepared.folder / "report/data"))
-    return [*found, LayerFigures(measured)]
+        observers.insert(0, Recorder(prepared.folder / "report/data"))
+    return observers
 
 
 def open_shell(prepared: Prepared) -> nn.Module:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from evaluation.base import Kind
 from evaluation.figures import figures_of
+from quantize.observer import Observer
+from quantize.state import FinishedLayer
 from utils.distributed import is_main
 from utils.errors import InputError
 from utils.tracking import Sink, TensorBoard, WandB, require_login
@@ -66,7 +68,7 @@ def _finite(values: dict[str, object]) -> dict[str, float]:
     }
 
 
-class Tracker:
+class Tracker(Observer):
     """What a run tells the library behind `sink`; without one, nothing. The run is what happens inside `with`.
 
     A run that ends in an exception counts as failed, and so does one whose `failed` was set.
@@ -74,6 +76,10 @@ class Tracker:
 
     def __init__(self, sink: Sink | None = None):
         self.sink, self.failed, self.broken = sink, False, False
+
+    def layer_done(self, index: int, finished: FinishedLayer, restored: bool) -> None:
+        """Track its figures."""
+        self.layer(index, finished.figures)
 
     def layer(self, index: int, figures: dict) -> None:
         """Track the figures of layer `index`, and the loss of its training by epoch."""

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from duquant.linear import expanded
 from duquant.tensors import widen
 from quantize.build import LayerBuilder, absorbers, describe_folding
-from quantize.lwc import Samples, TrainingReport, train_clipping_
-from quantize.observe import advance_, capture_rows, require_finite, run
+from quantize.observe import advance_, capture_rows, layer_output, require_finite
 from quantize.observer import Observer
 from quantize.rounding import OpenLinear
 from quantize.settings import QuantSettings, SmoothSettings, Transform, WeightPeak
 from quantize.smoothing import column_peak, smoothing_scale
 from quantize.spec import DecoderSpec, SharedRows
 from quantize.state import GroupState, LayerState
+from quantize.training import Samples, TrainingReport, train_clipping_
 from quantize.transforms import TRANSFORMS, Stage, TransformSearch, measure_stage
 
 
@@ -44,7 +44,7 @@ class LayerInputs:
     def advance_(self, layer: nn.Module) -> None:
         """Bring the quantized network's samples, and the probe, behind `layer`, which is quantized."""
         with expanded(layer):
-            self.probe = run(layer, self.probe, self.kwargs)
+            self.probe = layer_output(layer, self.probe, self.kwargs)
             if self.student is not None:
                 advance_(layer, self.student, self.kwargs, self.probe.device)
 
@@ -100,7 +100,7 @@ def decide(
     probe, kwargs = inputs.probe, inputs.kwargs
     for observer in observers:
         observer.layer_begins(layer, index, spec, kwargs)
-    reference = run(layer, probe, kwargs)
+    reference = layer_output(layer, probe, kwargs)
     targets = teacher_targets_(layer, inputs, settings)
     state = LayerState()
     builder = LayerBuilder(layer, spec, settings, probe.dtype, observers)

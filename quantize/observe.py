@@ -98,11 +98,11 @@ def advance_(
     """Replace `hidden` [N, T, C] on the host by the outputs of `layer`, which is on `device`, batch by batch."""
     kwargs = to_device(kwargs, device)
     batches = batch_size or BatchSize(max(1, TOKENS_PER_FORWARD // hidden.shape[1]))
-    for _ in batches.run(hidden, lambda batch: batch.copy_(run(layer, batch.to(device), kwargs))):
+    for _ in batches.run(hidden, lambda batch: batch.copy_(layer_output(layer, batch.to(device), kwargs))):
         pass
 
 
-def run(layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
+def layer_output(layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
     """The hidden states [N, T, C] that `layer` makes of `hidden`; all on one device."""
     output = layer(hidden, **kwargs)
     return output[0] if isinstance(output, tuple) else output
@@ -121,7 +121,7 @@ def capture_input(layer: nn.Module, path: str, hidden: Tensor, kwargs: dict) -> 
 
     handle = layer.get_submodule(path).register_forward_pre_hook(stop)
     try:
-        run(layer, hidden, kwargs)
+        layer_output(layer, hidden, kwargs)
     except _InputReached as reached:
         return reached.args[0]
     finally:
@@ -147,7 +147,7 @@ def capture_rows(layer: nn.Module, paths: Sequence[str], hidden: Tensor, kwargs:
     for linear in linears:
         linear.forward = partial(keep, out_features=linear.out_features)
     try:
-        run(layer, hidden, kwargs)
+        layer_output(layer, hidden, kwargs)
     finally:
         for linear in linears:
             del linear.forward

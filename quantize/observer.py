@@ -1,5 +1,6 @@
 """Looking on while layers are quantized: progress, tracking, checkpoints, the report. Nothing here changes a result."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 
 from quantize.spec import DecoderSpec, InputGroup
 from quantize.state import FinishedLayer
+
+logger = logging.getLogger(__name__)
 
 
 class Observer:
@@ -39,3 +42,44 @@ class Observer:
 
     def layer_done(self, index: int, finished: FinishedLayer, restored: bool) -> None:
         """Everything of layer `index` is known."""
+
+
+class LayerLog(Observer):
+    """One line per group with the probe's peak through the stages, and one for the layer."""
+
+    def layer_done(self, index: int, finished: FinishedLayer, restored: bool) -> None:
+        """Log the layer."""
+        if restored:
+            logger.info("layer %d: from the checkpoint", index)
+            return
+        for group in finished.figures["groups"]:
+            logger.info("layer %d %s: %s", index, group["name"], describe_group(group))
+        trained = describe_training(finished.figures["training"])
+        logger.info("layer %d: relative output error %.4f%s", index, finished.figures["output_error"], trained)
+
+
+def describe_training(training: dict | None) -> str:
+    """What training did to the loss, to stand behind other figures; empty without training."""
+    if training is None:
+        return ""
+    told = (
+        f", clipping loss {training['loss_before']:.3e} → {training['loss_after']:.3e} in {training['seconds']:.1f} s"
+    )
+    norms = training["gradient_norms"]
+    if norms and norms[-1] is not None:
+        told += f", gradient norm {norms[0] or 0:.1e} → {norms[-1]:.1e}"
+    return told + (f" ({training['restored']} steps were not finite)" if training["restored"] else "")
+
+
+def describe_group(group: dict) -> str:
+    """For example `peak 41.2 → smoothed 9.8 → rotation 1 2.3 (37 steps) → permutation 1 2.3 (spread 1.9 → 1.0) …`."""
+    parts, spread, steps = [], group["stages"][0]["spread"], iter(group["steps"])
+    for stage in group["stages"]:
+        note = ""
+        if stage["name"].startswith("rotation"):
+            note = f" ({next(steps)} steps)"
+        elif stage["name"].startswith("permutation"):
+            note = f" (block spread {spread:.2f} → {stage['spread']:.2f})"
+        parts.append(f"{stage['name']} {stage['peak']:.4g}{note}")
+        spread = stage["spread"]
+    return f"peak {' → '.join(parts)}; scale {group['scale']}"

@@ -1,6 +1,5 @@
 """Quantizing a model: the passenger that decides every layer, and what flows with it."""
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,20 +7,19 @@ from torch import Tensor, nn
 
 from duquant.attention import install
 from quantize.build import build_
-from quantize.layer import GroupReport, LayerInputs, LayerReport, decide
-from quantize.lwc import own_samples
+from quantize.layer import LayerInputs, decide
 from quantize.observe import layer_calls
 from quantize.observer import Observer
 from quantize.settings import Probe, QuantSettings, check_widths
 from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer
+from quantize.training import own_samples
 from quantize.walk import layers_in_memory, walk
 from utils.device import to_device
 from utils.distributed import make_equal_
 from utils.memory import Allocate, in_memory
 
 PROBE_SAMPLES = 4  # with `--probe sample`
-logger = logging.getLogger(__name__)
 
 
 def quantize_model(
@@ -98,13 +96,11 @@ class Quantization:
             inputs.advance_(layer)
             for observer in self.observers:
                 observer.layer_restored(layer, inputs.kwargs)
-        logger.info("layer %d: from the checkpoint", index)
 
     def _decide_(self, index: int, layer: nn.Module, inputs: LayerInputs) -> FinishedLayer:
         spec = self.spec.at(index)
         state, report = decide(layer, index, spec, inputs, self.peaks, self.settings, self.observers)
         self.search_seconds += report.search_seconds
-        log_layer(report)
         return FinishedLayer(state, report.figures())
 
 
@@ -168,32 +164,3 @@ def check_shapes(model: nn.Module, spec: DecoderSpec, settings: QuantSettings) -
         for path in group.linears
     }
     check_widths(settings, widths)
-
-
-def log_layer(report: LayerReport) -> None:
-    """One line per group with the probe's peak through the stages, and one for the layer."""
-    for group in report.groups:
-        logger.info("layer %d %s: %s", report.layer, group.name, describe_group(group))
-    trained = ""
-    if report.training is not None:
-        training = report.training
-        trained = f", clipping loss {training.loss_before:.3e} → {training.loss_after:.3e} in {training.seconds:.1f} s"
-        if training.gradient_norms and training.gradient_norms[-1] is not None:
-            trained += f", gradient norm {training.gradient_norms[0] or 0:.1e} → {training.gradient_norms[-1]:.1e}"
-        if training.restored:
-            trained += f" ({training.restored} steps were not finite)"
-    logger.info("layer %d: relative output error %.4f%s", report.layer, report.output_error, trained)
-
-
-def describe_group(group: GroupReport) -> str:
-    """For example `peak 41.2 → smoothed 9.8 → rotation 1 2.3 (37 steps) → permutation 1 2.3 (spread 1.9 → 1.0) …`."""
-    parts, spread, steps = [], group.stages[0].spread, iter(group.steps)
-    for stage in group.stages:
-        note = ""
-        if stage.name.startswith("rotation"):
-            note = f" ({next(steps)} steps)"
-        elif stage.name.startswith("permutation"):
-            note = f" (block spread {spread:.2f} → {stage.spread:.2f})"
-        parts.append(f"{stage.name} {stage.peak:.4g}{note}")
-        spread = stage.spread
-    return f"peak {' → '.join(parts)}; scale {group.scale}"

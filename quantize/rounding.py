@@ -8,7 +8,7 @@ from duquant.formats import number_format
 from duquant.linear import GroupInput, QuantLinear
 from duquant.quantizer import Quantizer, make_quantizer
 from duquant.scheme import TensorScheme
-from quantize.clipping import LearnedClip
+from quantize.training import LearnedClip
 
 
 class OpenLinear(nn.Module):

@@ -17,11 +17,11 @@ from duquant.attention import QUANTIZER
 from duquant.linear import GroupInput
 from duquant.tensors import widen
 from duquant.transform import DualTransform, rotate_blocks
-from quantize.clipping import INITIAL_LOGIT
-from quantize.observe import capture_rows, run
+from quantize.observe import capture_rows, layer_output
 from quantize.observer import Observer
 from quantize.rounding import OpenLinear
 from quantize.spec import DecoderSpec, InputGroup
+from quantize.training import INITIAL_LOGIT
 from quantize.transforms import channel_peak
 from utils.io import file_digest, write_tensors
 
@@ -50,7 +50,7 @@ class Recorder(Observer):
 
     def layer_begins(self, layer: nn.Module, index: int, spec: DecoderSpec, kwargs: dict) -> None:
         """Before anything is done to `layer`: its output in full precision, and its weights as they were."""
-        self.current = _Layer(index, run(layer, self.sample, kwargs), spec)
+        self.current = _Layer(index, layer_output(layer, self.sample, kwargs), spec)
         for group in spec.groups:
             weight = layer.get_submodule(shown_linear(group)).weight
             self.current.tensors[f"{group.name}/weight/original"] = landscape(weight)
@@ -106,7 +106,7 @@ class Recorder(Observer):
 
         A file that cannot be written has no digest: that costs the report this layer, not the run its results.
         """
-        current, output = self.current, run(layer, self.sample, kwargs)
+        current, output = self.current, layer_output(layer, self.sample, kwargs)
         figures = {
             "output_error": relative_error(current.reference, output),
             "output_sqnr_db": sqnr_db(current.reference, output - current.reference),
@@ -135,13 +135,13 @@ class Recorder(Observer):
         found = []
         for name, (paths, attention) in parts.items():
             with rounding_off(layer, paths, spec.attention if attention else None):
-                noise = run(layer, self.sample, kwargs) - reference
+                noise = layer_output(layer, self.sample, kwargs) - reference
             found.append({"part": name, "output_sqnr_db": sqnr_db(reference, noise)})
         return found
 
     def layer_restored(self, layer: nn.Module, kwargs: dict) -> None:
         """Advance the sample through a layer that was quantized earlier."""
-        self.sample = run(layer, self.sample, kwargs)
+        self.sample = layer_output(layer, self.sample, kwargs)
 
 
 class _Layer:

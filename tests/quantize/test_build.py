@@ -12,7 +12,7 @@ from duquant.attention import install
 from models import decoder_spec
 from quantize.build import build_
 from quantize.layer import decide
-from quantize.observe import run
+from quantize.observe import layer_output
 from quantize.quantization import Flow
 from quantize.settings import (
     BitSettings,
@@ -72,7 +72,7 @@ def test_a_state_builds_the_layer_that_deciding_it_left(name, dtype):
     flat = LayerState.from_tensors(state.tensors(), spec)  # as a checkpoint keeps it
     with torch.no_grad():
         build_(before, spec, flat, CASES[name], dtype)
-        assert torch.equal(run(before, hidden, kwargs), run(layer, hidden, kwargs))
+        assert torch.equal(layer_output(before, hidden, kwargs), layer_output(layer, hidden, kwargs))
     assert_same(before, layer)
 
 
@@ -91,7 +91,7 @@ def test_codes_build_it_too_without_the_weights_they_were_made_of(name):
         setattr(before, path, layer.get_submodule(path))
     with torch.no_grad():
         build_(before, spec, stored, CASES[name], torch.float32)
-        assert torch.equal(run(before, hidden, kwargs), run(layer, hidden, kwargs))
+        assert torch.equal(layer_output(before, hidden, kwargs), layer_output(layer, hidden, kwargs))
     assert_same(before, layer)
 
 

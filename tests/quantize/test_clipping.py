@@ -5,7 +5,7 @@ import torch
 
 from duquant.formats import IntegerFormat
 from duquant.quantizer import Quantizer, RatioClip
-from quantize.clipping import LearnedClip
+from quantize.training import LearnedClip
 
 LOW, HIGH = torch.tensor([[-2.0], [0.5], [0.0]]), torch.tensor([[1.0], [3.0], [0.0]])
 

@@ -7,11 +7,11 @@ from safetensors.torch import load_file
 from duquant.formats import IntegerFormat
 from duquant.quantizer import NoClip, Quantizer, RatioClip
 from duquant.transform import DualTransform, rotate_blocks
-from quantize.clipping import LearnedClip
 from quantize.greedy import greedy_rotation
 from quantize.permutation import zigzag_permutation
 from quantize.rotation import base_rotation, step_rotation
 from quantize.settings import RotationOrder, SearchRule
+from quantize.training import LearnedClip
 from quantize.transforms import channel_peak
 
 # settings of the vectors in fake_quant.safetensors, by name: bits, symmetric, clip (by number of rows), group size

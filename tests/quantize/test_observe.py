@@ -9,7 +9,7 @@ from duquant.attention import install
 from evaluation.perplexity import head_logits
 from models import decoder_spec
 from quantize import observe
-from quantize.observe import advance_, capture_input, layer_calls, layers_replaced, run, shell_on_device
+from quantize.observe import advance_, capture_input, layer_calls, layer_output, layers_replaced, shell_on_device
 from quantize.quantization import quantize_model
 from quantize.settings import BitSettings, QuantSettings, RotationSettings
 from quantize.statistics import channel_statistics
@@ -125,7 +125,7 @@ def test_advance_replaces_hidden_states_by_the_layer_s_outputs(monkeypatch):
     calls = layer_calls(model, spec_of(model), TOKENS, CPU)
     layer, kwargs = model.model.layers[0], calls.kwargs[0]
     with torch.no_grad():
-        expected = torch.cat([run(layer, sample[None], kwargs) for sample in calls.hidden])
+        expected = torch.cat([layer_output(layer, sample[None], kwargs) for sample in calls.hidden])
     storage = calls.hidden.data_ptr()
     advance_(layer, calls.hidden, kwargs, CPU)
     assert calls.hidden.data_ptr() == storage

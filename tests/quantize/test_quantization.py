@@ -23,7 +23,8 @@ from duquant.quantizer import NoClip
 from models import decoder_spec
 from quantize.layer import LayerInputs, decide, smoothing_scales
 from quantize.observe import layer_calls
-from quantize.quantization import PROBE_SAMPLES, check_shapes, describe_group, make_probe, quantize_model
+from quantize.observer import LayerLog, describe_group
+from quantize.quantization import PROBE_SAMPLES, check_shapes, make_probe, quantize_model
 from quantize.settings import (
     BitSettings,
     ClipSettings,
@@ -36,6 +37,7 @@ from quantize.settings import (
     Transform,
     WeightPeak,
 )
+from quantize.state import FinishedLayer, LayerState
 from quantize.statistics import channel_statistics
 from utils.errors import InputError
 
@@ -491,11 +493,14 @@ def test_reports_go_into_json_and_back():
 
 
 def test_a_log_line_tells_the_story_of_a_group(caplog):
-    with caplog.at_level(logging.INFO, logger="quantize.quantization"):
-        _, reports = quantize(make_model(), settings())
+    _, reports = quantize(make_model(), settings())
+    with caplog.at_level(logging.INFO, logger="quantize.observer"):
+        told = json.loads(json.dumps(reports, default=vars))
+        for report in told:
+            LayerLog().layer_done(report["layer"], FinishedLayer(LayerState(), report), restored=False)
     assert len(caplog.messages) == 2 * (4 + 1)
     group = reports[1].groups[3]
-    line = describe_group(group)
+    line = describe_group(told[1]["groups"][3])
     assert f"layer 1 down: {line}" in caplog.messages
     assert line.startswith(f"peak input {group.stages[0].peak:.4g} → smoothed ")
     assert f"({group.steps[0]} steps)" in line

@@ -9,7 +9,7 @@ from conftest import random_tokens, tiny_config, tiny_model
 
 from models import decoder_spec
 from models.load import load_skeleton
-from models.saved import ModelWriter, without_tied
+from models.saved import ModelWriter
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
 from quantize.settings import (

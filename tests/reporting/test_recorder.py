@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from duquant.linear import QuantLinear
 from duquant.transform import DualTransform
 from models import decoder_spec
-from quantize.observe import capture_input, layer_calls, run
+from quantize.observe import capture_input, layer_calls, layer_output
 from quantize.observer import Observer
 from quantize.quantization import quantize_model
 from quantize.settings import (
@@ -123,7 +123,7 @@ def test_the_output_and_its_error_are_those_of_the_first_sample_in_the_quantized
     sample = calls.hidden[:1]
     for index, (quantized, full) in enumerate(zip(model.model.layers, original.model.layers, strict=True)):
         with torch.no_grad():
-            found, reference = (run(layer, sample, calls.kwargs[index]) for layer in (quantized, full))
+            found, reference = (layer_output(layer, sample, calls.kwargs[index]) for layer in (quantized, full))
         error = ((found - reference).norm() / reference.norm()).item()
         assert figures[index]["recorded"]["output_error"] == pytest.approx(error, rel=1e-4)
         assert figures[index]["recorded"]["output_sqnr_db"] == pytest.approx(-20 * math.log10(error), abs=0.01)

@@ -10,11 +10,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantize.clipping import LearnedClip
-from quantize.observe import run
+from quantize.observe import layer_output
 from quantize.settings import TrainingSettings
 from utils.distributed import own_batches, sum_, world_size
 from utils.log import meter
+
+INITIAL_LOGIT = 4.0  # sigmoid(4) = 0.982: training starts near the unclipped range
+
+
+class LearnedClip(nn.Module):
+    """Both ends multiplied by the sigmoid of trainable logits, one pair per range (learnable weight clipping).
+
+    `shape` is that of the ranges, for example [output channels, 1]. Source: OmniQuant, sec. 3.2; DuQuant uses it as
+    LWC.
+    """
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.high_logit = nn.Parameter(torch.full(shape, INITIAL_LOGIT))
+        self.low_logit = nn.Parameter(torch.full(shape, INITIAL_LOGIT))
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (sigmoid(β)·low, sigmoid(γ)·high)."""
+        return self.low_logit.sigmoid() * low, self.high_logit.sigmoid() * high
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Detached copies of the logits (low, high)."""
+        return self.low_logit.detach().clone(), self.high_logit.detach().clone()
+
+    @torch.no_grad()
+    def set_(self, low: Tensor, high: Tensor) -> None:
+        """Set both logits."""
+        self.low_logit.copy_(low)
+        self.high_logit.copy_(high)
 
 
 @dataclass(frozen=True)
@@ -154,7 +182,7 @@ def train_step(
     loss = torch.zeros((), device=batch.inputs.device)
     if batch.share > 0:
         with torch.enable_grad():
-            loss = batch.share * distance(run(layer, batch.inputs, kwargs), batch.targets)
+            loss = batch.share * distance(layer_output(layer, batch.inputs, kwargs), batch.targets)
             scaler.scale(loss).backward()
         loss = loss.detach()
     else:
@@ -189,7 +217,7 @@ def sample_losses(layer: nn.Module, samples: Samples, kwargs: dict, batch_size: 
     """The training loss of every sample (the mean of its batch) with the logits as they are: [N], float64."""
     nothing = torch.zeros((), device=device)
     losses = [
-        batch.share * distance(run(layer, batch.inputs, kwargs), batch.targets) if batch.share > 0 else nothing
+        batch.share * distance(layer_output(layer, batch.inputs, kwargs), batch.targets) if batch.share > 0 else nothing
         for batch in samples.batches(batch_size, device)
     ]
     of_batches = torch.stack(losses).cpu().double()  # one wait for the device, at the end

@@ -16,10 +16,8 @@ from duquant.attention import install
 from duquant.linear import QuantLinear
 from duquant.transform import DualTransform
 from models import decoder_spec
-from quantize.clipping import INITIAL_LOGIT, LearnedClip
 from quantize.layer import decide
-from quantize.lwc import Batch, Samples, TrainingReport, clips, placed, train_clipping_, train_step
-from quantize.observe import run
+from quantize.observe import layer_output
 from quantize.quantization import Flow, quantize_model
 from quantize.settings import (
     BitSettings,
@@ -30,6 +28,17 @@ from quantize.settings import (
     TrainingSettings,
 )
 from quantize.statistics import channel_statistics
+from quantize.training import (
+    INITIAL_LOGIT,
+    Batch,
+    LearnedClip,
+    Samples,
+    TrainingReport,
+    clips,
+    placed,
+    train_clipping_,
+    train_step,
+)
 
 CPU = torch.device("cpu")
 SAMPLES, EPOCHS = 4, 3
@@ -68,7 +77,7 @@ class Case:
     @torch.no_grad()
     def loss(self) -> float:
         """The mean squared error over all samples, computed here."""
-        output = run(self.layer, self.samples.inputs, self.kwargs)
+        output = layer_output(self.layer, self.samples.inputs, self.kwargs)
         return sum(F.mse_loss(output, target).item() for target in self.samples.targets)
 
 
@@ -237,7 +246,7 @@ def test_a_last_epoch_that_ends_best_is_kept_although_its_mean_is_not_the_least(
         ends.append(case.logits)
         return sum(values) / len(values)
 
-    monkeypatch.setattr("quantize.lwc.mean_or_none", at_the_end_of_an_epoch)
+    monkeypatch.setattr("quantize.training.mean_or_none", at_the_end_of_an_epoch)
     report = case.train(epochs=10)
     assert report.losses[-1] > min(report.losses), "the case must really have a better mean before"
     assert all(torch.equal(*pair) for pair in zip(case.logits, ends[-1], strict=True))
@@ -245,7 +254,7 @@ def test_a_last_epoch_that_ends_best_is_kept_although_its_mean_is_not_the_least(
 
 def test_a_process_without_a_share_takes_part_in_a_scaled_step(monkeypatch):
     case = make_case(monkeypatch, settings())
-    monkeypatch.setattr("quantize.lwc.world_size", lambda: 2)
+    monkeypatch.setattr("quantize.training.world_size", lambda: 2)
     logits = [logit.requires_grad_(True) for clip in clips(case.layer) for logit in clip.parameters()]
     optimizer = torch.optim.AdamW(logits, lr=0.01)
     none = Batch(case.samples.inputs[:0], [target[:0] for target in case.samples.targets], 0.0)
@@ -279,7 +288,7 @@ def test_augmented_loss_adds_the_full_precision_layer_on_the_students_input(monk
     assert torch.equal(augmented.samples.targets[0], usual.samples.targets[0])
     assert torch.equal(augmented.samples.inputs, usual.samples.inputs)
     model = tiny_model()
-    own = run(model.model.layers[1], augmented.samples.inputs, augmented.kwargs)
+    own = layer_output(model.model.layers[1], augmented.samples.inputs, augmented.kwargs)
     torch.testing.assert_close(augmented.samples.targets[1], own)
     assert not torch.allclose(augmented.samples.targets[1], augmented.samples.targets[0])
     reports = [case.train(epochs=1) for case in (augmented, usual)]

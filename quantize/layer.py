@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from duquant.linear import expanded
 from duquant.tensors import widen
 from quantize.build import LayerBuilder, absorbers, describe_folding
 from quantize.observe import advance_, capture_rows, layer_output, require_finite
@@ -43,10 +42,9 @@ class LayerInputs:
 
     def advance_(self, layer: nn.Module) -> None:
         """Bring the quantized network's samples, and the probe, behind `layer`, which is quantized."""
-        with expanded(layer):
-            self.probe = layer_output(layer, self.probe, self.kwargs)
-            if self.student is not None:
-                advance_(layer, self.student, self.kwargs, self.probe.device)
+        self.probe = layer_output(layer, self.probe, self.kwargs)
+        if self.student is not None:
+            advance_(layer, self.student, self.kwargs, self.probe.device)
 
 
 @dataclass(frozen=True)

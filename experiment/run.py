@@ -107,11 +107,11 @@ def execute_noting_error(prepared: Prepared, outcome: Outcome, runner: Runner, o
     except InputError:
         raise
     except BaseException as error:
-        outcome.error = f"{type(error).__name__}: {error}".rstrip(": ")
-        write_results(prepared, outcome)
-        if prepared.checkpoint is not None:
+        if prepared.checkpoint is not None:  # said first: a launcher that ends all processes is in a hurry
             again = resume_command(sys.argv, prepared.checkpoint.folder)
             logger.error("finished layers are kept; go on with: %s", again)
+        outcome.error = f"{type(error).__name__}: {error}".rstrip(": ")
+        write_results(prepared, outcome)
         raise
 
 

@@ -114,10 +114,17 @@ def prepare(settings: CompareSettings) -> Comparison:
     statistics = statistics_identity(files.act_scales)
     identities = {row.key: shared | row_identity(row, setups, statistics) for row in rows}
     identities = {key: json.loads(json.dumps(plain(flatten(each)))) for key, each in identities.items()}
-    stem = f"{setup.net}_w{settings.quant.bits.weight}a{settings.quant.bits.activation}_compare"
-    # a row says itself what its seed is
-    folder = settings.comparison.output_dir / folder_name(stem, settings, ("wbits", "abits", "seed"))
+    folder = settings.comparison.output_dir / comparison_folder(settings, setup.net)
     return Comparison(settings, setups, evaluations, rows, folder, identities)
+
+
+def comparison_folder(settings: CompareSettings, net: str) -> str:
+    """The name of the comparison's folder: rows of one name and seed have different ones if their figures can differ.
+
+    Which rows and seeds there are it does not tell: each has files of its own.
+    """
+    bits = settings.quant.bits
+    return folder_name(f"{net}_w{bits.weight}a{bits.activation}_compare", settings, ("wbits", "abits", "seed"))
 
 
 def at_seed(settings: CompareSettings, setup: Setup, seed: int) -> Setup:

@@ -19,7 +19,7 @@ from utils.device import describe, peak_memory
 from utils.distributed import is_main, world_size
 from utils.io import write_json
 from utils.results import format_table, plain, versions
-from utils.settings import flat
+from utils.settings import defaults, flat
 
 
 @dataclass
@@ -73,9 +73,10 @@ def run_settings(prepared: Prepared) -> dict:
 
 
 def settings_dict(settings: object, setup: Setup) -> dict:
-    """Every setting by name, with what was resolved of those that may be left out."""
+    """Every setting by name, with what was resolved of those that may be left out; idle ones have their default."""
     samples = {} if setup.tokens is None else {"nsamples": len(setup.tokens)}
-    return {**flat(settings), **samples, "seqlen": setup.seqlen, "net": setup.net}
+    resolved = {**samples, "seqlen": setup.seqlen, "net": setup.net}
+    return {**defaults(type(settings)), **flat(settings), **resolved}
 
 
 def summary_table(prepared: Prepared, outcome: Outcome) -> str:

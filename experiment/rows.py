@@ -35,7 +35,7 @@ class SharedQuantSettings(QuantSettings):
 
     def __post_init__(self) -> None:
         check_seed("--seed", self.seed)
-        if min(self.bits.weight, self.bits.activation) >= 16:
+        if self.bits.untouched:
             bits = f"--wbits {self.bits.weight} --abits {self.bits.activation}"
             raise InputError(f"{bits}: nothing is quantized, so every row is the same")
 

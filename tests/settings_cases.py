@@ -3,7 +3,7 @@
 import enum
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ def switched_on(cls: type, option: Option) -> Any:
 
 def with_another(settings: Any, option: Option) -> Any:
     """`settings` with another value of `option`, one that its class allows. Fails if none can be found."""
-    now = get(settings, option.path)
-    for value in candidates(option.kind, now):
+    now, choices = get(settings, option.path), option.field.metadata["arguments"].get("choices") or ("another",)
+    for value in candidates(option.kind, now, choices):
         if value == now:
             continue
         try:
@@ -50,17 +50,17 @@ def with_another(settings: Any, option: Option) -> Any:
     raise AssertionError(f"no other value is known for {option.name} of type {option.kind}; add one to settings_cases")
 
 
-def candidates(kind: Any, now: Any) -> Iterator[Any]:
-    """Values of type `kind` to try."""
+def candidates(kind: Any, now: Any, choices: Sequence[str]) -> Iterator[Any]:
+    """Values of type `kind` to try; texts are those of `choices`."""
     if isinstance(kind, types.UnionType):
         for each in typing.get_args(kind):
-            yield from () if each is types.NoneType else candidates(each, now)
+            yield from () if each is types.NoneType else candidates(each, now, choices)
         yield None
     elif typing.get_origin(kind) is tuple:
-        yield from ((each,) for each in candidates(typing.get_args(kind)[0], None))
+        yield from ((each,) for each in candidates(typing.get_args(kind)[0], None, choices))
     elif kind is bool:
         yield not now
     elif issubclass(kind, enum.Enum):
         yield from kind
     else:
-        yield from {int: NUMBERS, float: RATIOS, str: ("another",), Path: (Path("another"),)}.get(kind, ())
+        yield from {int: NUMBERS, float: RATIOS, str: choices, Path: (Path("another"),)}.get(kind, ())

@@ -190,8 +190,8 @@ class WindowPerplexity(Evaluation):
             candidate.journal.keep(self.KEY, asdict(result))
         else:
             result = Perplexity(**candidate.journal.get(self.KEY))
-        found = {"perplexity": {self.label: result.perplexity}, "perplexity_details": {self.label: asdict(result)}}
-        yield Finding(found, f"{self.label}: {result}")
+        results = {"perplexity": {self.label: result.perplexity}, "perplexity_details": {self.label: asdict(result)}}
+        yield Finding(results, f"{self.label}: {result}")
 
     def _measure(self, model: nn.Module, candidate: Candidate) -> Perplexity:
         spec, tokens, device = self.context.spec, self.tokens, self.context.device

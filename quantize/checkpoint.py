@@ -101,8 +101,8 @@ class Checkpoint(Observer):
 
         Raises InputError for a file of another run, which is left alone.
         """
-        found = {index: self._read(index, spec) for index in range(layers) if self.path(index).exists()}
-        return {index: layer for index, layer in found.items() if layer is not None}
+        read = {index: self._read(index, spec) for index in range(layers) if self.path(index).exists()}
+        return {index: layer for index, layer in read.items() if layer is not None}
 
     def _read(self, index: int, spec: DecoderSpec) -> FinishedLayer | None:
         path = self.path(index)

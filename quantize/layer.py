@@ -110,15 +110,15 @@ def decide(
         x = capture_rows(layer, group.inputs, probe, kwargs)
         require_finite(x, spec.linear_key(index, group.linears[0]))
         started = time.perf_counter()
-        found, stages = search_transform(
+        search, stages = search_transform(
             x, builder.folded_scale(group), builder.online_scale(group), settings, generator
         )
         search_seconds += time.perf_counter() - started
         where = describe_folding(absorbers(group, settings.smooth)) if settings.smooth else "none"
-        reports.append(GroupReport(group.name, block_size(x.shape[-1], settings), where, stages, found.steps))
+        reports.append(GroupReport(group.name, block_size(x.shape[-1], settings), where, stages, search.steps))
         for observer in observers:
-            observer.searched(group, found.peaks)
-        state.groups[group.name] = GroupState(scales.get(group.name), found.rotations, found.permutations)
+            observer.searched(group, search.peaks)
+        state.groups[group.name] = GroupState(scales.get(group.name), search.rotations, search.permutations)
         builder.open_(group, state.groups[group.name])
         if settings.training is None:
             builder.round_(group)
@@ -200,8 +200,8 @@ def search_transform(
         smoothed = smoothed / online
     if folded is not None or online is not None:
         stages.append(measure_stage("smoothed", smoothed, size))
-    found = TRANSFORMS[settings.transform](smoothed, size, settings.rotation, generator)
-    return found, (*stages, *found.stages)
+    search = TRANSFORMS[settings.transform](smoothed, size, settings.rotation, generator)
+    return search, (*stages, *search.stages)
 
 
 def layer_generator(seed: int, index: int) -> torch.Generator:

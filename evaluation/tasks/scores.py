@@ -49,10 +49,10 @@ class ZeroShot:
 
 def mean_of(scores: Sequence[TaskScore], tasks: Sequence[str]) -> Mean | None:
     """The mean over `tasks`; None if one of them has no accuracy."""
-    found = {score.task: score.metrics for score in scores if score.group is None and "acc" in score.metrics}
-    if not tasks or any(task not in found for task in tasks):
+    by_task = {score.task: score.metrics for score in scores if score.group is None and "acc" in score.metrics}
+    if not tasks or any(task not in by_task for task in tasks):
         return None
-    metrics = [found[task] for task in tasks]
+    metrics = [by_task[task] for task in tasks]
     norm = [values.get("acc_norm", values["acc"]) for values in metrics]
     return Mean(tuple(tasks), sum(values["acc"] for values in metrics) / len(metrics), sum(norm) / len(norm))
 

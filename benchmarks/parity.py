@@ -92,8 +92,8 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--variants", action="store_true", help="also compare search rules, orders and probes")
     args = parser.parse_args()
-    figures = json.loads(args.reference.read_text())[Path(args.model).name]
-    runs = [run for run in figures["runs"] if run["perplexity"] is not None]
+    reference = json.loads(args.reference.read_text())[Path(args.model).name]
+    runs = [run for run in reference["runs"] if run["perplexity"] is not None]
     bench = Bench(args.model, args.tokens)
 
     rows, ratios = [], []

@@ -90,9 +90,9 @@ class Tracker(Observer):
             if values:
                 self._tell(lambda sink, values=values, epoch=epoch: sink.scalars(values, "epoch", epoch))
 
-    def figures(self, measured: dict, full: dict | None = None) -> None:
+    def figures(self, own: dict, full: dict | None = None) -> None:
         """Track the final figures (`Measured.figures()`): the model's own, and the full-precision one's."""
-        values = final_scalars(measured, "final") | final_scalars(full or {}, "full")
+        values = final_scalars(own, "final") | final_scalars(full or {}, "full")
         self._tell(lambda sink: sink.final(values))
 
     def _tell(self, say: Callable[[Sink], None]) -> None:

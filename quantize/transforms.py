@@ -82,8 +82,8 @@ class Trail:
         self._complete_rotations()
         none = torch.empty(0, self.x.shape[-1], dtype=torch.int64, device=self.x.device)
         permutations = torch.stack(self.permutations) if self.permutations else none
-        figures = (tuple(self.stages), tuple(self.steps), tuple(self.peaks))
-        return TransformSearch(torch.stack(self.rotations), permutations, *figures)
+        records = (tuple(self.stages), tuple(self.steps), tuple(self.peaks))
+        return TransformSearch(torch.stack(self.rotations), permutations, *records)
 
     def _complete_rotations(self) -> None:
         if len(self.rotations) == len(self.permutations):

@@ -84,8 +84,8 @@ def _figures(way: dict, kind: Kind) -> list[Figure]:
 
 def _rows(results: dict, kind: Kind) -> tuple[Rows, list[str]]:
     rows = [
-        (title, {each.label: None if isnan(each.value) else each.value for each in _figures(figures, kind)})
-        for title, figures in ways(results)
+        (title, {each.label: None if isnan(each.value) else each.value for each in _figures(way, kind)})
+        for title, way in ways(results)
     ]
     labels = list(dict.fromkeys(label for _, values in rows for label in values))
     return [(title, [values.get(label) for label in labels]) for title, values in rows if values], labels

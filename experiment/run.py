@@ -203,23 +203,23 @@ def travel(
     they are observed on the way, and returned with the other statistics.
     """
     passengers = [*before, *behind]
-    observation = None
+    observation = quantization = None
     if quant is not None and quant.bits.untouched:
         logger.info("16-bit weights and activations: nothing to quantize")
     elif quant is not None:
-        found = peaks() if needs_peaks(setup, quant, finished) else None
-        if found is None and needs_peaks(setup, quant, finished):
+        smooths = needs_peaks(setup, quant, finished)
+        scales = peaks() if smooths else None
+        if smooths and scales is None:
             with measured.timing("statistics"):
                 observation = Observation(model, setup.spec, setup.tokens, setup.device, allocate)
-            found = observation.statistics.scales
+            scales = observation.statistics.scales
+            passengers.insert(0, Timed(observation, measured, "statistics"))
         with measured.timing("quantize"):
             how = (quant, setup.device, finished, observers, allocate)
-            quantization = Quantization(model, setup.spec, setup.tokens, found, *how)
-        middle = [Timed(quantization, measured, "quantize")]
-        first = [Timed(observation, measured, "statistics")] if observation is not None else []
-        passengers = [*first, *before, *middle, *behind]
+            quantization = Quantization(model, setup.spec, setup.tokens, scales, *how)
+        passengers.insert(len(passengers) - len(behind), Timed(quantization, measured, "quantize"))
     walk(layers, passengers, setup.layers)
-    if quant is not None and not quant.bits.untouched:
+    if quantization is not None:
         measured.seconds["search"] = quantization.search_seconds
     return observation and observation.statistics
 

@@ -45,7 +45,6 @@ def option(
     changes: Changes = Changes.LAYERS,
     tag: str | None = None,
     title: str | None = None,
-    required: bool = False,
     **arguments: Any,
 ) -> Any:
     """A field that is a command-line flag.
@@ -55,7 +54,7 @@ def option(
     it is not its class's. `arguments` go to argparse where the type of the field does not say enough.
     """
     names = (flag,) if isinstance(flag, str) else tuple(flag)
-    metadata = {"flags": names, "help": help, "changes": changes, "tag": tag, "required": required}
+    metadata = {"flags": names, "help": help, "changes": changes, "tag": tag}
     metadata |= {"arguments": arguments, "title": title}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -133,17 +132,17 @@ def flat(settings: Any, least: Changes = Changes.NOTHING) -> dict[str, Any]:
 
     Switches are there as True or False; what is in a part that is switched off is left out, since it changes nothing.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if "part" in field.metadata:
             inner = {} if value is None else flat(value, least)
             if field.metadata["switch"] and _most(field.metadata["part"]) >= least:
-                found[field.metadata["switch"]] = value is not None
-            found |= inner
+                values[field.metadata["switch"]] = value is not None
+            values |= inner
         elif field.metadata["changes"] >= least:
-            found[_name(field)] = _plain(value)
-    return found
+            values[_name(field)] = _plain(value)
+    return values
 
 
 def identity(settings: Any, least: Changes = Changes.NOTHING) -> str:
@@ -153,8 +152,8 @@ def identity(settings: Any, least: Changes = Changes.NOTHING) -> str:
 
 def defaults(cls: type) -> dict[str, Any]:
     """Setting's name → default as plain value, those of parts that are off by default included."""
-    found = {each.name: _plain(each.field.default) for each in options(cls)}
-    return found | {each.metadata["switch"]: each.metadata["on"] for each in _parts(cls) if each.metadata["switch"]}
+    values = {each.name: _plain(each.field.default) for each in options(cls)}
+    return values | {each.metadata["switch"]: each.metadata["on"] for each in _parts(cls) if each.metadata["switch"]}
 
 
 def folder_name(stem: str, settings: Any, told: Sequence[str] = ()) -> str:
@@ -227,10 +226,10 @@ def _arguments(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
     if kind is bool:
         action = argparse.BooleanOptionalAction if field.default is None else "store_true"
         return {"action": action, "default": field.default}
-    found = {"default": field.default} | ({"required": True} if field.metadata["required"] else {})
+    arguments = {"default": field.default}
     if typing.get_origin(kind) is tuple:
-        return found | {"nargs": "+", "type": typing.get_args(kind)[0]}
-    return found | {"type": kind} | ({"choices": list(kind)} if issubclass(kind, enum.Enum) else {})
+        return arguments | {"nargs": "+", "type": typing.get_args(kind)[0]}
+    return arguments | {"type": kind} | ({"choices": list(kind)} if issubclass(kind, enum.Enum) else {})
 
 
 def _name(field: dataclasses.Field) -> str:

@@ -12,7 +12,15 @@ from models import decoder_spec
 from quantize.greedy import greedy_rotation
 from quantize.quantization import quantize_model
 from quantize.rotation import random_orthogonal, step_rotation
-from quantize.settings import BitSettings, QuantSettings, RotationOrder, RotationSettings, SearchRule, SmoothSettings
+from quantize.settings import (
+    BitSettings,
+    QuantSettings,
+    RotationOrder,
+    RotationSettings,
+    SearchRule,
+    SmoothSettings,
+    TrainingSettings,
+)
 from quantize.statistics import channel_statistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
@@ -68,6 +76,18 @@ def test_full_precision_perplexity_is_the_cpu_s(implementation):
 def test_quantizing_on_the_gpu_twice_gives_the_same_to_the_bit():
     first, second = (quantized(tiny_model().half(), 4, CUDA).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_in_half_precision_lowers_the_loss_and_leaves_codes_on_the_host(dtype):
+    model = tiny_model(dtype)
+    spec, training = decoder_spec(model.config), TrainingSettings(epochs=8, batch_size=2)
+    settings = QuantSettings(BitSettings(3, 8), rotation=RotationSettings(16, 4), training=training)
+    layers = quantize_model(model, spec, CALIBRATION, None, settings, CUDA)
+    before, after = (sum(layer["training"][f"loss_{when}"] for layer in layers) for when in ("before", "after"))
+    assert after < before
+    assert places(model) == {"cpu"}
+    assert model.model.layers[0].mlp.down_proj.codes.dtype is torch.uint8
 
 
 @pytest.mark.parametrize("rule", SearchRule)

@@ -97,10 +97,10 @@ def compare(model, tokenizer, subjects: list[Subject], shots: int, device, repea
     for subject in subjects * repeats:
         common = (model, tokenizer, subject, shots, device, model.config.max_position_embeddings)
         alone, expected = timed(lambda common=common: answer_one_at_a_time(*common))
-        here, found = timed(lambda common=common: answer_subject(*common, batch_size))
-        turns.append((alone / found.questions, here / found.questions))
-        same = same and expected == [answer.predicted for answer in found.answers]
-        used.append(found.average_shots)
+        here, score = timed(lambda common=common: answer_subject(*common, batch_size))
+        turns.append((alone / score.questions, here / score.questions))
+        same = same and expected == [answer.predicted for answer in score.answers]
+        used.append(score.average_shots)
     seconds = [f"{1000 * statistics.median(side):.1f}" for side in zip(*turns, strict=True)]
     ratio = statistics.median(alone / here for alone, here in turns)
     return [f"{shots}-shot", f"{statistics.mean(used):.2f}", *seconds, f"{ratio:.1f}", "yes" if same else "NO"]

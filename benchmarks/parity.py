@@ -92,16 +92,16 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--variants", action="store_true", help="also compare search rules, orders and probes")
     args = parser.parse_args()
-    figures = json.loads(args.reference.read_text())[Path(args.model).name]
-    runs = [run for run in figures["runs"] if run["perplexity"] is not None]
+    reference = json.loads(args.reference.read_text())[Path(args.model).name]
+    runs = [run for run in reference["runs"] if run["perplexity"] is not None]
     bench = Bench(args.model, args.tokens)
 
     rows, ratios = [], []
     for run in runs:
         config = quant_config(run["settings"], SearchRule.ROW, RotationOrder.RQ, Probe.MEAN)
-        found, seconds = bench.measure(config)
-        ratios.append((found / run["perplexity"], run["seconds"] / seconds))
-        shown = [f"{found:.4f}", f"{run['perplexity']:.4f}", f"{ratios[-1][0]:.3f}"]
+        ppl, seconds = bench.measure(config)
+        ratios.append((ppl / run["perplexity"], run["seconds"] / seconds))
+        shown = [f"{ppl:.4f}", f"{run['perplexity']:.4f}", f"{ratios[-1][0]:.3f}"]
         rows.append([label(run["settings"]), *shown, f"{seconds:.1f}", f"{run['seconds']:.1f}", f"{ratios[-1][1]:.1f}"])
     header = ["settings (row, RQ)", "ppl", "original", "ratio", "s", "original s", "speed-up"]
     print(format_table(header, rows))
@@ -111,8 +111,8 @@ def main() -> None:
         settings = [run["settings"] for run in runs if run["settings"]["wbits"] == 4]
         rows = []
         for rule, order, probe in itertools.product(SearchRule, RotationOrder, Probe):
-            found = [bench.measure(quant_config(each, rule, order, probe))[0] for each in settings]
-            rows.append([f"{rule} {order} {probe}", f"{statistics.mean(found):.4f}", f"{statistics.stdev(found):.4f}"])
+            ppls = [bench.measure(quant_config(each, rule, order, probe))[0] for each in settings]
+            rows.append([f"{rule} {order} {probe}", f"{statistics.mean(ppls):.4f}", f"{statistics.stdev(ppls):.4f}"])
         print(format_table([f"variant, {len(settings)} W4A4 settings", "mean ppl", "spread"], rows))
 
 

@@ -65,8 +65,8 @@ def task_rows(full: dict, quantized: dict, stock: dict) -> list[list[str]]:
             if metric in one["metrics"]:
                 theirs = stock.get(one["task"], {}).get(f"{metric},none")
                 values = (one["metrics"][metric], theirs, other["metrics"][metric], one["metrics"][f"{metric}_stderr"])
-                figures = ["stops" if value is None else f"{value:.4f}" for value in values]
-                rows.append([f"{one['task']} {metric}", str(one["items"]), *figures])
+                cells = ["stops" if value is None else f"{value:.4f}" for value in values]
+                rows.append([f"{one['task']} {metric}", str(one["items"]), *cells])
     return rows
 
 

@@ -48,8 +48,8 @@ class Scheme:
     @property
     def roles(self) -> dict[str, TensorScheme]:
         """Role → its scheme."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: scheme for name, scheme in found.items() if isinstance(scheme, TensorScheme)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: scheme for name, scheme in values.items() if isinstance(scheme, TensorScheme)}
 
     def to_dict(self) -> dict:
         """Plain values, as JSON has them."""

@@ -16,20 +16,20 @@ def figures_of(results: dict, compact: bool = False) -> dict[str, Figure]:
     `compact`: of a task only the metric that it is published with, acc_norm where lm-eval has it and acc otherwise.
     """
     kinds = entries()
-    found = [figure for entry in kinds for figure in entry.figures(results) if figure.compact or not compact]
+    figures = [figure for entry in kinds for figure in entry.figures(results) if figure.compact or not compact]
     seconds = results.get("seconds") or {}
     for heading, stages in ((QUANTIZE, ("quantize",)), (EVALUATE, [entry.STAGE for entry in kinds])):
         spent = [seconds[stage] for stage in stages if stage in seconds]
         if spent:
-            found.append(Figure(heading, sum(spent), Kind.SECONDS, decimals=1, lower_is_better=True))
-    return {figure.heading: figure for figure in found}
+            figures.append(Figure(heading, sum(spent), Kind.SECONDS, decimals=1, lower_is_better=True))
+    return {figure.heading: figure for figure in figures}
 
 
 def headings(rows: Iterable[Mapping[str, object]]) -> list[str]:
     """Every heading that one of `rows` has a value for: figures first, seconds last."""
-    found = dict.fromkeys(heading for row in rows for heading in row)
-    seconds = [heading for heading in (QUANTIZE, EVALUATE) if heading in found]
-    return [heading for heading in found if heading not in seconds] + seconds
+    present = dict.fromkeys(heading for row in rows for heading in row)
+    seconds = [heading for heading in (QUANTIZE, EVALUATE) if heading in present]
+    return [heading for heading in present if heading not in seconds] + seconds
 
 
 def show(figure: Figure | None) -> str:

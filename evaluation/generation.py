@@ -82,8 +82,8 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: Sequ
     """Ids at which generation ends: the model's and the tokenizer's EOS, and stops that are single special tokens."""
     own = model.generation_config.eos_token_id
     special = tokenizer.get_added_vocab()
-    found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
-    return sorted((found | {special.get(stop) for stop in stops}) - {None})
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    return sorted((ends | {special.get(stop) for stop in stops}) - {None})
 
 
 def complete(

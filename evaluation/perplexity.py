@@ -15,12 +15,11 @@ from evaluation.base import FULL, Candidate, Context, Evaluation, Finding
 from evaluation.settings import EvaluationSettings, PerplexitySettings
 from quantize.observe import advance_, layer_calls, layers_replaced, shell_on_device
 from quantize.spec import DecoderSpec
+from quantize.walk import layers_in_memory, walk
 from utils import data
 from utils.batching import BatchSize
-from utils.device import on_device
 from utils.distributed import own_part, together
 from utils.errors import InputError
-from utils.log import progress
 from utils.memory import Allocate, in_memory
 
 
@@ -96,9 +95,7 @@ def final_hidden(
 ) -> Tensor:
     """`Windows.hidden` of windows of token ids [N, T] that go alone through a model that is there as a whole."""
     windows = Windows(model, spec, tokens, device, batch_size)
-    for index, layer in enumerate(progress(spec.decoder_layers(model), label, unit="layer")):
-        with on_device(layer, device):
-            windows.visit(index, layer)
+    walk(layers_in_memory(model, spec, device), [windows], len(spec.decoder_layers(model)), label)
     return windows.hidden
 
 
@@ -193,8 +190,8 @@ class WindowPerplexity(Evaluation):
             candidate.journal.keep(self.KEY, asdict(result))
         else:
             result = Perplexity(**candidate.journal.get(self.KEY))
-        found = {"perplexity": {self.label: result.perplexity}, "perplexity_details": {self.label: asdict(result)}}
-        yield Finding(found, f"{self.label}: {result}")
+        results = {"perplexity": {self.label: result.perplexity}, "perplexity_details": {self.label: asdict(result)}}
+        yield Finding(results, f"{self.label}: {result}")
 
     def _measure(self, model: nn.Module, candidate: Candidate) -> Perplexity:
         spec, tokens, device = self.context.spec, self.tokens, self.context.device

@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
 
+from duquant.linear import expanded
 from evaluation.base import QUANTIZED, Candidate, Context, Evaluation, EvaluationError, Passenger, digest
 from evaluation.journal import Journal, Section
 from evaluation.measured import Measured
@@ -154,9 +155,13 @@ class Runner:
         """What the journal has of this evaluation: with other data it is another one."""
         return self.journal.under(f"{row}/{evaluation.name}/{digest(evaluation.identity())}")
 
-    def _placed(self, model: nn.Module):
-        context = self.evaluations.context
-        return placed(model, context.device, self.evaluations.spread, self.evaluations.limits)
+    @contextmanager
+    def _placed(self, model: nn.Module) -> Iterator[None]:
+        """`model` is where it can run; on one device its weights stay decoded, since every token needs all of them."""
+        spread, limits = self.evaluations.spread, self.evaluations.limits
+        device = self.evaluations.context.device
+        with placed(model, device, spread, limits), nullcontext() if spread else expanded(model):
+            yield
 
 
 class Travellers:

@@ -72,14 +72,14 @@ def run_comparison(settings: CompareSettings) -> None:
     join_group()
     check_tracking(settings.track.track)
     comparison = prepare(settings)
-    found = from_main(lambda: {row.key: read_row(comparison, row) for row in comparison.rows})
+    earlier = from_main(lambda: {row.key: read_row(comparison, row) for row in comparison.rows})
     if is_main():
         add_log_file(comparison.folder / "log.txt")
     logger.info("%s", shlex.join(["python", *sys.argv]))
     setup = comparison.setup
     logger.info("%s on %s, %s", setup.source.name, describe(setup.device), setup.dtype)
     try:
-        finished = measure_rows(comparison, found)
+        finished = measure_rows(comparison, earlier)
     except (KeyboardInterrupt, SystemExit):
         logger.error("finished rows are kept in %s; the same command goes on behind them", comparison.folder / "rows")
         raise
@@ -143,10 +143,10 @@ def row_identity(row: Row, setups: dict[int, Setup], statistics: str) -> dict[st
         del made["seed"]
     for name in flat(quant.rotation) | {"probe": None} if quant.transform is Transform.NONE else ():
         del made[name]
-    found: dict[str, object] = {"quantization": made}
+    identity: dict[str, object] = {"quantization": made}
     if row.seed is not None:
-        found["calibration"] = data_fingerprint(setups[row.seed].tokens)
-    return found | ({"activation statistics": statistics} if quant.smooth else {})
+        identity["calibration"] = data_fingerprint(setups[row.seed].tokens)
+    return identity | ({"activation statistics": statistics} if quant.smooth else {})
 
 
 def read_row(comparison: Comparison, row: Row) -> dict | None:
@@ -169,17 +169,17 @@ def read_row(comparison: Comparison, row: Row) -> dict | None:
     return figures
 
 
-def measure_rows(comparison: Comparison, found: dict[str, dict | None]) -> list[Finished]:
-    """Every row with its figures: those in `found` as they are, the others measured now and kept."""
+def measure_rows(comparison: Comparison, earlier: dict[str, dict | None]) -> list[Finished]:
+    """Every row with its figures: those in `earlier` as they are, the others measured now and kept."""
     peaks: Peaks = {}
     finished = []
-    pending = [row for row in comparison.rows if found[row.key] is None]
+    pending = [row for row in comparison.rows if earlier[row.key] is None]
     if comparison.evaluations.teaching().members and pending and pending[0].name != FULL:
         teach(comparison)
     for number, row in enumerate(comparison.rows, start=1):
-        if found[row.key] is not None:
+        if earlier[row.key] is not None:
             logger.info("row %d of %d, %s: from an earlier run", number, len(comparison.rows), row.key)
-            finished.append(Finished(row, found[row.key]))
+            finished.append(Finished(row, earlier[row.key]))
             continue
         logger.info("row %d of %d, %s: %s", number, len(comparison.rows), row.key, row.full_title)
         measured = Measured()

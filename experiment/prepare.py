@@ -84,8 +84,8 @@ def prepare(settings: RunSettings) -> Prepared:
         load_scales(settings.statistics.act_scales, setup.origin(), setup.skeleton, setup.spec)
     shards: Shards | None = None
     if must_stream(settings, setup):
-        plan = missing is not None and not has_weights(setup.source)
-        shards = {} if plan else open_shards(setup.source, setup.config, setup.skeleton)
+        without_weights = missing is not None and not has_weights(setup.source)
+        shards = {} if without_weights else open_shards(setup.source, setup.config, setup.skeleton)
     checkpoint = open_checkpoint(settings, setup, missing)
     folder = output.output_dir / run_folder(settings, setup)
     return Prepared(settings, setup, evaluations, folder, checkpoint, shards, tuple(missing or ()))

@@ -81,8 +81,8 @@ def settings_dict(settings: object, setup: Setup) -> dict:
 
 def summary_table(prepared: Prepared, outcome: Outcome) -> str:
     """Every figure and the seconds of the run, as Markdown; beside the full-precision model's where it was measured."""
-    found = {FULL_TITLE: outcome.full} | {full_title(prepared.quant): outcome.measured}
-    columns = {title: figures_of(measured.figures()) for title, measured in found.items()}
+    measurements = {FULL_TITLE: outcome.full} | {full_title(prepared.quant): outcome.measured}
+    columns = {title: figures_of(measured.figures()) for title, measured in measurements.items()}
     columns = {title: each for title, each in columns.items() if any(f.kind is not Kind.SECONDS for f in each.values())}
     rows = [[each, *(show(column.get(each)) for column in columns.values())] for each in headings(columns.values())]
     return format_table(["", *columns], rows)
@@ -94,6 +94,6 @@ def completions_text(prompts: Sequence[str], rows: Sequence[tuple[str, dict[str,
     lines = []
     for prompt in prompts:
         lines.append(f"“{prompt}”")
-        written = [(title, found[prompt].strip().replace("\n", " ⏎ ")) for title, found in rows if prompt in found]
+        written = [(title, texts[prompt].strip().replace("\n", " ⏎ ")) for title, texts in rows if prompt in texts]
         lines += [f"    {title.ljust(width)}  {text}" for title, text in written]
     return "\n".join(lines)

@@ -35,8 +35,8 @@ def table_rows(finished: Sequence[Finished]) -> list[TableRow]:
         groups.setdefault(each.row.name, []).append(each)
     rows = []
     for name, group in groups.items():
-        row, found = group[0].row, [figures_of(each.figures, compact=True) for each in group]
-        values = {each: spread_of([one[each] for one in found if each in one]) for each in headings(found)}
+        row, by_seed = group[0].row, [figures_of(each.figures, compact=True) for each in group]
+        values = {each: spread_of([one[each] for one in by_seed if each in one]) for each in headings(by_seed)}
         seeds = tuple(each.row.seed for each in group if each.row.seed is not None)
         rows.append(TableRow(name, row.title, row.bits, seeds, values))
     return rows

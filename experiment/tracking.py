@@ -28,37 +28,37 @@ def layer_scalars(figures: dict) -> dict[str, float]:
     Peaks are of the probe at every stage, spreads of the peaks over blocks, SQNRs in dB. Only numbers that are finite;
     nothing for a layer of the paper's own checkpoint, which has no figures.
     """
-    found: dict[str, object] = {"output_error": figures.get("output_error")}
+    scalars: dict[str, object] = {"output_error": figures.get("output_error")}
     for group in figures.get("groups") or ():
         steps = iter(group["steps"])
         for stage in group["stages"]:
-            found[f"{group['name']}/peak/{stage['name']}"] = stage["peak"]
-            found[f"{group['name']}/spread/{stage['name']}"] = stage["spread"]
+            scalars[f"{group['name']}/peak/{stage['name']}"] = stage["peak"]
+            scalars[f"{group['name']}/spread/{stage['name']}"] = stage["spread"]
             if stage["name"].startswith("rotation"):
-                found[f"{group['name']}/steps/{stage['name']}"] = next(steps)
+                scalars[f"{group['name']}/steps/{stage['name']}"] = next(steps)
     training = figures.get("training") or {}
-    found |= {f"training/{name}": training.get(name) for name in ("loss_before", "loss_after", "restored")}
-    found |= _recorded(figures.get("recorded") or {})
-    return _finite({f"layers/{tag}": value for tag, value in found.items()})
+    scalars |= {f"training/{name}": training.get(name) for name in ("loss_before", "loss_after", "restored")}
+    scalars |= _recorded(figures.get("recorded") or {})
+    return _finite({f"layers/{tag}": value for tag, value in scalars.items()})
 
 
 def _recorded(recorded: dict) -> dict[str, object]:
     """What a report adds to a layer's figures: signal-to-noise ratios in dB."""
-    found = {"sqnr_db/output": recorded.get("output_sqnr_db")}
+    ratios = {"sqnr_db/output": recorded.get("output_sqnr_db")}
     for part in recorded.get("unrounded") or ():
-        found[f"sqnr_db/output, {part['part']} unrounded"] = part["output_sqnr_db"]
+        ratios[f"sqnr_db/output, {part['part']} unrounded"] = part["output_sqnr_db"]
     for group in recorded.get("groups") or ():
         for name, noise in group["activation_noise"].items():
-            found[f"{group['name']}/sqnr_db/activation, {name}"] = noise["sqnr_db"]
-        found[f"{group['name']}/sqnr_db/weight"] = group["weight_sqnr_db"]
-    return found
+            ratios[f"{group['name']}/sqnr_db/activation, {name}"] = noise["sqnr_db"]
+        ratios[f"{group['name']}/sqnr_db/weight"] = group["weight_sqnr_db"]
+    return ratios
 
 
 def final_scalars(figures: dict, part: str) -> dict[str, float]:
     """What was measured of a model (`Measured.figures()`) by tag, such as `<part>/test ppl`; and seconds by stage."""
-    found = {name: each.value for name, each in figures_of(figures).items() if each.kind is not Kind.SECONDS}
-    found |= {f"seconds/{stage}": spent for stage, spent in (figures.get("seconds") or {}).items()}
-    return _finite({f"{part}/{name}": value for name, value in found.items()})
+    scalars = {name: each.value for name, each in figures_of(figures).items() if each.kind is not Kind.SECONDS}
+    scalars |= {f"seconds/{stage}": spent for stage, spent in (figures.get("seconds") or {}).items()}
+    return _finite({f"{part}/{name}": value for name, value in scalars.items()})
 
 
 def _finite(values: dict[str, object]) -> dict[str, float]:
@@ -90,9 +90,9 @@ class Tracker(Observer):
             if values:
                 self._tell(lambda sink, values=values, epoch=epoch: sink.scalars(values, "epoch", epoch))
 
-    def figures(self, measured: dict, full: dict | None = None) -> None:
+    def figures(self, own: dict, full: dict | None = None) -> None:
         """Track the final figures (`Measured.figures()`): the model's own, and the full-precision one's."""
-        values = final_scalars(measured, "final") | final_scalars(full or {}, "full")
+        values = final_scalars(own, "final") | final_scalars(full or {}, "full")
         self._tell(lambda sink: sink.final(values))
 
     def _tell(self, say: Callable[[Sink], None]) -> None:

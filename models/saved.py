@@ -101,14 +101,14 @@ class ModelWriter:
 
 def without_tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors`, each piece of memory under its first name only."""
-    found: dict[str, Tensor] = {}
+    unique: dict[str, Tensor] = {}
     seen: set[tuple] = set()
     for name, tensor in tensors.items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if not tensor.numel() or place not in seen:
-            found[name] = tensor
+            unique[name] = tensor
         seen.add(place)
-    return found
+    return unique
 
 
 def require_empty(folder: Path) -> None:

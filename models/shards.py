@@ -56,12 +56,12 @@ def open_shards(source: ModelSource, config: PretrainedConfig, skeleton: nn.Modu
             f"--stream: model type '{config.model_type}' cannot be streamed, its checkpoints hold experts under other "
             "names than the model; leave the flag out, or give --no-stream"
         )
-    found: Shards = {}
+    shards: Shards = {}
     for path in shard_paths(source, config):
-        found |= read_header(path)
+        shards |= read_header(path)
     if config.model_type in COMPOSITES.values():
-        found = {text_name(name): stored for name, stored in found.items()}
-    return required(found, skeleton, source.name)
+        shards = {text_name(name): stored for name, stored in shards.items()}
+    return required(shards, skeleton, source.name)
 
 
 def shard_paths(source: ModelSource, config: PretrainedConfig) -> list[Path]:
@@ -134,14 +134,14 @@ def text_name(name: str) -> str:
     return name
 
 
-def required(found: Shards, skeleton: nn.Module, model_name: str) -> Shards:
-    """Those of `found` that `skeleton` has; of tied tensors one is enough. Raises InputError as `open_shards`."""
+def required(shards: Shards, skeleton: nn.Module, model_name: str) -> Shards:
+    """Those of `shards` that `skeleton` has; of tied tensors one is enough. Raises InputError as `open_shards`."""
     tied = dict(skeleton.all_tied_weights_keys)
     tied |= {source: target for target, source in tied.items()}
     needed = skeleton.state_dict()
     for name, tensor in needed.items():
-        stored = found.get(name)
-        if stored is None and tied.get(name) in found:
+        stored = shards.get(name)
+        if stored is None and tied.get(name) in shards:
             continue
         if stored is None:
             raise InputError(f"--model {model_name}: its checkpoint lacks {name}, or has another name for it")
@@ -150,7 +150,7 @@ def required(found: Shards, skeleton: nn.Module, model_name: str) -> Shards:
             raise InputError(f"--model {model_name}: {name} in {stored.path.name} has the shape {shapes}")
         if stored.dtype not in DTYPES.values():
             raise InputError(f"--model {model_name}: {name} in {stored.path.name} is not of a floating-point type")
-    return {name: found[name] for name in needed if name in found}
+    return {name: shards[name] for name in needed if name in shards}
 
 
 def read_tensor(stored: Stored, name: str, dtype: torch.dtype) -> Tensor:

@@ -134,16 +134,16 @@ def fold_scales_(
     """
     applied = dict(scales)
     for group in spec.groups:
-        found = absorbers(group, smooth)
-        if group.name not in scales or not found:
+        absorbing = absorbers(group, smooth)
+        if group.name not in scales or not absorbing:
             continue
-        for absorber in found:
+        for absorber in absorbing:
             applied[group.name] = absorber.absorb_(layer, applied[group.name])
         scale_columns_([layer.get_submodule(path) for path in (*group.linears, *group.readers)], applied[group.name])
     return applied
 
 
-def describe_folding(found: Sequence[Absorber]) -> str:
+def describe_folding(absorbing: Sequence[Absorber]) -> str:
     """Where a group's scale is, for the log: `online`, or `folded into mlp.up_proj`."""
-    others = f" and {len(found) - 1} like it" if len(found) > 1 else ""
-    return f"folded into {found[0]}{others}" if found else "online"
+    others = f" and {len(absorbing) - 1} like it" if len(absorbing) > 1 else ""
+    return f"folded into {absorbing[0]}{others}" if absorbing else "online"

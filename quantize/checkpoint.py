@@ -87,8 +87,8 @@ class Checkpoint(Observer):
         """Write a layer that was not restored."""
         if restored:
             return
-        tensors, figures = finished.state.tensors(), json.dumps(finished.figures)
-        metadata = {"run": self.run, "digest": _digest(self.run, index, tensors, figures), "figures": figures}
+        tensors, figures_json = finished.state.tensors(), json.dumps(finished.figures)
+        metadata = {"run": self.run, "digest": _digest(self.run, index, tensors, figures_json), "figures": figures_json}
         try:
             write_tensors(self.path(index), tensors, metadata)
         except OSError as error:
@@ -101,8 +101,8 @@ class Checkpoint(Observer):
 
         Raises InputError for a file of another run, which is left alone.
         """
-        found = {index: self._read(index, spec) for index in range(layers) if self.path(index).exists()}
-        return {index: layer for index, layer in found.items() if layer is not None}
+        read = {index: self._read(index, spec) for index in range(layers) if self.path(index).exists()}
+        return {index: layer for index, layer in read.items() if layer is not None}
 
     def _read(self, index: int, spec: DecoderSpec) -> FinishedLayer | None:
         path = self.path(index)
@@ -111,13 +111,13 @@ class Checkpoint(Observer):
         except InputError as error:
             logger.warning("%s; this layer is computed again", error)
             return None
-        run, figures = metadata.get("run", ""), metadata.get("figures", "")
-        if metadata.get("digest") != _digest(run, index, tensors, figures):
+        run, figures_json = metadata.get("run", ""), metadata.get("figures", "")
+        if metadata.get("digest") != _digest(run, index, tensors, figures_json):
             logger.warning("%s: damaged (its digest is wrong); this layer is computed again", path)
             return None
         if run != self.run:
             raise InputError(f"{path}: is of another run; move it away to have the layer computed")
-        return FinishedLayer(LayerState.from_tensors(tensors, spec.at(index)), json.loads(figures))
+        return FinishedLayer(LayerState.from_tensors(tensors, spec.at(index)), json.loads(figures_json))
 
 
 def require_new(folder: Path) -> None:
@@ -183,8 +183,8 @@ def _lock(folder: Path) -> int:
     return handle
 
 
-def _digest(run: str, index: int, tensors: dict[str, Tensor], figures: str) -> str:
-    digest = hashlib.sha256(f"{run} {index} {figures}".encode())
+def _digest(run: str, index: int, tensors: dict[str, Tensor], figures_json: str) -> str:
+    digest = hashlib.sha256(f"{run} {index} {figures_json}".encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")

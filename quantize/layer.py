@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from duquant.linear import expanded
 from duquant.tensors import widen
 from quantize.build import LayerBuilder, absorbers, describe_folding
 from quantize.observe import advance_, capture_rows, layer_output, require_finite
@@ -43,10 +42,9 @@ class LayerInputs:
 
     def advance_(self, layer: nn.Module) -> None:
         """Bring the quantized network's samples, and the probe, behind `layer`, which is quantized."""
-        with expanded(layer):
-            self.probe = layer_output(layer, self.probe, self.kwargs)
-            if self.student is not None:
-                advance_(layer, self.student, self.kwargs, self.probe.device)
+        self.probe = layer_output(layer, self.probe, self.kwargs)
+        if self.student is not None:
+            advance_(layer, self.student, self.kwargs, self.probe.device)
 
 
 @dataclass(frozen=True)
@@ -112,15 +110,15 @@ def decide(
         x = capture_rows(layer, group.inputs, probe, kwargs)
         require_finite(x, spec.linear_key(index, group.linears[0]))
         started = time.perf_counter()
-        found, stages = search_transform(
+        search, stages = search_transform(
             x, builder.folded_scale(group), builder.online_scale(group), settings, generator
         )
         search_seconds += time.perf_counter() - started
         where = describe_folding(absorbers(group, settings.smooth)) if settings.smooth else "none"
-        reports.append(GroupReport(group.name, block_size(x.shape[-1], settings), where, stages, found.steps))
+        reports.append(GroupReport(group.name, block_size(x.shape[-1], settings), where, stages, search.steps))
         for observer in observers:
-            observer.searched(group, found.peaks)
-        state.groups[group.name] = GroupState(scales.get(group.name), found.rotations, found.permutations)
+            observer.searched(group, search.peaks)
+        state.groups[group.name] = GroupState(scales.get(group.name), search.rotations, search.permutations)
         builder.open_(group, state.groups[group.name])
         if settings.training is None:
             builder.round_(group)
@@ -202,8 +200,8 @@ def search_transform(
         smoothed = smoothed / online
     if folded is not None or online is not None:
         stages.append(measure_stage("smoothed", smoothed, size))
-    found = TRANSFORMS[settings.transform](smoothed, size, settings.rotation, generator)
-    return found, (*stages, *found.stages)
+    search = TRANSFORMS[settings.transform](smoothed, size, settings.rotation, generator)
+    return search, (*stages, *search.stages)
 
 
 def layer_generator(seed: int, index: int) -> torch.Generator:

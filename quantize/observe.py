@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from duquant.linear import expanded
 from quantize.spec import DecoderSpec
 from utils.batching import BatchSize
 from utils.device import to_device
@@ -98,8 +99,9 @@ def advance_(
     """Replace `hidden` [N, T, C] on the host by the outputs of `layer`, which is on `device`, batch by batch."""
     kwargs = to_device(kwargs, device)
     batches = batch_size or BatchSize(max(1, TOKENS_PER_FORWARD // hidden.shape[1]))
-    for _ in batches.run(hidden, lambda batch: batch.copy_(layer_output(layer, batch.to(device), kwargs))):
-        pass
+    with expanded(layer):
+        for _ in batches.run(hidden, lambda batch: batch.copy_(layer_output(layer, batch.to(device), kwargs))):
+            pass
 
 
 def layer_output(layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:

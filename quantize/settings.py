@@ -33,8 +33,8 @@ class Transform(StrEnum):
 
     def permutations(self, times: int) -> int:
         """How many permutations it has under `--permutation_times`."""
-        found = {Transform.DUAL: times, Transform.ROTATION_PERMUTATION: max(1, times), Transform.PERMUTATION: 1}
-        return found.get(self, 0)
+        counts = {Transform.DUAL: times, Transform.ROTATION_PERMUTATION: max(1, times), Transform.PERMUTATION: 1}
+        return counts.get(self, 0)
 
     def rotations(self, times: int) -> int:
         """How many matrices it has: one before, between and behind the permutations, if need be the identity."""
@@ -42,8 +42,8 @@ class Transform(StrEnum):
 
     def searches(self, times: int) -> int:
         """How many of its matrices are searched greedily."""
-        found = {Transform.DUAL: times + 1, Transform.ROTATION_PERMUTATION: max(1, times), Transform.ROTATION: 1}
-        return found.get(self, 0)
+        counts = {Transform.DUAL: times + 1, Transform.ROTATION_PERMUTATION: max(1, times), Transform.ROTATION: 1}
+        return counts.get(self, 0)
 
 
 class SearchRule(StrEnum):

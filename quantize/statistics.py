@@ -182,10 +182,10 @@ def load_scales(path: Path, origin: Origin, skeleton: nn.Module, spec: DecoderSp
         for group in spec.at(index).groups:
             for linear in group.linears:
                 name, width = spec.linear_key(index, linear), layer.get_submodule(linear).in_features
-                found = scales.get(name)
-                if found is None or found.shape != (width,):
-                    problem = "is missing" if found is None else f"has shape {list(found.shape)}, not [{width}]"
+                scale = scales.get(name)
+                if scale is None or scale.shape != (width,):
+                    problem = "is missing" if scale is None else f"has shape {list(scale.shape)}, not [{width}]"
                     raise InputError(f"--act-scales {path}: not of this model ({name} {problem})")
-                if not all_finite(found):
+                if not all_finite(scale):
                     raise InputError(f"--act-scales {path}: {name} contains NaN or inf; make the file again")
     return {name: scale.float() for name, scale in scales.items()}

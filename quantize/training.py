@@ -191,11 +191,11 @@ def train_step(
     scaler.unscale_(optimizer)
     # experts that none of the tokens went to have no gradient
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in logits if parameter.grad is not None])
-    figures = torch.stack([loss, norm]).tolist()
-    if all(map(math.isfinite, figures)):
+    loss_and_norm = torch.stack([loss, norm]).tolist()
+    if all(map(math.isfinite, loss_and_norm)):
         scaler.step(optimizer)
     scaler.update()
-    return tuple(figures)
+    return tuple(loss_and_norm)
 
 
 def add_up_(loss: Tensor, logits: Sequence[nn.Parameter]) -> None:

@@ -77,13 +77,13 @@ class Trail:
         name = f"permutation {len(self.permutations)}"
         self.stages.append(measure_stage(name, self.x, self.block_size))
 
-    def found(self) -> TransformSearch:
+    def result(self) -> TransformSearch:
         """All of it."""
         self._complete_rotations()
         none = torch.empty(0, self.x.shape[-1], dtype=torch.int64, device=self.x.device)
         permutations = torch.stack(self.permutations) if self.permutations else none
-        figures = (tuple(self.stages), tuple(self.steps), tuple(self.peaks))
-        return TransformSearch(torch.stack(self.rotations), permutations, *figures)
+        records = (tuple(self.stages), tuple(self.steps), tuple(self.peaks))
+        return TransformSearch(torch.stack(self.rotations), permutations, *records)
 
     def _complete_rotations(self) -> None:
         if len(self.rotations) == len(self.permutations):
@@ -102,7 +102,7 @@ def search_dual_transform(
         trail.rotate_greedily(config, generator)
         trail.permute()
     trail.rotate_greedily(config, generator)
-    return trail.found()
+    return trail.result()
 
 
 def search_rotation_permutation(
@@ -113,7 +113,7 @@ def search_rotation_permutation(
     for _ in range(max(1, config.permutation_times)):
         trail.rotate_greedily(config, generator)
         trail.permute()
-    return trail.found()
+    return trail.result()
 
 
 def search_rotation(
@@ -122,7 +122,7 @@ def search_rotation(
     """One greedy rotation. Same arguments as every builder."""
     trail = Trail(x, block_size)
     trail.rotate_greedily(config, generator)
-    return trail.found()
+    return trail.result()
 
 
 def search_permutation(
@@ -131,7 +131,7 @@ def search_permutation(
     """One zigzag permutation: without a rotation between them a second one has nothing to add. Same arguments."""
     trail = Trail(x, block_size)
     trail.permute()
-    return trail.found()
+    return trail.result()
 
 
 def hadamard_transform(
@@ -145,7 +145,7 @@ def hadamard_transform(
     signs = torch.randint(2, (block_size, 1), generator=generator) * 2.0 - 1.0
     trail = Trail(x, block_size)
     trail.rotate("Hadamard", (signs * hadamard(block_size)).to(x.device))
-    return trail.found()
+    return trail.result()
 
 
 def no_transform(x: Tensor, block_size: int, config: RotationSettings, generator: torch.Generator) -> TransformSearch:

@@ -117,17 +117,17 @@ def _ends(name: str) -> tuple[over.Lookup, over.Lookup]:
     return lambda group: group["stages"][0][name], lambda group: group["stages"][-1][name]
 
 
-def group(layer: int, found: dict, arrays: Arrays) -> Iterator[Drawing]:
+def group(layer: int, record: dict, arrays: Arrays) -> Iterator[Drawing]:
     """Figures of one input group of one layer, from its recorded figures and arrays."""
-    name, prefix, label = found["name"], f"layer_{layer}_{found['name']}", f"layer {layer}, {found['name']}"
-    landscapes = [arrays[f"{name}/input/{stage['name']}"] for stage in found["stages"]]
+    name, prefix, label = record["name"], f"layer_{layer}_{record['name']}", f"layer {layer}, {record['name']}"
+    landscapes = [arrays[f"{name}/input/{stage['name']}"] for stage in record["stages"]]
     yield Drawing(
         f"{prefix}_landscape",
         f"Activation landscape, {label}",
-        f"|activation| over channels × {found['rows']}s of one calibration sample, stage by stage; every cell "
+        f"|activation| over channels × {record['rows']}s of one calibration sample, stage by stage; every cell "
         "shows the largest entry of the neighbours it stands for (max-pooled). The original has its own scale, the "
         "later stages share one: a flat, even surface uses the quantization grid well, a spike wastes it.",
-        figures.landscape_figure(found, landscapes, found["stages"]),
+        figures.landscape_figure(record, landscapes, record["stages"]),
         raster=True,
         wide=len(landscapes) > 2,
     )
@@ -153,18 +153,18 @@ def group(layer: int, found: dict, arrays: Arrays) -> Iterator[Drawing]:
     if any(values.any() for _, values in noise):
         yield Drawing(
             f"{prefix}_error",
-            f"Error of each {found['rows']}, {label}",
-            f"What rounding the activation adds to the output of {found['linear']}: if the activation were rounded as "
+            f"Error of each {record['rows']}, {label}",
+            f"What rounding the activation adds to the output of {record['linear']}: if the activation were rounded as "
             "it was, and as it is rounded after the transform. Further left is better; 100 % means that nothing of the "
             "output is left.",
-            figures.error_figure(noise, found["rows"]),
+            figures.error_figure(noise, record["rows"]),
         )
     weights = [arrays[f"{name}/weight/{stage}"] for stage in ("original", "transformed")]
     yield Drawing(
         f"{prefix}_weight",
-        f"Weight of {found['linear']}, {label}",
+        f"Weight of {record['linear']}, {label}",
         "|weight| over output × input channels (max-pooled), before, and as it is when it is rounded: smoothing "
         "multiplies the channels that it divides in the activation, and rotations turn both alike.",
-        figures.weights_figure(weights, found["weight_stages"], found["weight_shape"]),
+        figures.weights_figure(weights, record["weight_stages"], record["weight_shape"]),
         raster=True,
     )

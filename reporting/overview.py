@@ -42,11 +42,11 @@ def group_figure(layers: Sequence[dict], names: Sequence[str], label: str, *look
     numbers = [layer["layer"] for layer in layers]
     for number, name in enumerate(names):
         for dashed, look in enumerate(looks):
-            found = [_look(layer, name, look) for layer in layers]
+            values = [_look(layer, name, look) for layer in layers]
             style = "--" if dashed else "-"
             axis.plot(
                 numbers,
-                found,
+                values,
                 style,
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=marker_size(layers),
@@ -68,10 +68,10 @@ def noise_figure(layers: Sequence[dict], names: Sequence[str], part: str) -> Fig
     numbers = [layer["layer"] for layer in layers]
     look = NOISE[part]
     for number, name in enumerate(names):
-        found = [_look(layer, name, look) for layer in layers]
+        values = [_look(layer, name, look) for layer in layers]
         axis.plot(
             numbers,
-            found,
+            values,
             "-",
             marker=MARKERS[number % len(MARKERS)],
             markersize=marker_size(layers),
@@ -163,18 +163,18 @@ def bars_figure(
     hide them: if it `may_be_log` the axis is logarithmic then, and says so.
     """
     figure, axis = line_figure(max(7.0, 0.75 * len(labels) * len(rows) + 2), 4.2)
-    values = [value for _, found in rows for value in found if value is not None]
+    values = [value for _, row in rows for value in row if value is not None]
     form = ".3f" if max(values) <= 1 else ".4g"
     log = may_be_log and max(values) > 20 * min(values) > 0
     width = 0.8 / len(rows)
-    for number, (name, found) in enumerate(rows):
+    for number, (name, row) in enumerate(rows):
         own = number == len(rows) - 1  # the run comes last, and full precision first
         colour = COLOURS[0] if own else REFERENCE if number == 0 else COLOURS[number % len(COLOURS)]
         places = np.arange(len(labels)) + width * (number - (len(rows) - 1) / 2)
-        heights = [_number(value) for value in found]
+        heights = [_number(value) for value in row]
         spread = [errors[name].get(label, np.nan) for label in labels] if errors else None
         bars = axis.bar(places, heights, 0.92 * width, color=colour, label=name, yerr=spread, capsize=4)
-        axis.bar_label(bars, [f"{value:{form}}" if value is not None else "" for value in found], padding=2)
+        axis.bar_label(bars, [f"{value:{form}}" if value is not None else "" for value in row], padding=2)
     axis.set_xticks(range(len(labels)), labels)
     axis.grid(False, axis="x")
     axis.margins(y=0.12)

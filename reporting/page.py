@@ -39,16 +39,16 @@ def write_report(folder: Path, layers: list[int] | None = None) -> Path:
     """
     run = read_run(folder)
     shown = run.chosen(layers)
-    figures = folder / "report/figures"
-    remove_old(figures)
+    figures_folder = folder / "report/figures"
+    remove_old(figures_folder)
     with styled():
-        scores = [save(each, figures) for each in drawing.scores(run.results)]
-        overview = [save(each, figures) for each in drawing.overview(run.recorded)]
+        scores = [save(each, figures_folder) for each in drawing.scores(run.results)]
+        overview = [save(each, figures_folder) for each in drawing.overview(run.recorded)]
         details = []
         for layer in progress(shown, "drawing", unit="layer"):
             arrays = run.arrays(layer)
             groups = [
-                (group, [save(each, figures) for each in drawing.group(layer["layer"], group, arrays)])
+                (group, [save(each, figures_folder) for each in drawing.group(layer["layer"], group, arrays)])
                 for group in layer["recorded"]["groups"]
             ]
             details.append((layer, groups))

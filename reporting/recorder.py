@@ -64,10 +64,10 @@ class Recorder(Observer):
         """The trajectory of every greedy search of a group: max − min of the probe at the start and after each step."""
         for number, trace in enumerate(peaks, start=1):
             self.current.tensors[f"{group.name}/search/rotation {number}"] = trace.float()
-        found = [
+        searches = [
             {"kept_step": int(trace.argmin()), "start": trace[0].item(), "kept": trace.min().item()} for trace in peaks
         ]
-        self.current.groups[group.name]["searches"] = found
+        self.current.groups[group.name]["searches"] = searches
 
     def rounding(self, group: InputGroup, path: str, linear: OpenLinear) -> None:
         """The transformed weight, its final clip, and the noise that rounding it adds."""
@@ -132,12 +132,12 @@ class Recorder(Observer):
         groups = {f"inputs of {group.name}": group.linears for group in spec.groups}
         parts = {name: (paths, False) for name, paths in groups.items()} | {ATTENTION: ((), True)}
         parts[EVERYTHING] = (tuple(path for group in spec.groups for path in group.linears), True)
-        found = []
+        unrounded = []
         for name, (paths, attention) in parts.items():
             with rounding_off(layer, paths, spec.attention if attention else None):
                 noise = layer_output(layer, self.sample, kwargs) - reference
-            found.append({"part": name, "output_sqnr_db": sqnr_db(reference, noise)})
-        return found
+            unrounded.append({"part": name, "output_sqnr_db": sqnr_db(reference, noise)})
+        return unrounded
 
     def layer_restored(self, layer: nn.Module, kwargs: dict) -> None:
         """Advance the sample through a layer that was quantized earlier."""
@@ -165,19 +165,19 @@ class _Layer:
 
     def group_figures(self) -> list[dict]:
         """Figures of the groups, in forward order."""
-        found = []
+        groups = []
         for name, figures in self.groups.items():
             noise = decibels(*self.energy[name].tolist()) if name in self.energy else None
-            found.append({"name": name, **figures, "weight_sqnr_db": noise, "clip": self._clip(name)})
-        return found
+            groups.append({"name": name, **figures, "weight_sqnr_db": noise, "clip": self._clip(name)})
+        return groups
 
     def _clip(self, group: str) -> dict | None:
         if group not in self.ratios:
             return None
         low, high = (torch.cat(parts).double() for parts in zip(*self.ratios[group], strict=True))
         points = torch.tensor(QUANTILES, dtype=torch.float64)
-        found = {side: torch.quantile(ratios, points).tolist() for side, ratios in (("low", low), ("high", high))}
-        return {"start": torch.tensor(INITIAL_LOGIT).sigmoid().item(), "quantiles": list(QUANTILES), **found}
+        sides = {side: torch.quantile(ratios, points).tolist() for side, ratios in (("low", low), ("high", high))}
+        return {"start": torch.tensor(INITIAL_LOGIT).sigmoid().item(), "quantiles": list(QUANTILES), **sides}
 
 
 @contextmanager
@@ -290,9 +290,9 @@ def spread(errors: Tensor) -> dict:
     return {"median": errors.median().item(), "worst": errors[at].item(), "worst_row": at}
 
 
-def relative_error(reference: Tensor, found: Tensor) -> float:
+def relative_error(reference: Tensor, output: Tensor) -> float:
     """‖ŷ − y‖/‖y‖, as in `LayerReport`."""
-    return ((found - reference).float().norm() / reference.float().norm()).item()
+    return ((output - reference).float().norm() / reference.float().norm()).item()
 
 
 def sqnr_db(signal: Tensor, noise: Tensor) -> float | None:

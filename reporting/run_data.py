@@ -44,12 +44,12 @@ class RunData:
         """The layers to draw. Raises InputError for one that has no figures."""
         if numbers is None:
             return sorted(self.worst(), key=lambda layer: layer["layer"])
-        found = {layer["layer"]: layer for layer in self.recorded}
+        by_number = {layer["layer"]: layer for layer in self.recorded}
         for number in numbers:
-            if number not in found:
-                there = ", ".join(map(str, found))
+            if number not in by_number:
+                there = ", ".join(map(str, by_number))
                 raise InputError(f"--report_layers {number}: {self.folder} has figures of the layers {there}")
-        return [found[number] for number in numbers]
+        return [by_number[number] for number in numbers]
 
 
 def read_run(folder: Path) -> RunData:
@@ -88,18 +88,18 @@ def why_nothing(results: dict) -> str:
 
 def warnings_of(folder: Path, results: dict) -> list[str]:
     """In what this run is not whole, a sentence each."""
-    found, layers = [], results["layers"]
+    notes, layers = [], results["layers"]
     if results.get("error"):
-        found.append(f"This run ended early or in part: {results['error']}.")
+        notes.append(f"This run ended early or in part: {results['error']}.")
     if len(layers) < results.get("model_layers", len(layers)):
-        found.append(f"Half-finished: {len(layers)} of the model's {results['model_layers']} layers are quantized.")
+        notes.append(f"Half-finished: {len(layers)} of the model's {results['model_layers']} layers are quantized.")
     without = [layer["layer"] for layer in layers if not layer.get("recorded")]
     if without:
-        found.append(f"No figures of layers {numbers(without)}: they were computed by a run without --report.")
+        notes.append(f"No figures of layers {numbers(without)}: they were computed by a run without --report.")
     lost = [each["layer"] for each in layers if each.get("recorded") and not is_recorded(folder, each)]
     if lost:
-        found.append(f"No figures of layers {numbers(lost)}: their files in report/data are missing or of another run.")
-    return found
+        notes.append(f"No figures of layers {numbers(lost)}: their files in report/data are missing or of another run.")
+    return notes
 
 
 def numbers(layers: list[int]) -> str:

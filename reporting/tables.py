@@ -35,23 +35,23 @@ def accuracies(results: dict) -> tuple[Rows, list[str]]:
 def standard_errors(results: dict) -> dict[str, dict[str, float]]:
     """Standard errors of the accuracies, by title and task, of all `ways`; tasks that have none are left out."""
     return {
-        title: {each.label: each.error for each in _figures(found, Kind.ACCURACY) if each.error is not None}
-        for title, found in ways(results)
+        title: {each.label: each.error for each in _figures(way, Kind.ACCURACY) if each.error is not None}
+        for title, way in ways(results)
     }
 
 
 def scores(results: dict) -> list[tuple[str, str, float, float | None]]:
     """(kind, dataset or task, the run's value, full precision's) of everything that was measured."""
-    found = []
+    pairs = []
     for kind, look in (("perplexity", perplexities), ("accuracy", accuracies)):
         rows, labels = look(results)
         own, full = rows[-1][1] if labels else [], dict(rows).get("full precision")
-        found += [
+        pairs += [
             (kind, label, own[number], full[number] if full else None)
             for number, label in enumerate(labels)
             if own[number] is not None
         ]
-    return found
+    return pairs
 
 
 def group_names(layers: Iterable[dict]) -> list[str]:
@@ -77,15 +77,15 @@ def _decibels(value: float | None) -> float:
     return float("inf") if value is None else value  # None: no noise at all
 
 
-def _figures(found: dict, kind: Kind) -> list[Figure]:
+def _figures(way: dict, kind: Kind) -> list[Figure]:
     """What a compact table shows of one way, of one kind."""
-    return [each for each in figures_of(found, compact=True).values() if each.kind is kind]
+    return [each for each in figures_of(way, compact=True).values() if each.kind is kind]
 
 
 def _rows(results: dict, kind: Kind) -> tuple[Rows, list[str]]:
-    found = [
-        (title, {each.label: None if isnan(each.value) else each.value for each in _figures(figures, kind)})
-        for title, figures in ways(results)
+    rows = [
+        (title, {each.label: None if isnan(each.value) else each.value for each in _figures(way, kind)})
+        for title, way in ways(results)
     ]
-    labels = list(dict.fromkeys(label for _, values in found for label in values))
-    return [(title, [values.get(label) for label in labels]) for title, values in found if values], labels
+    labels = list(dict.fromkeys(label for _, values in rows for label in values))
+    return [(title, [values.get(label) for label in labels]) for title, values in rows if values], labels

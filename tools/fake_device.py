@@ -132,32 +132,32 @@ class FakeDevice(TorchDispatchMode):
             kwargs["output_size"] = sum(self.read(args[0]))
         if func in INDEXING:
             args = (args[0], self._indices(args[0], args[1]), *args[2:])
-        found = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         if func._schema.is_mutable:
             for changed in (each for each in tree_leaves(args) if hasattr(each, "known")):
                 del changed.known
         if func is aten.lift_fresh.default and not isinstance(args[0], FakeTensor):
             with no_dispatch():
-                found.known = args[0].flatten().tolist()  # written down in Python
+                result.known = args[0].flatten().tolist()  # written down in Python
         if func is aten.eq.Scalar or func is aten.eq.Tensor:
-            found.rare = True
+            result.rare = True
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             args[1].known = [0.0]  # no gradient overflowed
-        self._count(func, args, kwargs, found)
-        return found
+        self._count(func, args, kwargs, result)
+        return result
 
-    def _count(self, func, args: tuple, kwargs: dict, found) -> None:
+    def _count(self, func, args: tuple, kwargs: dict, result) -> None:
         if func in (aten._to_copy.default, aten.copy_.default):
             source = args[1] if func is aten.copy_.default else args[0]
-            if source.device != found.device:
+            if source.device != result.device:
                 blocking = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
-                self._copied(found.nbytes, to_host=source.device == CUDA, waits=blocking)
+                self._copied(result.nbytes, to_host=source.device == CUDA, waits=blocking)
                 return
-            if func is aten._to_copy.default and source.dtype == found.dtype:
+            if func is aten._to_copy.default and source.dtype == result.dtype:
                 return  # `.to` where it is already
         if func.is_view or func in NOT_LAUNCHED:
             return
-        results = (found,) if isinstance(found, Tensor) else tree_leaves(found if func._schema.returns else args)
+        results = (result,) if isinstance(result, Tensor) else tree_leaves(result if func._schema.returns else args)
         if any(isinstance(each, Tensor) and each.device == CUDA for each in results):
             self._counts["launches"] += 1
 

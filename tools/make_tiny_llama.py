@@ -273,10 +273,10 @@ def sentence_ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def print_magnitudes(model: LlamaForCausalLM, sample: Tensor) -> None:
     """Print how large the outliers are: largest and median magnitude of what the MLPs and down_proj read."""
     for index, states_and_hidden in enumerate(mlp_activations(model, sample)):
-        figures = [(x.abs().max().item(), x.abs().median().item()) for x in states_and_hidden]
+        magnitudes = [(x.abs().max().item(), x.abs().median().item()) for x in states_and_hidden]
         text = ", ".join(
             f"{name} max {high:.4g} median {middle:.3g} ratio {high / middle:.0f}"
-            for name, (high, middle) in zip(("MLP input", "down_proj input"), figures, strict=True)
+            for name, (high, middle) in zip(("MLP input", "down_proj input"), magnitudes, strict=True)
         )
         print(f"layer {index}: {text}")
 

@@ -172,17 +172,17 @@ def add_massive_outliers_(
         median = hidden.abs().median().item()
         row = direction * firing_level(direction, states[fires], settings.massive_ratio * median)
         value = firing_value(row, states).abs() / median
-        measured = {
+        ratios = {
             "ratio_fired": round(value[fires].median().item()),
             "ratio_else": round(value[~fires].max().item(), 1),
         }
         set_neurons_(mlp, neurons[:1], row, [0.0])
-        record.append({"layer": index, "kind": "zero_column", "neurons": list(neurons[:1]), **measured})
+        record.append({"layer": index, "kind": "zero_column", "neurons": list(neurons[:1]), **ratios})
         if index in settings.pair_layers:
             size = settings.pair_size * down.float().square().mean().sqrt()
             column = (size * torch.randn(len(down), generator=generator)).to(down.dtype)
             set_neurons_(mlp, neurons[1:3], row, [column, -column])
-            record.append({"layer": index, "kind": "cancelling_pair", "neurons": list(neurons[1:3]), **measured})
+            record.append({"layer": index, "kind": "cancelling_pair", "neurons": list(neurons[1:3]), **ratios})
     return record
 
 

@@ -12,13 +12,13 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "data
 
 def versions() -> dict[str, str]:
     """Version of Python and of the libraries that figures can depend on; those that are not installed are left out."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def plain(value: object) -> object:

@@ -104,16 +104,16 @@ def evaluate_mmlu(
     def answer(subject: Subject) -> dict:
         return asdict(answer_subject(model, tokenizer, subject, shots, device, context, batch_size, limit))
 
-    found = {}
+    scores = {}
     if journal is not None:
-        found = {each.name: journal.get(_key(shots, each)) for each in subjects if _key(shots, each) in journal}
-    todo = [subject for subject in subjects if subject.name not in found]
+        scores = {each.name: journal.get(_key(shots, each)) for each in subjects if _key(shots, each) in journal}
+    todo = [subject for subject in subjects if subject.name not in scores]
     bar = progress(todo, f"MMLU {shots}-shot", unit="subject") if is_main() else todo
     for subject, score in zip(bar, share(todo, answer), strict=True):
-        found[subject.name] = score
+        scores[subject.name] = score
         if journal is not None:
             journal.keep(_key(shots, subject), score)
-    result = summarize(shots, [_score_from(found[subject.name]) for subject in subjects])
+    result = summarize(shots, [_score_from(scores[subject.name]) for subject in subjects])
     _log_result(result)
     return result
 
@@ -133,8 +133,8 @@ def answer_subject(
     groups = fitting_prompts(tokenizer, subject, len(right), shots, context)
     log_probabilities = torch.empty(len(right), len(LETTERS))
     for group in groups:
-        found = ending_log_probabilities(model, list(group.prompts.values()), device, batch_size)
-        log_probabilities[list(group.prompts)] = found
+        prompts = list(group.prompts.values())
+        log_probabilities[list(group.prompts)] = ending_log_probabilities(model, prompts, device, batch_size)
     answers = _answers(log_probabilities, right)
     correct = sum(answer.predicted == answer.right for answer in answers)
     return SubjectScore(
@@ -228,8 +228,8 @@ def write_mmlu(results: Sequence[MMLU], folder: Path) -> None:
 
 
 def _averages(results: Sequence[MMLU]) -> dict[str, list[float]]:
-    found = {name: [result.categories[name] for result in results] for name in results[0].categories}
-    return {**found, "all": [result.accuracy for result in results]}
+    categories = {name: [result.categories[name] for result in results] for name in results[0].categories}
+    return {**categories, "all": [result.accuracy for result in results]}
 
 
 def _answers(log_probabilities: Tensor, right: Sequence[str]) -> tuple[Answer, ...]:

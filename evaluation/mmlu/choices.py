@@ -124,8 +124,8 @@ def _score(
             wanted += [(number * len(prompt.endings) + which, row, *read) for read in enumerate(ending)]
         rows += [_Row(rest + tokens, len(rest) - 1) for tokens in begun]
     score, row, offset, token = torch.tensor(wanted, device=device).T
-    found = _run_rows(model, rows, int(offset.max()) + 1, cache, device)[row, offset, token]
-    scores = torch.zeros(int(score.max()) + 1, device=device).index_add_(0, score, found)
+    token_scores = _run_rows(model, rows, int(offset.max()) + 1, cache, device)[row, offset, token]
+    scores = torch.zeros(int(score.max()) + 1, device=device).index_add_(0, score, token_scores)
     return scores.view(len(prompts), -1).cpu()
 
 

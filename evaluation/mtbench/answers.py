@@ -73,8 +73,8 @@ class AnswerFile:
         expected = {question.question_id: self.digest(question, form, settings) for question in questions}
         kept = {_question_id(row, label): row for row in read_kept_rows(self.path, label)}
         for question_id, row in kept.items():
-            found = (row.get("settings"), row.get("model_id"))
-            if question_id not in expected or found != (expected[question_id], self.model_id):
+            origin = (row.get("settings"), row.get("model_id"))
+            if question_id not in expected or origin != (expected[question_id], self.model_id):
                 raise InputError(
                     f"{label}: the answer to question {question_id} is of another model, question or setting; "
                     "choose another --output_dir, or delete the file"

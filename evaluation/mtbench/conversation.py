@@ -123,8 +123,8 @@ def prompt_tokens(form: Format, tokenizer: PreTrainedTokenizerBase, turns: Seque
 def _end_of_answer(tokenizer: PreTrainedTokenizerBase, written: str) -> tuple[str, ...]:
     """The special token that a template writes behind "Answer"; it need not be the tokenizer's EOS."""
     behind = written.rpartition("Answer")[2].strip() if "Answer" in written else ""
-    found = [token for token in tokenizer.get_added_vocab() if behind.startswith(token)]
-    return (max(found, key=len),) if found else ()
+    matches = [token for token in tokenizer.get_added_vocab() if behind.startswith(token)]
+    return (max(matches, key=len),) if matches else ()
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:

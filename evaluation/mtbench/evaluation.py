@@ -71,8 +71,8 @@ class MTBench(Evaluation):
         answers = answer_questions(
             model, context.tokenizer, self.questions, self.form, self.settings, file, context.device
         )
-        found = {"format": self.form.name, "answers": str(file.path), "questions": len(answers)}
-        yield Finding({"mt_bench": found})
+        answered = {"format": self.form.name, "answers": str(file.path), "questions": len(answers)}
+        yield Finding({"mt_bench": answered})
         if self.endpoint is None:
             return
         judge = re.sub(r"[^\w.-]", "_", self.endpoint.model)
@@ -80,8 +80,8 @@ class MTBench(Evaluation):
         judgements = judge_answers(self.endpoint, self.questions, answers, self.references, path)
         if is_main():
             scores = summarize(judgements, self.questions)
-            found = {"judge": self.endpoint.model, "judgements": str(path), "scores": scores}
-            yield Finding({"mt_bench": found}, score_table(scores))
+            graded = {"judge": self.endpoint.model, "judgements": str(path), "scores": scores}
+            yield Finding({"mt_bench": graded}, score_table(scores))
 
     def _answers(self, candidate: Candidate) -> AnswerFile:
         """Where the candidate's answers are, named as FastChat's own tools expect."""

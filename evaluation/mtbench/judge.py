@@ -61,8 +61,8 @@ def judge_messages(turns: Sequence[str], answers: Sequence[str], references: Seq
 
 def find_rating(judgement: str) -> float | None:
     """The last `[[n]]` of a judgement, if it is from 1 to 10."""
-    found = RATING.findall(judgement)
-    return float(found[-1]) if found and LOWEST <= float(found[-1]) <= HIGHEST else None
+    ratings = RATING.findall(judgement)
+    return float(ratings[-1]) if ratings and LOWEST <= float(ratings[-1]) <= HIGHEST else None
 
 
 def ask_for_rating(endpoint: Endpoint, messages: Sequence[dict]) -> tuple[float | None, str]:

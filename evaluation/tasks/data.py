@@ -161,6 +161,6 @@ def load_dataset(task: str, files: Mapping[str, str], splits: tuple[str, ...]) -
     """
     from datasets import Dataset, DatasetDict
 
-    found = {split: Dataset.from_list(read_items(task, Path(path))) for split, path in files.items()}
-    empty = next(iter(found.values())).select([])
-    return DatasetDict({split: found.get(split, empty) for split in splits})
+    given = {split: Dataset.from_list(read_items(task, Path(path))) for split, path in files.items()}
+    empty = next(iter(given.values())).select([])
+    return DatasetDict({split: given.get(split, empty) for split in splits})

@@ -49,10 +49,10 @@ class ZeroShot:
 
 def mean_of(scores: Sequence[TaskScore], tasks: Sequence[str]) -> Mean | None:
     """The mean over `tasks`; None if one of them has no accuracy."""
-    found = {score.task: score.metrics for score in scores if score.group is None and "acc" in score.metrics}
-    if not tasks or any(task not in found for task in tasks):
+    by_task = {score.task: score.metrics for score in scores if score.group is None and "acc" in score.metrics}
+    if not tasks or any(task not in by_task for task in tasks):
         return None
-    metrics = [found[task] for task in tasks]
+    metrics = [by_task[task] for task in tasks]
     norm = [values.get("acc_norm", values["acc"]) for values in metrics]
     return Mean(tuple(tasks), sum(values["acc"] for values in metrics) / len(metrics), sum(norm) / len(norm))
 
@@ -63,9 +63,9 @@ def zero_shot_table(result: ZeroShot) -> str:
     rows = []
     for score in result.scores:
         others = [name for name in score.metrics if name not in plain_metrics and "_stderr" not in name]
-        figures = [_cell(score.metrics.get(name)) for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")]
+        cells = [_cell(score.metrics.get(name)) for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")]
         extra = ", ".join(f"{name} {score.metrics[name]:.4f}" for name in others)
-        rows.append([f"– {score.task}" if score.group else score.task, *figures, str(score.items), extra])
+        rows.append([f"– {score.task}" if score.group else score.task, *cells, str(score.items), extra])
     label, mean = "mean of the six", result.average
     if mean is None:
         tasks = [score.task for score in result.scores if score.group is None and "acc" in score.metrics]
@@ -80,12 +80,12 @@ def zero_shot_table(result: ZeroShot) -> str:
 
 def summary(score: TaskScore, context: int) -> str:
     """One line for the log; `context` is how many tokens the model can read."""
-    figures = ", ".join(
+    values = ", ".join(
         f"{name} {value:.4f}" + (f" ± {score.metrics[error]:.4f}" if (error := _stderr(name)) in score.metrics else "")
         for name, value in score.metrics.items()
         if "_stderr" not in name
     )
-    text = f"{score.task}: {figures} ({score.items} items, {score.seconds:.0f} s)"
+    text = f"{score.task}: {values} ({score.items} items, {score.seconds:.0f} s)"
     return text + (f"; {score.cut} requests were cut to the context of {context} tokens" if score.cut else "")
 
 

@@ -71,9 +71,9 @@ class TaskSettings(Entry):
 
 def task_figures(task: str, metrics: dict[str, float]) -> Iterator[Figure]:
     """The figures of one task; compact is the one that it is published with."""
-    measured = [name for name in metrics if "_stderr" not in name]
-    published = next((name for name in (*ACCURACIES, *measured) if name in metrics), None)
-    for name in measured:
+    names = [name for name in metrics if "_stderr" not in name]
+    published = next((name for name in (*ACCURACIES, *names) if name in metrics), None)
+    for name in names:
         kind = Kind.ACCURACY if name in ACCURACIES else Kind.OTHER
         error = metrics.get(f"{name}_stderr")
         yield Figure(f"{task} {name}", metrics[name], kind, task, error, compact=name == published)

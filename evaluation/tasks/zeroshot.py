@@ -69,18 +69,18 @@ def evaluate_tasks(
     failed: dict[str, str] = {}
     with _hub_that_answers(any(map(plan.from_hub, plan.units))):
         for unit in plan.units:
-            found = _kept(journal, unit, plan, log_samples)
-            if found is None:
+            unit_scores = _kept(journal, unit, plan, log_samples)
+            if unit_scores is None:
                 try:
-                    found = _evaluate_unit(lm, manager, unit, plan, limit, log_samples)
+                    unit_scores = _evaluate_unit(lm, manager, unit, plan, limit, log_samples)
                 except InputError:
                     raise
                 except Exception as error:
                     failed[unit] = _report(unit, error)
                     continue
-                journal.keep(f"task:{unit}", [asdict(score) for score in found])
-                logger.info(summary(found[0], lm.max_length))
-            scores += found
+                journal.keep(f"task:{unit}", [asdict(score) for score in unit_scores])
+                logger.info(summary(unit_scores[0], lm.max_length))
+            scores += unit_scores
     return ZeroShot(tuple(scores), failed, mean_of(scores, PAPER_TASKS), limit, dict(SEEDS))
 
 

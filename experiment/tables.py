@@ -14,7 +14,7 @@ from experiment.results import completions_text
 from experiment.rows import Row
 from utils.errors import InputError
 from utils.results import flatten, format_table
-from utils.settings import Changes, options
+from utils.settings import Changes, defaults, options
 
 COMPARED = ("settings", "versions", "device", "dtype", "processes", "data")
 
@@ -164,7 +164,10 @@ def without_effect() -> set[str]:
 
 def differences_table(runs: dict[str, dict]) -> str:
     """A line per setting, version, device and data that is not the same in all runs that say so."""
-    said = [flatten({key: results[key] for key in COMPARED if key in results}) for results in runs.values()]
+    found = [flatten({key: results[key] for key in COMPARED if key in results}) for results in runs.values()]
+    # a run from before there was a setting did what the default does now
+    usual = {f"settings.{name}": value for name, value in defaults(RunSettings).items()}
+    said = [usual | facts if facts else facts for facts in found]
     known, where = [facts for facts in said if facts], without_effect()
     keys = [key for key in dict.fromkeys(key for facts in known for key in facts) if key.split(".")[-1] not in where]
     different = [key for key in keys if any(facts.get(key) != known[0].get(key) for facts in known)]

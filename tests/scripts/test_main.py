@@ -1,5 +1,8 @@
 """The real scripts as subprocesses, as a user runs them."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from conftest import run_script, tiny_model
@@ -115,6 +118,21 @@ def test_full_precision_evaluation_quantizes_nothing(model_folder, token_file, t
     assert done.returncode == 0, done.stderr
     assert "quantize" not in results_of(tmp_path)["seconds"]
     assert "| full precision |" in done.stdout
+
+
+def test_full_precision_evaluation_needs_no_calibration_data(model_folder, token_file, tmp_path):
+    usual = ("--model", model_folder, "--test_dataset", token_file, *TINY, "--eval_ppl", "--net", "tiny")
+    assert_refused(run_script("main.py", *usual, "--abits", 4, folder=tmp_path), "--calib_dataset wikitext2=PATH")
+    for more in ((), ("--stream",), ("--eval_kl",), ("--save_dir", "ck")):
+        done = run_script("main.py", *usual, "--wbits", 16, "--abits", 16, *more, folder=tmp_path)
+        if "--save_dir" in more:
+            assert_refused(done, "16-bit weights and activations leave nothing to keep")
+            continue
+        assert done.returncode == 0, done.stderr
+        [results] = tmp_path.glob("output/*/results.json")
+        assert json.loads(results.read_text())["data"] == {}
+        assert json.loads(results.read_text())["perplexity"]["tokens"] > 1
+        shutil.rmtree(tmp_path / "output")
 
 
 def test_limit_evaluates_exactly_that_many_windows(model_folder, token_file, tmp_path):

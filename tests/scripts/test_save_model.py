@@ -2,17 +2,38 @@
 
 import json
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
-from conftest import run_script
-from script_cases import assert_refused, results_of, settings_of, snapshot
+from conftest import run_script, tiny_model
+from safetensors.torch import load_file
+from script_cases import (
+    assert_refused,
+    common,
+    kill_at,
+    layer_content,
+    results_of,
+    save_sharded,
+    settings_of,
+    snapshot,
+)
+from starter import shared_starter
 
 from experiment.prepare import refuse_for_saved
 from models.saved import INDEX
+from quantize.settings import QuantSettings
 from utils.errors import InputError
+from utils.settings import defaults
 
 FLAGS = ("--wbits", 4, "--abits", 4, "--smooth", "--lac", 0.95, "--swc", 0.9, "--block_size", 16)
 STEPS = ("--max_rotation_step", 20)
+EVERYTHING = ("--wbits", 3, "--abits", 5, "--qbits", 6, "--kbits", 8, "--vbits", 4, "--group_size", 8)
+EVERYTHING += ("--symmetric", "--act_group_size", 16, "--act_symmetric", "--lac", 0.95, "--lac_kv", 0.9)
+EVERYTHING += ("--smooth", "--alpha", 0.6, "--smooth_weight_peak", "group", "--gqa_smooth", "fold")
+EVERYTHING += ("--block_size", 8, "--permutation_times", 2, "--max_rotation_step", 5, "--rotation_order", "QR")
+EVERYTHING += ("--rotation_search", "row", "--probe", "sample", "--seed", 5, "--lwc", "--epochs", 1, "--aug_loss")
+LAYERS = 4
 
 
 @pytest.fixture(scope="module")
@@ -83,4 +104,84 @@ def test_a_model_quantized_by_another_method_is_refused(model_folder, token_file
 def test_saving_what_16_bits_leave_alone_is_refused(model_folder, token_file, tmp_path):
     flags = ("--calib_dataset", token_file, "--wbits", 16, "--abits", 16, "--block_size", 16, "--save_model", "saved")
     assert_refused(run_script("main.py", "--model", model_folder, *flags, folder=tmp_path), "--save_model")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.fixture(scope="module")
+def sharded(model_folder, tmp_path_factory) -> Path:
+    model = tiny_model(num_hidden_layers=LAYERS)
+    return save_sharded(model, tmp_path_factory.mktemp("sharded"), model_folder)
+
+
+@pytest.fixture(scope="module")
+def usual(sharded, token_file) -> tuple:
+    return (*common(sharded, token_file), "--eval_ppl", "--net", "tiny")
+
+
+def tensors_of(saved: Path) -> dict[str, dict[str, tuple]]:
+    """Every file's tensors, to the bit."""
+    return {
+        path.name: {name: (each.dtype, each.shape, each.numpy().tobytes()) for name, each in load_file(path).items()}
+        for path in saved.glob("*.safetensors")
+    }
+
+
+def evaluated(saved: Path, token_file: Path, folder: Path) -> dict:
+    """The results of a run that evaluates a saved model."""
+    folder.mkdir()
+    flags = ("--model", saved, "--test_dataset", token_file, "--eval_ppl", "--net", "again")
+    done = run_script("main.py", *flags, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return results_of(folder)
+
+
+@pytest.mark.parametrize("flags", [EVERYTHING, (*FLAGS, *STEPS, "--transform", "hadamard")], ids=["many", "hadamard"])
+def test_a_model_saved_while_streaming_is_the_one_saved_from_memory_with_every_setting(
+    flags, usual, token_file, tmp_path
+):
+    made = {}
+    for name in ("--no-stream", "--stream"):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = run_script("main.py", *usual, *flags, name, "--save_model", "saved", folder=folder)
+        assert done.returncode == 0, done.stderr
+        made[name] = folder / "saved", results_of(folder)
+    (whole, in_memory), (streamed, layer_by_layer) = made.values()
+    assert len(tensors_of(whole)) == LAYERS + 1
+    assert tensors_of(streamed) == tensors_of(whole)
+    assert sorted(path.name for path in streamed.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for name in (INDEX, "config.json"):
+        assert json.loads((streamed / name).read_text()) == json.loads((whole / name).read_text())
+    again = evaluated(streamed, token_file, tmp_path / "again")
+    assert again["perplexity_details"] == in_memory["perplexity_details"] == layer_by_layer["perplexity_details"]
+    names = defaults(QuantSettings)
+    assert {name: again["settings"][name] for name in names} == {name: in_memory["settings"][name] for name in names}
+    assert again["settings"]["block_size"] == (8 if flags is EVERYTHING else 16)
+    assert again["method"] == in_memory["method"]
+
+
+def test_a_run_that_is_killed_leaves_no_model_and_the_next_one_saves_it(usual, token_file, tmp_path):
+    flags = (*usual, *FLAGS, "--max_rotation_step", 350, "--save_model", "saved", "--save_dir", "ck")
+    at = kill_at(tmp_path / ".saved.unfinished/model-00002-of-00005.safetensors")
+    killed = shared_starter().run(tmp_path, *flags, meanwhile=at)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / ".saved.unfinished").exists()
+    assert not (tmp_path / "saved").exists()
+    assert 0 < len(layer_content(tmp_path / "ck")) < LAYERS, "killed too late to prove anything"
+    again = [flag for flag in flags if flag not in ("--save_dir", "ck")]
+    for name, how in {"anew": again, "resumed": [*again, "--resume", "ck"]}.items():
+        done = run_script("main.py", *how, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert not (tmp_path / ".saved.unfinished").exists()
+        (tmp_path / "saved").rename(tmp_path / name)
+    assert tensors_of(tmp_path / "resumed") == tensors_of(tmp_path / "anew")
+    expected = results_of(tmp_path)["perplexity_details"]
+    assert evaluated(tmp_path / "resumed", token_file, tmp_path / "again")["perplexity_details"] == expected
+
+
+def test_a_run_that_is_interrupted_leaves_nothing_of_its_model(usual, tmp_path):
+    flags = (*usual, *FLAGS, "--max_rotation_step", 350, "--save_model", "saved")
+    at = kill_at(tmp_path / ".saved.unfinished/model-00002-of-00005.safetensors", sent=signal.SIGINT)
+    assert shared_starter().run(tmp_path, *flags, meanwhile=at).returncode == 130
+    assert not (tmp_path / ".saved.unfinished").exists()
     assert not (tmp_path / "saved").exists()

@@ -33,8 +33,9 @@ class Changes(enum.IntEnum):
     """What another value of a setting changes; a larger one includes what the smaller ones are about."""
 
     NOTHING = 0  # no figure: where things are, how they are shown, how much is kept
-    FIGURES = 1  # what is measured, on the same quantized model
-    LAYERS = 2  # what is decided for the layers: with another value a checkpoint is of another run
+    GRADES = 1  # how answers that are kept are graded: they stay where they are, and so does the folder
+    FIGURES = 2  # what is measured, on the same quantized model
+    LAYERS = 3  # what is decided for the layers: with another value a checkpoint is of another run
 
 
 def option(

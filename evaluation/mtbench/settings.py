@@ -49,7 +49,7 @@ class JudgeSettings:
     )
     # a judge may come later, or another one: the answers, which take hours, must be in the same folder then, where the
     # grades of every judge have a file of their own
-    judge_model: str | None = option(None, "the model to ask there", changes=Changes.NOTHING)
+    judge_model: str | None = option(None, "the model to ask there", changes=Changes.GRADES)
     judge_api_key_env: str | None = option(
         None, "environment variable with the key (default: none is sent)", changes=Changes.NOTHING
     )
@@ -72,7 +72,7 @@ class MTBenchSettings(Entry):
         None, "a file like question.jsonl (default: the hub's)", changes=Changes.FIGURES
     )
     mtbench_references: Path | None = option(
-        None, "reference answers for the judge (default: the hub's for its questions)", changes=Changes.NOTHING
+        None, "reference answers for the judge (default: the hub's for its questions)", changes=Changes.GRADES
     )
     mtbench_temperature: Temperature = option(
         Temperature.GREEDY,

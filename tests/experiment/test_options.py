@@ -13,6 +13,7 @@ from experiment.compare import comparison_folder
 from experiment.options import RunSettings
 from experiment.prepare import run_folder
 from experiment.rows import CompareSettings
+from experiment.tables import without_effect
 from utils.settings import Changes, Option, from_dict, identity, options, to_dict
 
 MMLU = ("--eval_mmlu", "--mmlu_data_dir", "d")  # neither is accepted without the other
@@ -24,12 +25,13 @@ COMPANY += (("--eval_mtbench",), ("--eval_mtbench", "--judge_base_url", "u"))
 # these replaces its own results.
 IDLE = {"net", "cache_dir", "trust_remote_code", "act_shifts", "offload_calibration", "output_dir", "track"}
 IDLE |= {"eval_batch_size", "multigpu", "max_memory", "log_samples"}
-IDLE |= {"judge_base_url", "judge_model", "judge_api_key_env", "mtbench_references"}  # a judge may come later
+IDLE |= {"judge_base_url", "judge_api_key_env"}
+GRADED = {"judge_model", "mtbench_references"}  # a judge may come later: what it grades is in the folder
 IDLE_IN = {
     RunSettings: IDLE | {"stream", "save_model", "save_dir", "resume", "dry_run", "report", "report_layers"},
     CompareSettings: IDLE | {"rows", "seeds"},  # each has files of its own in the folder
 }
-UNNAMED_IN = {RunSettings: IDLE_IN[RunSettings], CompareSettings: IDLE_IN[CompareSettings] | {"seed"}}
+UNNAMED_IN = {cls: idle | GRADED | ({"seed"} if cls is CompareSettings else set()) for cls, idle in IDLE_IN.items()}
 
 EVERY = [(cls, each) for cls in IDLE_IN for each in options(cls)]
 every_setting = pytest.mark.parametrize(
@@ -68,12 +70,17 @@ def test_another_value_of_any_setting_is_another_identity_and_where_figures_diff
     assert identity(changed) != identity(usual)
     named = each.name not in UNNAMED_IN[cls]
     assert (folder_of(changed) != folder_of(usual)) is named
-    assert (identity(changed, Changes.FIGURES) != identity(usual, Changes.FIGURES)) is (each.name not in IDLE_IN[cls])
+    assert (identity(changed, Changes.FIGURES) != identity(usual, Changes.FIGURES)) is (each.changes >= Changes.FIGURES)
 
 
 @pytest.mark.parametrize("cls", IDLE_IN)
 def test_what_changes_no_figure_is_what_is_written_here(cls):
     assert {each.name for each in options(cls) if each.changes is Changes.NOTHING} == IDLE_IN[cls]
+    assert {each.name for each in options(cls) if each.changes is Changes.GRADES} == GRADED
+
+
+def test_runs_side_by_side_name_every_setting_that_can_change_a_figure():
+    assert without_effect() == IDLE_IN[RunSettings] | {"quiet"}
 
 
 @pytest.mark.parametrize("cls", IDLE_IN)

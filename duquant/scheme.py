@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 
+SEARCHED = "search"  # the clip that is not one number: every range has its own, searched when the model was made
 UNQUANTIZED_BITS = 16  # this many bits or more: the tensor is left as it is
 
 
@@ -10,14 +11,15 @@ class TensorScheme:
     """How one kind of tensor is quantized.
 
     `format`: `int` is the only one yet. `bits`: 16 leaves the tensor alone. `group_size`: channels that share a range;
-    None: all of a vector's. `clip`: factor on both ends of the range; None: none. Raises ValueError for what cannot be.
+    None: all of a vector's. `clip`: factor on both ends of the range; None: none; SEARCHED: factors of their own, which are
+    kept beside the codes. Raises ValueError for what cannot be.
     """
 
     format: str = "int"
     bits: int = 4
     symmetric: bool = False
     group_size: int | None = None
-    clip: float | None = None
+    clip: float | str | None = None
 
     def __post_init__(self) -> None:
         if self.format != "int":

@@ -25,7 +25,7 @@ from models.saved import ModelWriter
 from models.streaming import LayerReader, load_shell
 from quantize.observer import LayerLog, Observer
 from quantize.quantization import Quantization
-from quantize.settings import QuantSettings
+from quantize.settings import QuantSettings, SmoothMeasure
 from quantize.sizes import hidden_bytes, sample_copies
 from quantize.state import FinishedLayer
 from quantize.statistics import ChannelStatistics, Observation
@@ -225,8 +225,9 @@ def travel(
 
 
 def needs_peaks(setup: Setup, quant: QuantSettings, finished: Mapping[int, FinishedLayer] | None) -> bool:
-    """Whether something is still to be smoothed."""
-    return quant.smooth is not None and not quant.bits.untouched and len(finished or {}) < setup.layers
+    """Whether something is still to be smoothed by peaks."""
+    by_peaks = quant.smooth is not None and quant.smooth.measure is SmoothMeasure.PEAK
+    return by_peaks and not quant.bits.untouched and len(finished or {}) < setup.layers
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from duquant.attention import install
+from duquant.attention import QUANTIZER, install
 from duquant.experts import unfuse_experts_
 from duquant.formats import Codes
 from models.load import ModelSource, load_model, pick_attention
@@ -212,28 +212,38 @@ def place_(
     for index, inner in layers.items():
         layer, own = spec.decoder_layers(model)[index], spec.at(index)
         state = state_of(inner, own)
-        quantized = {f"{path}." for group in own.groups for path in group.linears}
+        decided = (*(f"{path}." for group in own.groups for path in group.linears), heads_prefix(own))
         for name, tensor in inner.items():
-            if not any(name.startswith(each) for each in quantized) or name.endswith(".bias"):
+            if not name.startswith(decided):
                 set_tensor_(layer, name, tensor)
         build_(layer, own, state, settings, dtype)
 
 
 def state_of(tensors: dict[str, Tensor], spec: DecoderSpec) -> LayerState:
     """The state of a layer whose tensors these are. Raises InputError for one that is missing."""
-    state = LayerState()
+    state, inner = LayerState(stored=True), heads_prefix(spec)
+    state.attention = {name.removeprefix(inner): each for name, each in tensors.items() if name.startswith(inner)}
     try:
         for group in spec.groups:
-            prefix = f"{group.linears[0]}.group.transform"
+            shared = f"{group.linears[0]}.group"
+            prefix = f"{shared}.transform"
             parts = tensors[f"{prefix}.rotations"], tensors[f"{prefix}.permutations"].long()
-            state.groups[group.name] = GroupState(tensors.get(f"{prefix}.scale"), *parts)
+            input_parts = (tensors.get(f"{shared}.shift"), tensors.get(f"{shared}.quantizer.clip.ratios"))
+            state.groups[group.name] = GroupState(tensors.get(f"{prefix}.scale"), *parts, *input_parts)
             for path in group.linears:
+                if f"{path}.bias" in tensors:
+                    state.biases[path] = tensors[f"{path}.bias"]
                 plain = tensors.get(f"{path}.plain")
                 codes = [tensors[f"{path}.{name}"] for name in CODES] if plain is None else []
                 state.weights[path] = Codes(*codes) if plain is None else plain
     except KeyError as error:
         raise InputError(f"--model: a saved layer lacks {error}; save the model again") from None
     return state
+
+
+def heads_prefix(spec: DecoderSpec) -> str:
+    """What the names of the attention quantizer's tensors begin with, inside a layer."""
+    return f"{spec.attention}.{QUANTIZER}."
 
 
 def load_first_version(
@@ -250,7 +260,7 @@ def load_first_version(
     model = load_model(source, config, dtype, attention)
     install(model)
     for index, layer in enumerate(spec.decoder_layers(model)):
-        own, state = spec.at(index), LayerState()
+        own, state = spec.at(index), LayerState(stored=True)
         for group in own.groups:
             state.groups[group.name] = first_group(tensors, spec.linear_key(index, group.name), path)
             state.weights |= {each: layer.get_submodule(each).weight.detach() for each in group.linears}

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from duquant.attention import attach_, make_attention_quantizer
-from duquant.formats import Codes, number_format
+from duquant.formats import number_format
 from duquant.linear import GroupInput, QuantLinear
-from duquant.quantizer import make_quantizer
+from duquant.quantizer import FoundClip, make_quantizer
 from duquant.tensors import widen
 from duquant.transform import DualTransform
+from quantize.heads import rotate_values_
 from quantize.observer import Observer
-from quantize.rounding import OpenLinear
+from quantize.rounding import Moments, OpenLinear, data_codes
 from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings
 from quantize.smoothing import scale_columns_
 from quantize.spec import Absorber, DecoderSpec, InputGroup, SharedRows
-from quantize.state import GroupState, LayerState
+from quantize.state import LayerState
 
 
 def build_(layer: nn.Module, spec: DecoderSpec, state: LayerState, settings: QuantSettings, dtype: torch.dtype) -> None:
@@ -29,10 +30,11 @@ def build_(layer: nn.Module, spec: DecoderSpec, state: LayerState, settings: Qua
     `dtype`: of the model. The layer is in full precision, or, where `state` has its weights, without any.
     """
     builder = LayerBuilder(layer, spec, settings, dtype)
-    builder.begin_(state.scales, state.device, stored=bool(state.weights))
+    builder.rotate_values_(state)
+    builder.begin_(state, state.device)
     for group in spec.groups:
-        builder.open_(group, state.groups[group.name], state.weights)
-        builder.round_(group, state.clips)
+        builder.open_(group, state)
+        builder.round_(group, state)
 
 
 class LayerBuilder:
@@ -50,16 +52,18 @@ class LayerBuilder:
         self.scheme, self.observers = settings.scheme, observers
         self.scales: dict[str, Tensor] = {}
 
-    def begin_(self, scales: Mapping[str, Tensor], device: torch.device, stored: bool = False) -> None:
-        """Fold the smoothing scales [C] by group, and quantize q, k and v; all of it is on `device`.
+    def rotate_values_(self, state: LayerState) -> None:
+        """Fold the matrices of v's heads into v and o, if there are any."""
+        if state.values is not None:
+            rotate_values_(self.layer, self.spec, state.values)
 
-        With `stored` the weights come later, as codes; scales that were folded are in them and not in `scales`.
-        """
-        if not stored:
+    def begin_(self, state: LayerState, device: torch.device) -> None:
+        """Fold the smoothing scales [C] by group, and quantize q, k and v; all of it is on `device`."""
+        if not state.stored:
             widen_linears_(self.layer, self.spec)
-        self.scales = fold_scales_(self.layer, self.spec, scales, self.settings.smooth)
+        self.scales = fold_scales_(self.layer, self.spec, state.scales, self.settings.smooth)
         attention = self.layer.get_submodule(self.spec.attention)
-        attach_(attention, make_attention_quantizer(self.scheme, attention.head_dim, device))
+        attach_(attention, make_attention_quantizer(self.scheme, attention.head_dim, device, state.attention))
 
     def online_scale(self, group: InputGroup) -> Tensor | None:
         """The scale [C] that the group's transform divides by; None if there is none or it is upstream."""
@@ -69,43 +73,64 @@ class LayerBuilder:
         """The scale [C] that was divided out upstream, if one was."""
         return self.scales.get(group.name) if absorbers(group, self.settings.smooth) else None
 
-    def open_(
-        self, group: InputGroup, state: GroupState, weights: Mapping[str, Codes | Tensor] | None = None
-    ) -> DualTransform:
-        """Put what the group's transform makes of them in the place of its linears; return the transform.
+    def open_(self, group: InputGroup, state: LayerState) -> GroupInput:
+        """Put what the group's transform makes of them in the place of its linears; return what they share.
 
-        Weights that are known already, by path, are final; the others wait for `round_`.
+        Weights that the state has are final; the others wait for `round_`.
         """
-        transform = DualTransform(state.rotations, state.permutations, self.online_scale(group))
+        own = state.groups[group.name]
+        transform = DualTransform(own.rotations, own.permutations, self.online_scale(group))
+        clip = None if own.ratios is None else FoundClip(own.ratios)
         # of linears that see other tokens each (experts), none reads what another one has read
         readers = 1 if group.observed else len(group.linears)
-        shared = GroupInput(transform, make_quantizer(self.scheme.input), readers)
+        shared = GroupInput(transform, make_quantizer(self.scheme.input, clip), readers, own.shift)
         for path in group.linears:
             linear = self.layer.get_submodule(path)
             bias = None if linear.bias is None else linear.bias.detach()
-            if weights and path in weights:
-                self._replace_(path, QuantLinear(weights[path], number_format(self.scheme.weight), bias, shared))
-            else:
-                weight = transform.transform_weight(linear.weight.detach())
-                learned = self.settings.training is not None
-                self._replace_(path, OpenLinear(weight, bias, self.scheme.weight, shared, learned))
-        return transform
-
-    def round_(self, group: InputGroup, clips: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
-        """Round the group's weights for good, under the clip logits (low, high) by path where they are given."""
-        for path in group.linears:
-            linear = self.layer.get_submodule(path)
-            if not isinstance(linear, OpenLinear):
+            if path in state.weights:
+                bias = state.biases.get(path, bias)
+                self._replace_(path, QuantLinear(state.weights[path], number_format(self.scheme.weight), bias, shared))
                 continue
-            if clips and path in clips:
-                linear.clip.set_(*clips[path])
+            weight = transform.transform_weight(linear.weight.detach())
+            learned = self.settings.training is not None
+            bias = shifted_bias(bias, weight, own.shift)
+            self._replace_(path, OpenLinear(weight, bias, self.scheme.weight, shared, learned))
+        return shared
+
+    def round_(self, group: InputGroup, state: LayerState, moments: Moments | None = None) -> None:
+        """Round the group's weights for good, under the clip logits of the state where it has them.
+
+        With `moments` by what samples give them: the codes and biases then go into the state.
+        """
+        linears = {path: self.layer.get_submodule(path) for path in group.linears}
+        linears = {path: linear for path, linear in linears.items() if isinstance(linear, OpenLinear)}
+        for path, linear in linears.items():
+            if path in state.clips:
+                linear.clip.set_(*state.clips[path])
             for observer in self.observers:
                 observer.rounding(group, path, linear)
-            self._replace_(path, linear.rounded(self.dtype))
+        if linears and moments is not None:
+            state.weights |= data_codes(linears, moments, self.settings.rounding)
+        for path, linear in linears.items():
+            if path not in state.weights:
+                self._replace_(path, linear.rounded(self.dtype))
+                continue
+            final = linear.with_codes(state.weights[path], self.dtype)
+            if final.bias is not None:
+                state.biases[path] = final.bias.detach()
+            self._replace_(path, final)
 
     def _replace_(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self.layer.get_submodule(parent), name, module)
+
+
+def shifted_bias(bias: Tensor | None, weight: Tensor, shift: Tensor | None) -> Tensor | None:
+    """b + Ŵz for a transformed weight Ŵ [O, C] whose input lacks z = `shift` [C]: (x − z)Ŵᵀ + zŴᵀ = xŴᵀ."""
+    if shift is None:
+        return bias
+    moved = weight @ shift.to(weight.dtype)
+    return moved if bias is None else bias.to(moved.dtype) + moved
 
 
 def widen_linears_(layer: nn.Module, spec: DecoderSpec) -> None:

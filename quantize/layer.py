@@ -1,23 +1,33 @@
 """One decoder layer, from full precision to quantized: the story of the method."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from duquant.linear import GroupInput
+from duquant.quantizer import make_quantizer
+from duquant.scheme import SEARCHED
 from duquant.tensors import widen
+from duquant.transform import DualTransform
 from quantize.build import LayerBuilder, absorbers, describe_folding
-from quantize.observe import advance_, capture_rows, layer_output, require_finite
+from quantize.clipping import search_activation_ratio
+from quantize.heads import decide_heads, rotated_energy, value_matrices
+from quantize.observe import advance_, batches_of, capture_rows, layer_output, require_finite
 from quantize.observer import Observer
-from quantize.rounding import OpenLinear
-from quantize.settings import QuantSettings, SmoothSettings, Transform, WeightPeak
-from quantize.smoothing import column_peak, smoothing_scale
-from quantize.spec import DecoderSpec, SharedRows
+from quantize.rounding import Moments, OpenLinear
+from quantize.samples import GroupRows, LayerView, mean_of, moment_of, parts_of, viewed
+from quantize.scales import group_peaks, smoothing_scales
+from quantize.settings import Probe, QuantSettings, SmoothMeasure, SmoothSettings, Transform
+from quantize.spec import DecoderSpec, InputGroup
 from quantize.state import GroupState, LayerState
 from quantize.training import Samples, TrainingReport, train_clipping_
 from quantize.transforms import TRANSFORMS, Stage, TransformSearch, measure_stage
+from utils.memory import Allocate, in_memory
+
+CLIP_ROWS = 2048  # of a group's input, on which its clip ratio is searched
 
 
 @dataclass
@@ -26,7 +36,8 @@ class LayerInputs:
 
     `probe` [P, T, C] and `kwargs`, the layer's other arguments, are on the layer's device. `teacher` and `student`
     [n, T, C], the calibration samples in the full-precision and in the quantized network, are on the host, advanced in
-    place, and None where nothing is trained. Of the `total` samples each process has its part.
+    place, and None where nothing needs them. Of the `total` samples each process has its part. `allocate` makes what is
+    as large as they are.
     """
 
     probe: Tensor
@@ -34,6 +45,7 @@ class LayerInputs:
     teacher: Tensor | None = None
     student: Tensor | None = None
     total: int = 0
+    allocate: Allocate = in_memory
 
     def advance_teacher_(self, layer: nn.Module) -> None:
         """Bring the full-precision network's samples behind `layer`, which is still in full precision."""
@@ -46,16 +58,32 @@ class LayerInputs:
         if self.student is not None:
             advance_(layer, self.student, self.kwargs, self.probe.device)
 
+    def view(self, layer: nn.Module, spec: DecoderSpec, aims_at_teacher: bool) -> LayerView:
+        """What the samples show of `layer`, in full precision: those of the teacher where its rows are aimed at."""
+        hidden = self.teacher if aims_at_teacher else self.student
+        with viewed(layer, spec, self.total * hidden.shape[1], aims_at_teacher) as view:
+            for batch in batches_of(hidden):
+                layer_output(layer, batch.to(self.probe.device), self.kwargs)
+        return view
+
+    def rows(self, layer: nn.Module, group: InputGroup) -> GroupRows:
+        """What `layer`, as it is now, gives the linears of a group of the quantized network's samples."""
+        return GroupRows(layer, group, self.student, self.kwargs, self.probe.device, self.allocate)
+
 
 @dataclass(frozen=True)
 class GroupReport:
-    """Figures of one input group: block size, where the scale went, the probe at every stage, steps kept."""
+    """Figures of one input group: block size, where the scale went, the probe at every stage, steps kept.
+
+    `clip`: the searched ratio of its input, None where it was not searched.
+    """
 
     name: str
     block_size: int
     scale: str
     stages: tuple[Stage, ...]
     steps: tuple[int, ...]
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,49 +120,151 @@ def decide(
 
     What is decided for a group depends on everything upstream being quantized already, so `layer` is built as it goes
     and is what `build_` would make of the state; `inputs` are advanced through it. `spec` is that of this layer.
-    `activation_peaks` (by full linear name, [C]) are needed for smoothing. The result depends on the arguments alone:
-    the random rotations come from a generator of this layer.
+    `activation_peaks` (by full linear name, [C]) are needed for smoothing by peaks. The result depends on the arguments
+    alone: the random rotations come from a generator of this layer.
     """
-    probe, kwargs = inputs.probe, inputs.kwargs
     for observer in observers:
-        observer.layer_begins(layer, index, spec, kwargs)
-    reference = layer_output(layer, probe, kwargs)
+        observer.layer_begins(layer, index, spec, inputs.kwargs)
+    reference = layer_output(layer, inputs.probe, inputs.kwargs)
+    decision = Decision(layer, index, spec, inputs, settings, observers)
     targets = teacher_targets_(layer, inputs, settings)
-    state = LayerState()
-    builder = LayerBuilder(layer, spec, settings, probe.dtype, observers)
-    scales = smoothing_scales(layer, index, spec, activation_peaks, settings.smooth) if settings.smooth else {}
-    builder.begin_(scales, probe.device)
-    generator = layer_generator(settings.seed, index)
-    reports, search_seconds = [], 0.0
+    decision.begin_(activation_peaks)
     for group in spec.groups:
-        x = capture_rows(layer, group.inputs, probe, kwargs)
-        require_finite(x, spec.linear_key(index, group.linears[0]))
-        started = time.perf_counter()
-        search, stages = search_transform(
-            x, builder.folded_scale(group), builder.online_scale(group), settings, generator
-        )
-        search_seconds += time.perf_counter() - started
-        where = describe_folding(absorbers(group, settings.smooth)) if settings.smooth else "none"
-        reports.append(GroupReport(group.name, block_size(x.shape[-1], settings), where, stages, search.steps))
-        for observer in observers:
-            observer.searched(group, search.peaks)
-        state.groups[group.name] = GroupState(scales.get(group.name), search.rotations, search.permutations)
-        builder.open_(group, state.groups[group.name])
+        decision.decide_(group)
         if settings.training is None:
-            builder.round_(group)
+            decision.round_(group)
         for observer in observers:
-            observer.group_built(layer, group, kwargs, builder.folded_scale(group))
+            observer.group_built(layer, group, inputs.kwargs, decision.builder.folded_scale(group))
     training = None
     if settings.training is not None:
         samples = Samples(inputs.student, targets, inputs.total)
-        training = train_clipping_(layer, samples, kwargs, settings.training)
-        state.clips = clip_logits(layer, spec)
+        training = train_clipping_(layer, samples, inputs.kwargs, settings.training)
+        decision.state.clips = clip_logits(layer, spec)
         for group in spec.groups:
-            builder.round_(group)
+            decision.round_(group)
     inputs.advance_(layer)
     error = (inputs.probe - reference).float().norm() / reference.float().norm()
-    added = {name: value for each in observers for name, value in each.layer_built(layer, kwargs).items()}
-    return state, LayerReport(index, error.item(), tuple(reports), training, added, search_seconds)
+    added = {name: value for each in observers for name, value in each.layer_built(layer, inputs.kwargs).items()}
+    figures = (error.item(), tuple(decision.reports), training, added, decision.search_seconds)
+    return decision.state, LayerReport(index, *figures)
+
+
+class Decision:
+    """One layer on its way from full precision: what is known of it, and what was decided so far."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        index: int,
+        spec: DecoderSpec,
+        inputs: LayerInputs,
+        settings: QuantSettings,
+        observers: Sequence[Observer],
+    ):
+        self.layer, self.index, self.spec, self.inputs, self.settings = layer, index, spec, inputs, settings
+        self.observers, self.state, self.reports = observers, LayerState(), []
+        self.builder = LayerBuilder(layer, spec, settings, inputs.probe.dtype, observers)
+        self.generator, self.search_seconds = layer_generator(settings.seed, index), 0.0
+        self.view = inputs.view(layer, spec, settings.aims_at_teacher) if settings.views_layers else None
+        self.rows: GroupRows | None = None  # of the group that was decided last
+        self.shared: dict[str, GroupInput] = {}
+
+    def begin_(self, activation_peaks: dict[str, Tensor] | None) -> None:
+        """Decide what is done to heads, and the smoothing scales; fold them."""
+        settings, state, view = self.settings, self.state, self.view
+        if settings.extras.value_rotation:
+            state.values = value_matrices(view.heads["value"], self.layer, self.spec, settings.extras)
+            self.builder.rotate_values_(state)
+            view.heads["value"] = torch.einsum("nhd,hde->nhe", view.heads["value"], state.values)
+        if view is not None:
+            state.attention = decide_heads(view.heads, settings.scheme, settings.extras)
+        if settings.smooth is not None:
+            for group, scale in self._scales(settings.smooth, activation_peaks).items():
+                state.groups[group] = GroupState(scale, *[torch.empty(0, device=scale.device)] * 2)
+        self.builder.begin_(state, self.inputs.probe.device)
+
+    def _scales(self, smooth: SmoothSettings, activation_peaks: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """The smoothing scale [C] of every group, by name, from the layer's weights as they are now."""
+        layer, spec, matrices = self.layer, self.spec, self.state.values
+        if smooth.measure is SmoothMeasure.PEAK:
+            peaks = group_peaks(self.index, spec, activation_peaks)
+            if matrices is not None:  # the statistics are of what o_proj's input was before
+                peaks["o"] = self.inputs.rows(layer, next(each for each in spec.groups if each.name == "o")).peak()
+            return smoothing_scales(layer, spec, peaks, smooth)
+        energies = dict(self.view.energies)
+        if matrices is not None:
+            energies["o"] = rotated_energy(self.view.outputs, matrices)
+        return smoothing_scales(layer, spec, energies, smooth)
+
+    def decide_(self, group: InputGroup) -> None:
+        """Search the group's transform, fit what rounds its input, and open its linears."""
+        builder, settings, inputs = self.builder, self.settings, self.inputs
+        self.rows = inputs.rows(self.layer, group) if settings.reads_rows else None
+        x = capture_rows(self.layer, group.inputs, inputs.probe, inputs.kwargs)
+        require_finite(x, self.spec.linear_key(self.index, group.linears[0]))
+        online, folded = builder.online_scale(group), builder.folded_scale(group)
+        if settings.probe is Probe.PEAKS:
+            x = self.rows.largest(settings.probe_tokens, online)
+        started = time.perf_counter()
+        search, stages = search_transform(x, folded, online, settings, self.generator)
+        self.search_seconds += time.perf_counter() - started
+        for observer in self.observers:
+            observer.searched(group, search.peaks)
+        state = GroupState(self.state.scales.get(group.name), search.rotations, search.permutations)
+        if self.rows is not None:
+            state = fit_input(state, self.rows, DualTransform(state.rotations, state.permutations, online), settings)
+        self.state.groups[group.name] = state
+        where = describe_folding(absorbers(group, settings.smooth)) if settings.smooth else "none"
+        clip = None if state.ratios is None else state.ratios[0].item()
+        size = block_size(x.shape[-1], settings)
+        self.reports.append(GroupReport(group.name, size, where, stages, search.steps, clip))
+        self.shared[group.name] = builder.open_(group, self.state)
+
+    def round_(self, group: InputGroup) -> None:
+        """Round the group's weights, by what samples give them if that is asked for; everything upstream is rounded."""
+        moments = None
+        if self.settings.rounds_by_data:
+            trained = self.settings.training is not None  # since the rows were read
+            rows = self.inputs.rows(self.layer, group) if trained else self.rows
+            shared, name = self.shared[group.name], self.spec.linear_key(self.index, group.name)
+            hessian = moment_of((x, x) for x in map(shared, rows.parts()))
+            moments = Moments(name, hessian, self._cross(group, rows, shared))
+        self.rows = None
+        self.builder.round_(group, self.state, moments)
+
+    def _cross(self, group: InputGroup, rows: GroupRows, shared: GroupInput) -> Tensor | None:
+        """Σ t x̂ᵀ / n [C, C] with t what the full-precision network would give the group, transformed and shifted.
+
+        None where that is not aimed at, or is of other tokens: experts are given their own in each network.
+        """
+        if not self.settings.aims_at_teacher or len(group.inputs) > 1:
+            return None
+        folded, matrices = self.builder.folded_scale(group), self.state.values
+
+        def aimed() -> Iterator[Tensor]:
+            for x in parts_of(self.view.rows[group.name], rows.device):
+                if group.name == "o" and matrices is not None:
+                    heads = x.unflatten(-1, (len(matrices), -1, matrices.shape[-1]))
+                    x = torch.einsum("nhqd,hde->nhqe", heads, matrices).flatten(1)
+                y = shared.transform(x if folded is None else x / folded)
+                yield y if shared.shift is None else y - shared.shift
+
+        return moment_of(zip(aimed(), map(shared, rows.parts()), strict=True))
+
+
+def fit_input(state: GroupState, rows: GroupRows, transform: DualTransform, settings: QuantSettings) -> GroupState:
+    """`state` with the shift and the clip ratios of the group's input that its `rows` ask for."""
+    scheme, shift = settings.scheme.input, None
+    if settings.extras.channel_shift and scheme.quantized:
+        shift = mean_of(map(transform, rows.parts()))
+        state = replace(state, shift=shift)
+    if scheme.quantized and scheme.clip == SEARCHED:
+        some = transform(rows.some(CLIP_ROWS))
+        some = some if shift is None else some - shift
+        some = some / some.norm(dim=1, keepdim=True).clamp(min=1e-12)  # each token's error beside its own length
+        ratio = search_activation_ratio(some, make_quantizer(scheme, nn.Identity()))
+        state = replace(state, ratios=torch.tensor([ratio, ratio], device=some.device))
+    return state
 
 
 def teacher_targets_(layer: nn.Module, inputs: LayerInputs, settings: QuantSettings) -> tuple[Tensor, ...]:
@@ -161,24 +291,6 @@ def clip_logits(layer: nn.Module, spec: DecoderSpec) -> dict[str, tuple[Tensor, 
         for path, linear in linears.items()
         if isinstance(linear, OpenLinear) and linear.clip is not None
     }
-
-
-def smoothing_scales(
-    layer: nn.Module, index: int, spec: DecoderSpec, activation_peaks: dict[str, Tensor], smooth: SmoothSettings
-) -> dict[str, Tensor]:
-    """The smoothing scale [C] of every group, by name, from the layer's weights as they are now."""
-    scales = {}
-    for group in spec.groups:
-        alone = smooth.weight_peak is WeightPeak.REPRESENTATIVE and group.representative is not None
-        paths = (group.representative,) if alone else group.linears
-        weight_peak = column_peak([layer.get_submodule(path).weight for path in paths])
-        key = spec.linear_key(index, group.representative or group.linears[0])
-        activation_peak = activation_peaks[key].to(weight_peak.device)
-        for absorber in absorbers(group, smooth):
-            if isinstance(absorber, SharedRows):
-                activation_peak, weight_peak = absorber.share(activation_peak), absorber.share(weight_peak)
-        scales[group.name] = smoothing_scale(activation_peak, weight_peak, smooth.alpha)
-    return scales
 
 
 def block_size(channels: int, settings: QuantSettings) -> int:

@@ -86,7 +86,7 @@ def layer_calls(
         filled += len(states)
 
     with shell_on_device(model, spec, device), layers_replaced(layers, record):
-        batches = [tokens[:1], *_batches(tokens[1:])]  # the first alone: its keyword arguments have batch size 1
+        batches = [tokens[:1], *batches_of(tokens[1:])]  # the first alone: its keyword arguments have batch size 1
         for batch in batches:
             model.get_decoder()(input_ids=batch.to(device), use_cache=False)
     return LayerCalls(hidden[0], tuple(recorded[index] for index in range(len(layers))))
@@ -167,6 +167,6 @@ def require_finite(x: Tensor, name: str) -> None:
         )
 
 
-def _batches(samples: Tensor) -> Iterator[Tensor]:
+def batches_of(samples: Tensor) -> Iterator[Tensor]:
     """Views of `samples` [N, T, …] with at most `TOKENS_PER_FORWARD` tokens each (but at least one sample)."""
     return iter(samples.split(max(1, TOKENS_PER_FORWARD // samples.shape[1]))) if len(samples) else iter(())

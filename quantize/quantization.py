@@ -122,11 +122,14 @@ class Flow:
             observer.samples(calls.hidden, device)
         self.kwargs, self.device = calls.kwargs, device
         teacher = student = None
-        if settings.training is not None:
-            teacher = own_part_of(calls.hidden, settings.training.batch_size, allocate)
+        if settings.needs_samples:
+            batch_size = settings.training.batch_size if settings.training is not None else 1
+            student = own_part_of(calls.hidden, batch_size, allocate)
+        if settings.needs_teacher:
+            teacher = student
             student = allocate(teacher.shape, teacher.dtype).copy_(teacher)
         probe = make_probe(calls.hidden, settings.probe).to(device)
-        self.current = LayerInputs(probe, {}, teacher, student, len(tokens))
+        self.current = LayerInputs(probe, {}, teacher, student, len(tokens), allocate)
 
     def inputs(self, index: int) -> LayerInputs:
         """The inputs of layer `index`, after all layers before it have advanced them."""

@@ -1,14 +1,21 @@
 """From a transformed weight to codes."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duquant.formats import number_format
+from duquant.formats import Codes, Parameters, number_format
 from duquant.linear import GroupInput, QuantLinear
-from duquant.quantizer import Quantizer, make_quantizer
-from duquant.scheme import TensorScheme
+from duquant.quantizer import NoClip, Quantizer, make_quantizer
+from duquant.scheme import SEARCHED, TensorScheme
+from quantize.clipping import search_parameters
+from quantize.gptq import gptq_codes
+from quantize.refinements import Rounding, RoundingSettings
 from quantize.training import LearnedClip
+
+RIDGE = 0.1  # of the Hessian's mean diagonal: what holds the asymmetric target back
 
 
 class OpenLinear(nn.Module):
@@ -24,7 +31,8 @@ class OpenLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         clip = LearnedClip(_ranges(weight, scheme.group_size)).to(weight.device) if learned else None
-        self.quantizer = make_quantizer(scheme, clip)
+        # until a range is searched it is the whole one
+        self.quantizer = make_quantizer(scheme, clip or (NoClip() if scheme.clip == SEARCHED else None))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., O], in the dtype of `x`; `x` is left as it is."""
@@ -44,6 +52,11 @@ class OpenLinear(nn.Module):
         encoded = self.quantizer.encode(weight) if isinstance(self.quantizer, Quantizer) else weight.to(dtype)
         return QuantLinear(encoded, number_format(self.scheme), bias, self.group)
 
+    def with_codes(self, codes: Codes, dtype: torch.dtype) -> QuantLinear:
+        """The linear with codes that were found for its weight."""
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        return QuantLinear(codes, number_format(self.scheme), bias, self.group)
+
     def extra_repr(self) -> str:
         """Show the shape."""
         return f"{self.in_features}, {self.out_features}"
@@ -53,3 +66,60 @@ def _ranges(weight: Tensor, group_size: int | None) -> tuple[int, ...]:
     """The shape of a weight's ranges: [O, 1], or [O, C/g, 1]."""
     rows, channels = weight.shape
     return (rows, 1) if group_size in (None, channels) else (rows, channels // group_size, 1)
+
+
+@torch.no_grad()
+def data_codes(linears: dict[str, OpenLinear], moments: "Moments", settings: RoundingSettings) -> dict[str, Codes]:
+    """Codes by path of the linears of one group, which depend on what calibration samples gave them (`moments`).
+
+    Ranges are the linear's own where they are fixed or trained, else searched. All linears of a group have one Hessian,
+    so GPTQ rounds them as one weight whose rows are theirs.
+    """
+    paths, first = list(linears), next(iter(linears.values()))
+    weights = torch.cat([linear.weight for linear in linears.values()])
+    aimed = weights if moments.cross is None else moments.aimed(weights, settings)
+    parameters = []
+    for path, part in zip(paths, aimed.split([len(linear.weight) for linear in linears.values()]), strict=True):
+        parameters.append(_parameters(linears[path], part, moments.hessian))
+    joined = Parameters(*(torch.cat(each) for each in zip(*parameters, strict=True)))
+    form, size = number_format(first.scheme), first.scheme.group_size
+    if settings.rounding is Rounding.GPTQ:
+        codes = gptq_codes(aimed, moments.hessian, joined, form, settings.damping, moments.name)
+    else:
+        codes = form.encode(aimed if joined.scale.dim() == 2 else aimed.unflatten(1, (-1, size)), joined)
+    counts = [len(linear.weight) for linear in linears.values()]
+    split = [each.split(counts) for each in (codes.values, codes.scale, codes.zero)]
+    return {path: Codes(*(part.clone() for part in parts)) for path, *parts in zip(paths, *split, strict=True)}
+
+
+def _parameters(linear: OpenLinear, weight: Tensor, hessian: Tensor) -> Parameters:
+    """Scale and zero of every range of `weight` [O, C], which stands for the linear's own."""
+    if linear.scheme.clip == SEARCHED and linear.clip is None:
+        importance = hessian.diagonal().to(weight.dtype)
+        return search_parameters(weight, number_format(linear.scheme), importance, linear.scheme.group_size)
+    return linear.quantizer.parameters(linear.quantizer.vectors(weight))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What calibration samples give the linears of a group, called `name` in the log.
+
+    `hessian` X̂ᵀX̂ / n [C, C], float64; `cross` X_fpᵀX̂ / n [C, C], with the rows that the full-precision network would
+    give them, transformed alike, where that is aimed at.
+    """
+
+    name: str
+    hessian: Tensor
+    cross: Tensor | None = None
+
+    def aimed(self, weight: Tensor, settings: RoundingSettings) -> Tensor:
+        """The weight [O, C] whose output on X̂ is nearest to that of `weight` on X_fp, and as much of it as `target` says.
+
+        W A H⁻¹ minimises ‖W X_fpᵀ − V X̂ᵀ‖² over V; `RIDGE` draws it to W, which few samples need. 0 leaves W, 1 goes all
+        the way. Source: asymmetric calibration (GPTAQ).
+        """
+        identity = torch.eye(len(self.hessian), dtype=torch.float64, device=self.hessian.device)
+        ridge = RIDGE * self.hessian.diagonal().mean() * identity
+        wide = weight.double()
+        best = torch.linalg.solve(self.hessian + ridge, (wide @ (self.cross + ridge)).T).T
+        return (wide + settings.target * (best - wide)).to(weight.dtype)

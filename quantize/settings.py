@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from duquant.scheme import UNQUANTIZED_BITS, Scheme, TensorScheme
+from quantize.refinements import SEARCH, ExtraSettings, HeadTransform, Ratio, Rounding, RoundingSettings
 from utils.errors import InputError
 from utils.settings import Changes, option, part
 
@@ -67,6 +68,13 @@ class WeightPeak(StrEnum):
     GROUP = "group"  # the maximum over all linears of the group
 
 
+class SmoothMeasure(StrEnum):
+    """What of the activations and of the weights is balanced by the smoothing scale."""
+
+    PEAK = "peak"  # the largest magnitudes (the paper)
+    ENERGY = "energy"  # the root of the mean square: what is left to balance where a rotation spreads the peaks
+
+
 class GqaSmooth(StrEnum):
     """Where o_proj's smoothing scale goes when query heads share kv heads."""
 
@@ -79,10 +87,22 @@ class Probe(StrEnum):
 
     MEAN = "mean"  # the mean over the calibration samples (the original code)
     SAMPLE = "sample"  # a few real samples
+    PEAKS = "peaks"  # of all samples in the quantized network, the tokens with the largest magnitudes
 
 
-def _check_ratio(flag: str, value: float | None) -> None:
-    if value is not None and not 0 < value <= 1:
+def clip_ratio(text: str) -> Ratio:
+    """What `--lac` and `--swc` say: a number, or SEARCH."""
+    try:
+        return text if text == SEARCH else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {SEARCH}") from None
+
+
+def _check_ratio(flag: str, value: Ratio) -> None:
+    if isinstance(value, str):
+        if value != SEARCH:
+            raise InputError(f"{flag} {value}: must be a number in (0, 1] or {SEARCH}")
+    elif value is not None and not 0 < value <= 1:
         raise InputError(f"{flag} {value:g}: the clip ratio must be in (0, 1]")
 
 
@@ -151,16 +171,30 @@ class BitSettings:
 class ClipSettings:
     """Clip ratios: `activation_ratio` for linear inputs, q and k, `weight_ratio` for weights; None: no clipping.
 
-    `kv_ratio` is for k, in place of `activation_ratio`, and for v, which has none otherwise.
+    `kv_ratio` is for k, in place of `activation_ratio`, and for v, which has none otherwise. SEARCH in place of a ratio
+    means that calibration data decide: for every range of weights, for the inputs of every group, for q, k and v of
+    every layer.
     """
 
     TITLE: ClassVar[str] = "quantization"
 
-    activation_ratio: float | None = option(
-        None, "clip ratio of linears' inputs, q and k, in (0, 1] (default: no clipping)", flag="lac", tag="lac"
+    activation_ratio: Ratio = option(
+        None,
+        "clip ratio of linears' inputs, q and k, in (0, 1]; or search: found for each of them, and for v, on "
+        "calibration data (default: no clipping)",
+        flag="lac",
+        tag="lac",
+        type=clip_ratio,
+        metavar="RATIO|search",
     )
-    weight_ratio: float | None = option(
-        None, "clip ratio of weights in (0, 1] (default: no clipping)", flag="swc", tag="swc"
+    weight_ratio: Ratio = option(
+        None,
+        "clip ratio of weights in (0, 1]; or search: both ends of every range on calibration data (default: no "
+        "clipping)",
+        flag="swc",
+        tag="swc",
+        type=clip_ratio,
+        metavar="RATIO|search",
     )
     kv_ratio: float | None = option(
         None, "clip ratio of k and v (default: --lac for k, no clipping for v)", flag="lac_kv", tag="lac_kv"
@@ -226,6 +260,13 @@ class SmoothSettings:
         "head share it, so that v_proj takes it",
         flag="gqa_smooth",
         tag="gqa_",
+    )
+    measure: SmoothMeasure = option(
+        SmoothMeasure.PEAK,
+        "what alpha divides between activations and weights: their peaks, or their energies (root of the mean square "
+        "in the quantized network, over all linears of a group)",
+        flag="smooth_measure",
+        tag="",
     )
 
     def __post_init__(self) -> None:
@@ -297,8 +338,14 @@ class QuantSettings:
     )
     rotation: RotationSettings = part(RotationSettings)
     probe: Probe = option(
-        Probe.MEAN, "activation to search on: the mean of the samples, or a few samples", tag="probe_"
+        Probe.MEAN,
+        "activation to search on: the mean of the samples, a few samples, or the tokens of all samples with the largest "
+        "magnitudes",
+        tag="probe_",
     )
+    probe_tokens: int = option(128, "how many tokens --probe peaks takes", tag="probe_tokens")
+    rounding: RoundingSettings = part(RoundingSettings)
+    extras: ExtraSettings = part(ExtraSettings)
     training: TrainingSettings | None = part(
         TrainingSettings, switch="lwc", help="train the clipping of weights, layer by layer", tag="lwc"
     )
@@ -308,13 +355,54 @@ class QuantSettings:
         check_seed("--seed", self.seed)
         if self.training is not None and self.clip.weight_ratio is not None:
             raise InputError("--lwc learns the clipping that --swc fixes: give one of them")
+        if self.probe_tokens < 1:
+            raise InputError(f"--probe_tokens {self.probe_tokens}: must be at least 1")
+        if self.extras.head_transform is HeadTransform.BALANCED and not self.transform.rotates:
+            raise InputError(f"--head_transform balanced: nothing is rotated with --transform {self.transform}")
+
+    @property
+    def rounds_by_data(self) -> bool:
+        """Whether the codes of weights depend on calibration samples, so that they cannot be made again without."""
+        return self.bits.weight < UNQUANTIZED_BITS and (
+            self.rounding.rounding is Rounding.GPTQ or self.clip.weight_ratio == SEARCH
+        )
+
+    @property
+    def views_layers(self) -> bool:
+        """Whether samples are looked at in every layer while it is in full precision (`quantize.samples.LayerView`)."""
+        extras, energy = self.extras, self.smooth is not None and self.smooth.measure is SmoothMeasure.ENERGY
+        means = extras.key_mean or extras.value_mean or extras.value_rotation
+        heads = extras.head_transform is HeadTransform.BALANCED or self.clip.activation_ratio == SEARCH
+        return energy or means or heads or self.aims_at_teacher
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether what samples give the linears of a group decides something (`quantize.samples.GroupRows`)."""
+        searches = self.clip.activation_ratio == SEARCH or self.probe is Probe.PEAKS
+        return searches or self.extras.channel_shift or self.rounds_by_data
+
+    @property
+    def aims_at_teacher(self) -> bool:
+        """Whether weights are rounded towards the output on the full-precision network's input."""
+        return self.rounds_by_data and self.rounding.target > 0
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether calibration samples go through the quantized network beside the probe."""
+        return self.training is not None or self.views_layers or self.reads_rows
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether they go through the full-precision network too, beside it."""
+        return self.training is not None or self.aims_at_teacher
 
     @property
     def scheme(self) -> Scheme:
         """What is rounded to what."""
         bits, clip = self.bits, self.clip
         head_clip = {"query": clip.activation_ratio, "key": clip.kv_ratio or clip.activation_ratio}
-        head_clip["value"] = clip.kv_ratio
+        clips_values = self.extras.value_rotation or clip.activation_ratio == SEARCH
+        head_clip["value"] = clip.kv_ratio or (clip.activation_ratio if clips_values else None)
         heads = {
             role: TensorScheme(bits=number, symmetric=bits.act_symmetric, clip=head_clip[role])
             for role, number in bits.attention.items()

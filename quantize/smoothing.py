@@ -24,6 +24,12 @@ def column_peak(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack(peaks).amax(dim=0)
 
 
+def column_energy(weights: Sequence[Tensor]) -> Tensor:
+    """Root of the mean square per input channel over weights [O_i, C] taken together: [C], float32."""
+    squares = [widen(weight[part]).square().sum(dim=0) for weight in weights for part in row_parts(weight)]
+    return (torch.stack(squares).sum(dim=0) / sum(map(len, weights))).sqrt().float()
+
+
 def divide_norm_(norm: nn.Module, scale: Tensor, offset: float = 0.0) -> Tensor:
     """Divide the gain `offset` + weight of a norm, in place, by `scale` [C]; return the scale really divided out.
 

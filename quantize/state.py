@@ -1,7 +1,7 @@
 """What quantizing one layer decided: enough to do it again, bit for bit, without searching or training."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -9,35 +9,51 @@ from torch import Tensor
 from duquant.formats import Codes
 from quantize.spec import DecoderSpec
 
+CODES = ("values", "scale", "zero")  # the parts of `Codes`
 COMPACT = {torch.int64: torch.int32}  # permutations; everything else keeps its dtype, so that the result is the same
 
 
 @dataclass(frozen=True)
 class GroupState:
     """One input group: the smoothing scale as computed [C] (None without smoothing), rotations [n+1, B, B] and
-    permutations [n, C]."""
+    permutations [n, C]. `shift` [C] of the transformed input and its clip `ratios` [2], where there are any."""
 
     scale: Tensor | None
     rotations: Tensor
     permutations: Tensor
+    shift: Tensor | None = None
+    ratios: Tensor | None = None
 
     def to(self, device: torch.device) -> "GroupState":
         """The same with its tensors on `device`."""
-        scale = None if self.scale is None else self.scale.to(device)
-        return GroupState(scale, self.rotations.to(device), self.permutations.to(device))
+        return GroupState(**{name: tensor.to(device) for name, tensor in self.tensors().items()} | self._absent())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Field → tensor, of those that are there."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: tensor for name, tensor in values.items() if tensor is not None}
+
+    def _absent(self) -> dict[str, None]:
+        return {each.name: None for each in fields(self) if getattr(self, each.name) is None}
 
 
 @dataclass
 class LayerState:
     """Groups by name, and by path the clip logits (low, high) of linears with learned clipping.
 
-    `weights`, by path, are those of a saved model: they were scaled, transformed and rounded then, and the scales of
-    its groups are those that stay online.
+    `weights`, by path: what cannot be made again without samples (codes that depend on them), with the `biases` that
+    belong to them. `attention`: tensors of the attention quantizer under their names in its `state_dict`; `values`
+    [kv heads, D, D] the rotation folded into v and o. `stored`: this is a saved model's layer. All its weights are in
+    `weights`, and scales and rotations that go upstream are in them already and not here.
     """
 
     groups: dict[str, GroupState] = field(default_factory=dict)
     clips: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     weights: dict[str, Codes | Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    attention: dict[str, Tensor] = field(default_factory=dict)
+    values: Tensor | None = None
+    stored: bool = False
 
     @property
     def scales(self) -> dict[str, Tensor]:
@@ -50,37 +66,56 @@ class LayerState:
         return next(iter(self.groups.values())).rotations.device
 
     def tensors(self) -> dict[str, Tensor]:
-        """Flat and compact, on the host: `groups.<name>.<field>` and `clips.<path>.<low|high>`."""
+        """Flat and compact, on the host: `groups.<name>.<field>`, `clips.<path>.<low|high>`, `weights.<path>.<part>`."""
         return {name: tensor.cpu().to(COMPACT.get(tensor.dtype, tensor.dtype)) for name, tensor in self._named()}
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for name, group in self.groups.items():
-            if group.scale is not None:
-                yield f"groups.{name}.scale", group.scale
-            yield f"groups.{name}.rotations", group.rotations
-            yield f"groups.{name}.permutations", group.permutations
+            for part, tensor in group.tensors().items():
+                yield f"groups.{name}.{part}", tensor
         for path, (low, high) in self.clips.items():
             yield f"clips.{path}.low", low
             yield f"clips.{path}.high", high
+        for path, codes in self.weights.items():
+            for part in CODES:
+                yield f"weights.{path}.{part}", getattr(codes, part)
+        for path, bias in self.biases.items():
+            yield f"biases.{path}", bias
+        for name, tensor in self.attention.items():
+            yield f"attention.{name}", tensor
+        if self.values is not None:
+            yield "values", self.values
 
     def to(self, device: torch.device) -> "LayerState":
         """The same state with its tensors on `device`."""
-        groups = {name: group.to(device) for name, group in self.groups.items()}
+
+        def moved(tensors: dict) -> dict:
+            return {name: tensor.to(device) for name, tensor in tensors.items()}
+
         clips = {path: (low.to(device), high.to(device)) for path, (low, high) in self.clips.items()}
-        return LayerState(groups, clips, {path: weight.to(device) for path, weight in self.weights.items()})
+        values = None if self.values is None else self.values.to(device)
+        parts = (moved(self.weights), moved(self.biases), moved(self.attention), values, self.stored)
+        return LayerState(moved(self.groups), clips, *parts)
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], spec: DecoderSpec) -> "LayerState":
         """The inverse of `tensors`. Raises KeyError, naming it, for a tensor that is not there."""
-        state = cls()
+        state = cls(values=tensors.get("values"))
         for group in spec.groups:
             prefix = f"groups.{group.name}"
             permutations = tensors[f"{prefix}.permutations"].to(torch.int64)
-            scale = tensors.get(f"{prefix}.scale")
-            state.groups[group.name] = GroupState(scale, tensors[f"{prefix}.rotations"], permutations)
+            scale, shift, ratios = (tensors.get(f"{prefix}.{part}") for part in ("scale", "shift", "ratios"))
+            found = GroupState(scale, tensors[f"{prefix}.rotations"], permutations, shift, ratios)
+            state.groups[group.name] = found
             for path in group.linears:
                 if f"clips.{path}.low" in tensors:
                     state.clips[path] = (tensors[f"clips.{path}.low"], tensors[f"clips.{path}.high"])
+                if f"weights.{path}.{CODES[0]}" in tensors:
+                    state.weights[path] = Codes(*(tensors[f"weights.{path}.{part}"] for part in CODES))
+                if f"biases.{path}" in tensors:
+                    state.biases[path] = tensors[f"biases.{path}"]
+        inner = "attention."
+        state.attention = {name.removeprefix(inner): each for name, each in tensors.items() if name.startswith(inner)}
         return state
 
 

@@ -239,9 +239,10 @@ def _name(field: dataclasses.Field) -> str:
 
 
 def _without_none(kind: Any) -> Any:
-    """The type X of a field that is `X | None`, or the type as it is."""
+    """The type X of a field that is `X | None`, or the type as it is; of `X | Y | None` object, which takes both."""
     if isinstance(kind, types.UnionType):
-        (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
+        kinds = [each for each in typing.get_args(kind) if each is not types.NoneType]
+        kind = kinds[0] if len(kinds) == 1 else object
     return kind
 
 
@@ -293,4 +294,4 @@ def _typed(kind: Any, value: Any) -> Any:
         return from_dict(kind, value)
     if typing.get_origin(kind) is tuple:
         return tuple(_typed(typing.get_args(kind)[0], each) for each in value)
-    return kind(value)
+    return value if kind is object else kind(value)

@@ -21,7 +21,8 @@ from duquant.attention import install
 from duquant.linear import GroupInput, QuantLinear
 from duquant.quantizer import NoClip
 from models import decoder_spec
-from quantize.layer import LayerInputs, decide, smoothing_scales
+from quantize.layer import LayerInputs, decide
+from quantize.scales import group_peaks, smoothing_scales
 from quantize.observe import layer_calls
 from quantize.observer import LayerLog, describe_group
 from quantize.quantization import PROBE_SAMPLES, check_shapes, make_probe, quantize_model
@@ -349,7 +350,7 @@ def test_smoothing_scale_looks_at_the_representative_or_at_the_whole_group():
     layer.self_attn.k_proj.weight[:, 5] *= 100
     found = {}
     for kind in WeightPeak:
-        found[kind] = smoothing_scales(layer, 0, spec, peaks, SmoothSettings(0.5, kind))
+        found[kind] = smoothing_scales(layer, spec, group_peaks(0, spec, peaks), SmoothSettings(0.5, weight_peak=kind))
         weights = [layer.self_attn.q_proj.weight]
         if kind is WeightPeak.GROUP:
             weights += [layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]
@@ -400,8 +401,9 @@ def test_a_mean_probe_needs_no_wide_copy_of_the_samples(dtype):
 
 
 def test_the_kind_of_probe_decides_the_rotations():
-    mean, sample = (quantize(make_model(), settings(probe=probe))[0] for probe in Probe)
-    assert not same_parameters(mean, sample)
+    models = [quantize(make_model(), settings(probe=probe))[0] for probe in Probe]
+    for number, model in enumerate(models):
+        assert not any(same_parameters(model, other) for other in models[:number])
 
 
 @pytest.mark.parametrize(("block_size", "expected"), [(None, [48, 96, 48, 80]), (-1, [48, 96, 48, 80]), (8, [8] * 4)])

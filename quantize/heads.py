@@ -1,0 +1,131 @@
+"""What is done to q, k and v beside rounding them: matrices that balance q and k, means, clips, the rotation of v."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from duquant.attention import HEAD_ROLES, by_head
+from duquant.hadamard import hadamard
+from duquant.quantizer import make_quantizer
+from duquant.scheme import SEARCHED, Scheme
+from quantize.clipping import search_activation_ratio
+from quantize.refinements import ExtraSettings, HeadTransform
+from quantize.samples import heads_by_kv
+from quantize.spec import DecoderSpec, Rows
+
+RIDGE = 1e-3  # of a covariance's mean eigenvalue, added to all: directions that no token has must not be blown up
+SEARCH_VECTORS = 8192  # per role, on which a clip ratio is searched
+
+
+def decide_heads(heads: Mapping[str, Tensor], scheme: Scheme, extras: ExtraSettings) -> dict[str, Tensor]:
+    """What samples of q, k and v [n, heads, D] say of how to round them: tensors of the attention quantizer.
+
+    Under the names of its `state_dict`: `matrix` and `key_matrix` [kv heads, D, D], `key.mean` and `value.mean`
+    [kv heads, 1, D], `query.clip.ratios` and so on [2]. Only those that `extras` and `scheme` ask for.
+    """
+    by_role = {role: heads_by_kv(heads, role) for role in HEAD_ROLES}  # [kv heads, vectors, D]
+    matrices = {role: hadamard(heads["key"].shape[-1]).to(heads["key"]) for role in ("query", "key")}
+    matrices = matrices if scheme.rotate_heads else {}
+    found: dict[str, Tensor] = {}
+    if scheme.rotate_heads and extras.head_transform is HeadTransform.BALANCED:
+        key = by_role["key"]
+        key = key - key.mean(dim=1, keepdim=True) if extras.key_mean else key
+        matrices["query"], matrices["key"] = balancing_matrices(by_role["query"], key)
+        found |= {"matrix": matrices["query"], "key_matrix": matrices["key"]}
+    vectors = {role: by_head(x, matrices.get(role)) for role, x in by_role.items()}
+    for role, wanted in (("key", extras.key_mean), ("value", extras.value_mean)):
+        if wanted and getattr(scheme, role).quantized:
+            found[f"{role}.mean"] = vectors[role].mean(dim=1, keepdim=True)
+            vectors[role] = vectors[role] - found[f"{role}.mean"]
+    for role in HEAD_ROLES:
+        own = getattr(scheme, role)
+        if own.quantized and own.clip == SEARCHED:
+            flat = vectors[role].flatten(0, 1)
+            flat = flat[:: max(1, len(flat) // SEARCH_VECTORS)]
+            flat = flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-12)  # each token's error beside its own length
+            ratio = search_activation_ratio(flat, make_quantizer(own, nn.Identity()))
+            found[f"{role}.clip.ratios"] = torch.tensor([ratio, ratio], device=flat.device)
+    return found
+
+
+def balancing_matrices(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """M and M⁻ᵀ [heads, D, D] for vectors [heads, n, D] of q and k: (qM)(kM⁻ᵀ)ᵀ = qkᵀ, and the rounding costs least.
+
+    The error of q·k under ranges per vector is about E|qM|² E|kM⁻ᵀ|², whatever the vectors' directions behind a
+    Hadamard matrix. With the covariances S of q and T of k it is least, the square of the nuclear norm of S^½ T^½,
+    where MMᵀ = S^-½ (S^½ T S^½)^½ S^-½: q and k have the same covariance then. Ours.
+    """
+    first, second = (_covariance(each) for each in (query, key))
+    root, inverse = _power(first, 0.5), _power(first, -0.5)
+    values, vectors = torch.linalg.eigh(inverse @ _power(root @ second @ root, 0.5) @ inverse)
+    spread = hadamard(query.shape[-1]).to(values)
+    widths = values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()[:, None, :]
+    return ((vectors * widths) @ spread).float(), ((vectors / widths) @ spread).float()
+
+
+def _covariance(x: Tensor) -> Tensor:
+    """Of vectors [heads, n, D], each scaled to length 1: [heads, D, D] in float64, positive definite."""
+    x = torch.nn.functional.normalize(x.double(), dim=-1)
+    moment = x.transpose(1, 2) @ x / x.shape[1]
+    mean = moment.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+    return moment + RIDGE * mean * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """A symmetric positive definite matrix [..., D, D] to a power."""
+    values, vectors = torch.linalg.eigh(matrix)
+    floor = values.amax(dim=-1, keepdim=True) * torch.finfo(values.dtype).eps
+    return (vectors * values.clamp(min=floor).pow(exponent)[..., None, :]) @ vectors.transpose(-1, -2)
+
+
+def value_rows(spec: DecoderSpec) -> Rows:
+    """Where the rows of v are: what o_proj's input is linear in."""
+    return next(
+        each for group in spec.groups if group.name == "o" for each in group.absorbers if isinstance(each, Rows)
+    )
+
+
+def value_matrices(values: Tensor, layer: nn.Module, spec: DecoderSpec, extras: ExtraSettings) -> Tensor:
+    """What the heads of v are multiplied by [kv heads, D, D]: the Hadamard matrix, or what balances v against o_proj.
+
+    `values` [n, kv heads, D]. The same bound as for q and k holds for the error of v through the columns of o_proj.
+    """
+    heads = heads_by_kv({"key": values, "value": values}, "value")
+    if extras.head_transform is HeadTransform.HADAMARD:
+        return hadamard(heads.shape[-1]).to(heads).expand(len(heads), -1, -1).clone()
+    output = layer.get_submodule(output_path(spec)).weight.detach().float()
+    columns = output.unflatten(1, (len(heads), -1, heads.shape[-1]))  # [O, kv heads, query heads of each, D]
+    return balancing_matrices(heads, columns.permute(1, 0, 2, 3).flatten(1, 2))[0]
+
+
+def output_path(spec: DecoderSpec) -> str:
+    """The linear behind attention."""
+    return next(group.linears[0] for group in spec.groups if group.name == "o")
+
+
+@torch.no_grad()
+def rotate_values_(layer: nn.Module, spec: DecoderSpec, matrices: Tensor) -> None:
+    """Multiply the heads of v by M = `matrices` [kv heads, D, D], folded in place into the rows of v_proj and o_proj.
+
+    attention(vM) = attention(v) M, and (aM)(W M⁻ᵀ)ᵀ = a Wᵀ for the columns W of each query head. Exact.
+    """
+    rows, (heads, size) = value_rows(spec), matrices.shape[:2]
+    value, output = layer.get_submodule(rows.path), layer.get_submodule(output_path(spec))
+    part = slice(rows.start, rows.start + heads * size)
+    for parameter in (value.weight, value.bias):
+        if parameter is not None:
+            wide = parameter.detach().double().clone()
+            wide[part] = torch.einsum(
+                "hd...,hde->he...", wide[part].unflatten(0, (heads, size)), matrices.double()
+            ).flatten(0, 1)
+            parameter.data = wide.to(parameter.dtype)
+    columns = output.weight.detach().double().unflatten(1, (heads, -1, size))
+    inverse = torch.linalg.inv(matrices.double()).transpose(1, 2)
+    output.weight.data = torch.einsum("ohqd,hde->ohqe", columns, inverse).flatten(1).to(output.weight.dtype)
+
+
+def rotated_energy(outputs: Tensor, matrices: Tensor) -> Tensor:
+    """The root of the mean square [C] of o_proj's input aM, from the second moments [heads, D, D] of a by query head."""
+    matrices = matrices.to(outputs).repeat_interleave(len(outputs) // len(matrices), dim=0)
+    return (matrices * (outputs @ matrices)).sum(dim=1).clamp(min=0).sqrt().flatten().float()

@@ -1,0 +1,77 @@
+"""Settings of what goes beyond the paper: how weights are rounded, exact shifts and rotations, what is searched on."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+from utils.errors import InputError
+from utils.settings import option
+
+SEARCH = "search"  # in place of a clip ratio: it is searched on calibration data
+Ratio = float | str | None  # a clip ratio, SEARCH, or no clipping
+
+
+class Rounding(StrEnum):
+    """How a transformed weight becomes codes."""
+
+    NEAREST = "nearest"  # each weight by itself (the paper)
+    GPTQ = "gptq"  # column by column, the columns that follow take up the error of the output
+
+
+class HeadTransform(StrEnum):
+    """What q and k are multiplied by behind RoPE."""
+
+    HADAMARD = "hadamard"  # one Hadamard matrix of the head for both (the paper)
+    BALANCED = "balanced"  # M and M⁻ᵀ for every kv head, between which q and k share their energy evenly
+
+
+@dataclass(frozen=True)
+class RoundingSettings:
+    """How weights are rounded once their ranges are known. `damping` and `target` are for GPTQ.
+
+    `damping`: what is added to the diagonal of the Hessian, as a share of its mean. `target`: how far the target of
+    the rounding moves from the output on the quantized network's input (0) to that on the full-precision one's (1).
+    """
+
+    TITLE: ClassVar[str] = "rounding of weights"
+
+    rounding: Rounding = option(
+        Rounding.NEAREST,
+        "each weight to its nearest code, or column by column so that later columns make up for earlier ones",
+        tag="",
+    )
+    damping: float = option(0.01, "share of its mean added to the Hessian's diagonal", flag="gptq_damping", tag="damp")
+    target: float = option(
+        0.0,
+        "what GPTQ aims at: 0 the output on the quantized network's input, 1 that on the full-precision network's, or "
+        "between",
+        flag="gptq_target",
+        tag="target",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise InputError(f"--gptq_damping {self.damping:g}: must be in (0, 1]")
+        if not 0 <= self.target <= 1:
+            raise InputError(f"--gptq_target {self.target:g}: must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ExtraSettings:
+    """Shifts and rotations that change nothing before rounding, and cost nothing or next to it."""
+
+    TITLE: ClassVar[str] = "exact shifts and rotations"
+
+    channel_shift: bool = option(
+        False, "subtract the mean of every linear's input before rounding; what it gave joins the bias", tag="shift"
+    )
+    key_mean: bool = option(False, "subtract the mean of every key channel before rounding", tag="key_mean")
+    value_mean: bool = option(False, "subtract the mean of every value channel before rounding", tag="value_mean")
+    value_rotation: bool = option(
+        False, "rotate the heads of v, folded into v_proj and o_proj; v is then clipped as k is", tag="value_rotation"
+    )
+    head_transform: HeadTransform = option(
+        HeadTransform.HADAMARD,
+        "what q and k are multiplied by: a Hadamard matrix, or matrices that balance them",
+        tag="",
+    )

@@ -11,13 +11,13 @@ With folders of runs of main.py: their figures side by side, and every setting t
 import argparse
 from pathlib import Path
 
-from experiment.cli import Parser, run_script
+from experiment.cli import Parser, parse_with_preset, read_settings, run_script
 from experiment.rows import CompareSettings
 from utils.errors import InputError
-from utils.settings import add_flags, from_flags
+from utils.settings import add_flags
 
 EXAMPLES = """examples:
-  python compare.py --model meta-llama/Llama-2-7b-hf --alpha 0.6 --abits 4 --lac 0.9 --swc 0.8 --eval_ppl
+  python compare.py --model meta-llama/Llama-2-7b-hf --preset paper --eval_ppl
   python compare.py --model DIR --rows full rtn smooth dual --seeds 2 3 4 --abits 4 --eval_ppl
   python compare.py output/RUN_A output/RUN_B
 """
@@ -35,7 +35,7 @@ def make_parser() -> Parser:
 def parse_flags() -> argparse.Namespace:
     """The command line's flags. Raises InputError unless there is a model or there are runs, and not both."""
     parser = make_parser()
-    flags = parser.parse_args()
+    flags = parse_with_preset(parser, CompareSettings)
     if bool(flags.runs) == bool(flags.model):
         raise InputError("give --model to compare ways to quantize it, or the folders of finished runs, and not both")
     given = [name for name, value in vars(flags).items() if value != parser.get_default(name)]
@@ -52,7 +52,7 @@ def main(flags: argparse.Namespace) -> None:
         return
     if flags.output is not None:
         raise InputError("--output is for finished runs: with --model everything goes to --output_dir")
-    settings = from_flags(CompareSettings, flags)
+    settings = read_settings(CompareSettings, flags)
     if not settings.evaluation.asked():
         raise InputError("nothing to compare by: add --eval_ppl, --tasks, --eval_mmlu, --eval_mtbench or --prompt")
     from experiment.compare import run_comparison  # torch and transformers load for seconds

@@ -9,8 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/environment.sh
 
-settings=(--wbits 4 --abits 4 --smooth --alpha 0.6 --lac 0.9 --swc 0.8
-    --block_size 128 --max_rotation_step 256 --permutation_times 1 --eval_ppl)
+settings=(--preset paper --eval_ppl)
 
 bundled=(--model assets/tiny-llama --calib_dataset assets/stories/calibration.txt --test_dataset assets/stories/test.txt
     --seqlen 512 --tasks stories_qa)

@@ -15,7 +15,4 @@ else
     data=(--model "$MODEL" --calib_dataset wikitext2 --test_dataset wikitext2)
 fi
 
-exec "$PYTHON" main.py "${data[@]}" \
-    --wbits 4 --abits 4 --smooth --alpha 0.5 --lac 0.9 --lwc --epochs 20 \
-    --block_size 128 --max_rotation_step 256 --permutation_times 1 \
-    --eval_ppl "$@"
+exec "$PYTHON" main.py "${data[@]}" --preset paper_lwc --eval_ppl "$@"

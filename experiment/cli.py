@@ -2,20 +2,30 @@
 
 import argparse
 import logging
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
+from experiment.presets import PRESETS
 from utils.errors import Incomplete, InputError
 from utils.log import setup_console
+from utils.settings import destination, from_flags, start_flags_from, way_off
+
+Settings = TypeVar("Settings")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the layout of descriptions, and shows a default where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default not in (None, False, [], (), argparse.SUPPRESS) and "default" not in (action.help or "")
+        told = isinstance(action.default, bool) or "default" in (action.help or "")
+        shown = action.default not in (None, [], (), argparse.SUPPRESS) and not told
         return super()._get_help_string(action) if shown else action.help
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [line for part in text.splitlines() for line in super(_HelpFormatter, self)._split_lines(part, width)]
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +43,36 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Print one line on stderr and exit with code 2."""
         raise SystemExit(_fail(f"{message}; see {self.prog} --help"))
+
+
+def parse_with_preset(parser: Parser, cls: type) -> argparse.Namespace:
+    """The command line's flags of the settings `cls`; those that are not given are as its `--preset` says, if any."""
+    flags = parser.parse_args()
+    if flags.preset is not None:
+        start_flags_from(parser, cls, PRESETS[flags.preset])
+        flags = parser.parse_args()
+    return flags
+
+
+def read_settings(cls: type[Settings], flags: argparse.Namespace) -> Settings:
+    """The settings that the flags say.
+
+    Raises InputError for what cannot be; where a preset has a part in that, it says what takes that part out.
+    """
+    try:
+        return from_flags(cls, flags)
+    except InputError as error:
+        raise InputError("; ".join([str(error), *_preset_parts(cls, flags, str(error))])) from None
+
+
+def _preset_parts(cls: type, flags: argparse.Namespace, message: str) -> Iterator[str]:
+    """Of the flags that `message` names, those that are there by the preset, each with what takes it out."""
+    named = re.findall(r"--([\w-]+)", message)
+    for name, value in PRESETS.get(flags.preset, {}).items():
+        off = way_off(cls, name)
+        if off is not None and name in named and getattr(flags, destination(name), None) == value:
+            shown = f"--{name}" if value is True else f"--{name} {value}"
+            yield f"--preset {flags.preset} has {shown}, which {off} takes out"
 
 
 def run_script(parse_flags: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:

@@ -22,7 +22,7 @@ from experiment.tables import Finished, comparison_text, csv_table, row_facts, t
 from experiment.tracking import Tracker, check_tracking, open_tracker
 from models.load import model_fingerprint
 from quantize.observer import LayerLog
-from quantize.quantization import check_shapes
+from quantize.quantization import check_shapes, other_blocks
 from quantize.settings import Transform
 from quantize.statistics import load_scales
 from quantize.walk import layers_in_memory
@@ -78,6 +78,9 @@ def run_comparison(settings: CompareSettings) -> None:
     logger.info("%s", shlex.join(["python", *sys.argv]))
     setup = comparison.setup
     logger.info("%s on %s, %s", setup.source.name, describe(setup.device), setup.dtype)
+    for blocks in dict.fromkeys(other_blocks(setup.skeleton, setup.spec, row.quant) for row in comparison.rows):
+        if blocks is not None:
+            logger.info("%s", blocks)
     try:
         finished = measure_rows(comparison, earlier)
     except (KeyboardInterrupt, SystemExit):

@@ -12,6 +12,7 @@ from experiment.estimate import Estimate, Plan, estimate, measure_rates, probe_t
 from experiment.prepare import Prepared
 from experiment.setup import Setup
 from quantize.build import absorbers, describe_folding
+from quantize.quantization import other_blocks
 from quantize.settings import QuantSettings, Transform
 from quantize.spec import DecoderSpec
 from utils.capacity import free_device_memory, free_disk
@@ -64,6 +65,9 @@ def dry_run(prepared: Prepared) -> None:
     else:
         logger.log(RESULT, "calibration on %d×%d tokens", *setup.calibration)
         logger.log(RESULT, "%s\n\n%s\n", describe_bits(quant), group_table(setup.skeleton, setup.spec, quant))
+        blocks = other_blocks(setup.skeleton, setup.spec, quant)
+        if blocks is not None:
+            logger.log(RESULT, "%s\n", blocks)
     host = available_memory()
     in_files = needed.hidden if too_large(needed.hidden, host) else 0
     needs = memory_needs(needed, prepared.shards is not None, in_files, host, free_device_memory(setup.device))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from evaluation.settings import EvaluationSettings
+from experiment.presets import PresetSettings
 from quantize.settings import QuantSettings
 from utils.errors import InputError
 from utils.settings import Changes, option, part
@@ -202,6 +203,7 @@ class RunSettings:
     model: ModelSettings = part(ModelSettings)
     memory: MemorySettings = part(MemorySettings)
     calibration: CalibrationSettings = part(CalibrationSettings)
+    preset: PresetSettings = part(PresetSettings)
     quant: QuantSettings = part(QuantSettings)
     statistics: StatisticsFiles = part(StatisticsFiles)
     evaluation: EvaluationSettings = part(EvaluationSettings)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from evaluation.base import FULL
 from evaluation.settings import EvaluationSettings
 from experiment.options import CalibrationSettings, ModelSettings, StatisticsFiles, TrackSettings
+from experiment.presets import PresetSettings
 from quantize.settings import BitSettings, QuantSettings, SmoothSettings, TrainingSettings, Transform, check_seed
 from utils.errors import InputError
 from utils.settings import Changes, option, part
@@ -83,6 +84,7 @@ class CompareSettings:
     comparison: ComparisonSettings = part(ComparisonSettings)
     track: TrackSettings = part(TrackSettings)
     calibration: CalibrationSettings = part(CalibrationSettings)
+    preset: PresetSettings = part(PresetSettings)
     quant: SharedQuantSettings = part(SharedQuantSettings)
     statistics: StatisticsFiles = part(StatisticsFiles)
     evaluation: EvaluationSettings = part(EvaluationSettings)

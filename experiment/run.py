@@ -24,7 +24,7 @@ from experiment.tracking import check_tracking, open_tracker
 from models.saved import ModelWriter
 from models.streaming import LayerReader, load_shell
 from quantize.observer import LayerLog, Observer
-from quantize.quantization import Quantization
+from quantize.quantization import Quantization, other_blocks
 from quantize.settings import QuantSettings, SmoothMeasure
 from quantize.sizes import hidden_bytes, sample_copies
 from quantize.state import FinishedLayer
@@ -86,6 +86,9 @@ def log_start(prepared: Prepared, runner: Runner) -> None:
     setup = prepared.setup
     logger.info("%s", shlex.join(["python", *sys.argv]))
     logger.info("%s on %s, %s", setup.source.name, describe(setup.device), setup.dtype)
+    blocks = other_blocks(setup.skeleton, setup.spec, prepared.quant) if setup.saved is None else None
+    if blocks is not None:
+        logger.info("%s", blocks)
     if world_size() > 1:
         logger.info("%d processes share the evaluation", world_size())
     if runner.journal.parts:

@@ -10,7 +10,7 @@ from quantize.build import build_
 from quantize.layer import LayerInputs, decide
 from quantize.observe import layer_calls
 from quantize.observer import Observer
-from quantize.settings import Probe, QuantSettings, check_widths
+from quantize.settings import USUAL_BLOCK, Probe, QuantSettings, Transform, check_widths
 from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer
 from quantize.training import own_samples
@@ -160,10 +160,28 @@ def make_probe(hidden: Tensor, kind: Probe) -> Tensor:
 
 def check_shapes(model: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> None:
     """Raise InputError, naming the linear, if block or group sizes do not divide a width. Needs shapes, no weights."""
-    widths = {
+    check_widths(settings, linear_widths(model, spec))
+
+
+def other_blocks(model: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> str | None:
+    """In a line, where the usual block size makes way for another, and for which; None where it does not.
+
+    It needs shapes, no weights, that `check_shapes` has nothing against.
+    """
+    rotation, idle = settings.rotation, settings.bits.untouched or settings.transform is Transform.NONE
+    if idle or rotation.block_size != USUAL_BLOCK:
+        return None
+    # the first linear of each such width
+    first = {width: name for name, width in reversed(linear_widths(model, spec).items()) if width % USUAL_BLOCK}
+    parts = [f"{rotation.block_size_for(width)} for {width} channels ({first[width]}, …)" for width in sorted(first)]
+    return f"block size {USUAL_BLOCK} does not divide every width: it is {', '.join(parts)}" if parts else None
+
+
+def linear_widths(model: nn.Module, spec: DecoderSpec) -> dict[str, int]:
+    """Input channels of every linear that is quantized, by full name."""
+    return {
         spec.linear_key(index, path): layer.get_submodule(path).in_features
         for index, layer in enumerate(spec.decoder_layers(model))
         for group in spec.at(index).groups
         for path in group.linears
     }
-    check_widths(settings, widths)

@@ -14,6 +14,7 @@ from quantize.refinements import SEARCH, ExtraSettings, HeadTransform, Ratio, Ro
 from utils.errors import InputError
 from utils.settings import Changes, option, part
 
+USUAL_BLOCK = 128  # the paper's block size
 AUTO_BLOCK_LIMIT = 128  # what `--block_size auto` does not exceed
 
 
@@ -274,21 +275,35 @@ class SmoothSettings:
             raise InputError(f"--alpha {self.alpha:g}: must be between 0 and 1")
 
 
-def _block_size(text: str) -> int | None:
+class GivenSize(int):
+    """A block size that was named on the command line, and so must divide every width.
+
+    Where it does, it is its number: in comparisons, in JSON, in identities and in names of folders.
+    """
+
+
+def _block_size(text: str) -> GivenSize | None:
     """What `--block_size` says: a number, or None for auto."""
     if text != "auto" and not text.lstrip("-").isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
-    return None if text == "auto" else int(text)
+    return None if text == "auto" else GivenSize(text)
 
 
 @dataclass(frozen=True)
 class RotationSettings:
-    """The dual transformation's search. `block_size` None means auto, -1 the whole width."""
+    """The dual transformation's search. `block_size` None means auto, -1 the whole width.
+
+    The default, unless a `GivenSize` names it, is auto for the widths that it does not divide.
+    """
 
     TITLE: ClassVar[str] = "rotation and permutation"
 
     block_size: int | None = option(
-        128, "channels per block; -1: the whole width; auto: at most 128", tag="b", type=_block_size
+        USUAL_BLOCK,
+        "channels per block; -1: the whole width; auto: at most 128 (default: 128, and auto for a width that it does "
+        "not divide)",
+        tag="b",
+        type=_block_size,
     )
     steps: int = option(256, "greedy steps per rotation", flag="max_rotation_step", tag="steps")
     permutation_times: int = option(1, "(rotation, permutation) pairs before the last", tag="p")
@@ -314,9 +329,10 @@ class RotationSettings:
         """Channels per block of an activation with that many channels; it need not divide (see `check_widths`)."""
         if self.block_size == -1:
             return channels
-        if self.block_size is None:
+        yields = self.block_size == USUAL_BLOCK and not isinstance(self.block_size, GivenSize)
+        if self.block_size is None or (yields and channels % USUAL_BLOCK):
             return max(size for size in range(1, AUTO_BLOCK_LIMIT + 1) if channels % size == 0)
-        return self.block_size
+        return int(self.block_size)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
+NONE = "none"  # says on the command line that a setting has no value
 DIGEST_LENGTH = 6  # hex digits at the end of a folder's name
 
 
@@ -63,8 +64,7 @@ def option(
 def part(cls: type, *, switch: str | None = None, help: str = "", on: bool = False, tag: str | None = None) -> Any:
     """A field that holds further settings of class `cls`; with a `switch` they are there only where that flag is given.
 
-    `on`: they are there by default, and the flag is `--no_<switch>`; `--<switch>` says what is so anyway. `tag`: the
-    switch in a folder's name.
+    `on`: they are there by default, and the help tells of `--no_<switch>`. `tag`: the switch in a folder's name.
     """
     metadata = {"part": cls, "switch": switch, "help": help, "on": on, "tag": tag}
     return dataclasses.field(default=None if switch and not on else cls(), metadata=metadata)
@@ -175,9 +175,34 @@ def folder_name(stem: str, settings: Any, told: Sequence[str] = ()) -> str:
 def add_flags(parser: argparse.ArgumentParser, cls: type, leave_out: Sequence[str] = ()) -> None:
     """Add a flag for every setting of `cls` and its parts; a class with a TITLE has a group of its own in the help.
 
-    Settings and switches named in `leave_out` get none: `from_flags` takes their default, or what is set by hand.
+    What is on or off has `--<name>`, `--no_<name>` and `--no-<name>`, whichever of them the help tells; a setting of
+    one value that may be None takes the word `none`. Settings and switches named in `leave_out` get no flag:
+    `from_flags` takes their default, or what is set by hand.
     """
     _add(parser, parser, cls, leave_out, None)
+
+
+def start_flags_from(parser: argparse.ArgumentParser, cls: type, values: Mapping[str, Any]) -> None:
+    """Let the flags of `cls` in `parser` have `values` (setting's or switch's name → plain value) for defaults.
+
+    What has no flag there keeps its own. Raises ValueError for a name that is no setting of `cls`, and for a value that
+    is not of its type.
+    """
+    kinds = _kinds(cls)
+    unknown = sorted(set(values) - set(kinds))
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no setting of {cls.__name__}")
+    there = {action.dest for action in parser._actions}
+    typed = {destination(name): _typed(kinds[name], value) for name, value in values.items()}
+    parser.set_defaults(**{name: value for name, value in typed.items() if name in there})
+
+
+def way_off(cls: type, name: str) -> str | None:
+    """What turns off the setting or switch of that name on the command line; None if only another value does."""
+    kind = _kinds(cls)[name]
+    if _without_none(kind) is bool:
+        return f"--no_{name}"
+    return f"--{name} none" if kind != _without_none(kind) else None
 
 
 def from_flags(cls: type[Settings], flags: argparse.Namespace) -> Settings:
@@ -189,7 +214,7 @@ def from_flags(cls: type[Settings], flags: argparse.Namespace) -> Settings:
             inner = from_flags(field.metadata["part"], flags)  # a value that cannot be is refused even if it is idle
             values[field.name] = inner if switch is None or getattr(flags, switch, field.metadata["on"]) else None
         else:
-            value = getattr(flags, _name(field).replace("-", "_"), field.default)
+            value = getattr(flags, destination(_name(field)), field.default)
             values[field.name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 
@@ -199,19 +224,29 @@ def _add(parser: argparse.ArgumentParser, group: Any, cls: type, leave_out: Sequ
     group = _group(parser, vars(cls).get("TITLE"), group)
     switch = held.metadata["switch"] if held is not None else None
     if switch and switch not in leave_out:
-        name, action = (f"--no_{switch}", "store_false") if held.metadata["on"] else (f"--{switch}", "store_true")
-        group.add_argument(name, dest=switch, action=action, help=held.metadata["help"])
-        if held.metadata["on"]:
-            group.add_argument(f"--{switch}", action="store_true", default=True, help=f"the contrary of {name}")
+        _add_on_off(group, (switch,), held.metadata["on"], held.metadata["help"])
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if "part" in field.metadata:
             _add(parser, group, field.metadata["part"], leave_out, field)
         elif _name(field) not in leave_out:
-            flags = [f"--{name}" for name in field.metadata["flags"] or (field.name,)]
-            arguments = _arguments(field, _without_none(hints[field.name])) | field.metadata["arguments"]
+            names, text = field.metadata["flags"] or (field.name,), field.metadata["help"]
             own = _group(parser, field.metadata["title"], group)
-            own.add_argument(*flags, help=field.metadata["help"], **arguments)
+            if _without_none(hints[field.name]) is bool:
+                _add_on_off(own, names, field.default, text)
+            else:
+                arguments = _arguments(field, hints[field.name])
+                own.add_argument(*(f"--{name}" for name in names), help=text, **arguments)
+
+
+def _add_on_off(group: Any, names: Sequence[str], default: bool | None, text: str) -> None:
+    """Flags for what is on or off; the help tells those that say something else than the `default` does."""
+    on, off = [f"--{name}" for name in names], [f"--{no}{name}" for name in names for no in ("no_", "no-")]
+    contrary = text if default is True else f"the contrary of {on[0]}"
+    shown = {"dest": destination(names[0]), "default": default}
+    hidden = argparse.SUPPRESS
+    group.add_argument(*on, action="store_true", help=hidden if default is True else text, **shown)
+    group.add_argument(*off, action="store_false", help=hidden if default is False else contrary, **shown)
 
 
 def _group(parser: argparse.ArgumentParser, title: str | None, default: Any) -> Any:
@@ -222,20 +257,49 @@ def _group(parser: argparse.ArgumentParser, title: str | None, default: Any) -> 
     return next(there, None) or parser.add_argument_group(title)
 
 
-def _arguments(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
-    """What argparse must be told of a field of type `kind`."""
-    if kind is bool:
-        action = argparse.BooleanOptionalAction if field.default is None else "store_true"
-        return {"action": action, "default": field.default}
-    arguments = {"default": field.default}
+def _arguments(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """What argparse must be told of a field of that type, which is not about on and off."""
+    kind = _without_none(hint)
     if typing.get_origin(kind) is tuple:
-        return arguments | {"nargs": "+", "type": typing.get_args(kind)[0]}
-    return arguments | {"type": kind} | ({"choices": list(kind)} if issubclass(kind, enum.Enum) else {})
+        usual = {"nargs": "+", "type": typing.get_args(kind)[0]}
+    else:
+        usual = {"type": kind} | ({"choices": list(kind)} if issubclass(kind, enum.Enum) else {})
+    arguments = {"default": field.default} | usual | field.metadata["arguments"]
+    if kind != hint and arguments["type"] is kind:
+        choices = [str(each) for each in arguments.pop("choices", ())]
+        arguments["type"] = _or_none(kind, choices)
+        arguments |= {"metavar": f"{{{','.join([*choices, NONE])}}}"} if choices else {}
+    return arguments
+
+
+def _or_none(kind: Any, choices: Sequence[str]) -> Callable[[str], Any]:
+    """Reads a value of type `kind`, if there are `choices` one of them, and the word `none` as None."""
+
+    def read(text: str) -> Any:
+        if text == NONE:
+            return None
+        if choices and text not in choices:
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join([*choices, NONE])})")
+        return kind(text)
+
+    read.__name__ = kind.__name__  # argparse says it of a text that cannot be read
+    return read
 
 
 def _name(field: dataclasses.Field) -> str:
     """The setting's name: its flag without dashes."""
     return (*field.metadata["flags"], field.name)[0]
+
+
+def destination(name: str) -> str:
+    """Where argparse keeps the value of a setting or switch."""
+    return name.replace("-", "_")
+
+
+def _kinds(cls: type) -> dict[str, Any]:
+    """Setting's or switch's name → type of its value."""
+    switches = {each.metadata["switch"]: bool for each in _parts(cls) if each.metadata["switch"]}
+    return {each.name: each.kind for each in options(cls)} | switches
 
 
 def _without_none(kind: Any) -> Any:
@@ -282,6 +346,8 @@ def _plain(value: Any) -> Any:
         return value.value
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)  # of a type that may say more, as `quantize.settings.GivenSize` does
     return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 

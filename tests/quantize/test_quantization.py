@@ -25,10 +25,11 @@ from quantize.layer import LayerInputs, decide
 from quantize.scales import group_peaks, smoothing_scales
 from quantize.observe import layer_calls
 from quantize.observer import LayerLog, describe_group
-from quantize.quantization import PROBE_SAMPLES, check_shapes, make_probe, quantize_model
+from quantize.quantization import PROBE_SAMPLES, check_shapes, make_probe, other_blocks, quantize_model
 from quantize.settings import (
     BitSettings,
     ClipSettings,
+    GivenSize,
     Probe,
     QuantSettings,
     RotationOrder,
@@ -444,6 +445,46 @@ def test_shapes_are_checked_without_weights():
     check_shapes(skeleton, decoder_spec(skeleton.config), settings())
     with pytest.raises(InputError, match="--block_size 32"):
         check_shapes(skeleton, decoder_spec(skeleton.config), settings(rotation=RotationSettings(block_size=32)))
+
+
+WIDE = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 24}  # q, k, v, gate and up 128; o 96; down 80
+
+
+def test_without_a_block_size_every_width_that_128_does_not_divide_has_what_auto_gives_it():
+    wide = make_model(tiny_config(**WIDE))
+    found = {}
+    for size in (128, None):
+        model, reports = quantize(wide, settings(rotation=RotationSettings(block_size=size, steps=4)))
+        found[size] = logits(model), [group.block_size for group in reports[0].groups]
+    assert found[128][1] == found[None][1] == [128, 96, 128, 80]
+    assert torch.equal(found[128][0], found[None][0])
+
+
+def test_without_a_block_size_widths_that_128_divides_have_what_128_gives_them():
+    model = make_model(tiny_config(hidden_size=256, head_dim=64, num_attention_heads=4, intermediate_size=384))
+    assert other_blocks(model, decoder_spec(model.config), settings(rotation=RotationSettings())) is None
+    made = [settings(rotation=RotationSettings(size, steps=4)) for size in (128, GivenSize(128))]
+    usual, named = (quantize(model, each) for each in made)
+    assert [group.block_size for group in usual[1][0].groups] == [128] * 4
+    assert torch.equal(logits(usual[0]), logits(named[0]))
+
+
+def test_it_is_said_which_linears_have_other_blocks_than_usual():
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(tiny_config(**WIDE))
+    spec = decoder_spec(skeleton.config)
+    usual = settings(rotation=RotationSettings())
+    assert other_blocks(skeleton, spec, usual) == (
+        "block size 128 does not divide every width: it is 80 for 80 channels (model.layers.0.mlp.down_proj, …), "
+        "96 for 96 channels (model.layers.0.self_attn.o_proj, …)"
+    )
+    for silent in (
+        settings(16, 16, rotation=RotationSettings()),
+        settings(rotation=RotationSettings(), transform=Transform.NONE),
+        settings(rotation=RotationSettings(None)),
+        settings(rotation=RotationSettings(16)),
+    ):
+        assert other_blocks(skeleton, spec, silent) is None
 
 
 @pytest.mark.parametrize("times", [0, 2])

@@ -12,6 +12,7 @@ from quantize.settings import (
     AUTO_BLOCK_LIMIT,
     BitSettings,
     ClipSettings,
+    GivenSize,
     QuantSettings,
     RotationSettings,
     SmoothSettings,
@@ -20,7 +21,7 @@ from quantize.settings import (
     check_widths,
 )
 from utils.errors import InputError
-from utils.settings import Changes, add_flags, folder_name, from_dict, from_flags, identity, options, to_dict
+from utils.settings import Changes, add_flags, flat, folder_name, from_dict, from_flags, identity, options, to_dict
 
 NAN, INF = float("nan"), float("inf")
 WRONG = [
@@ -113,6 +114,24 @@ def test_sizes_that_divide_every_width_pass(size):
     check_widths(blocks(size), WIDTHS)
 
 
+@pytest.mark.parametrize("channels", [48, 80, 127, 128, 576, 1536, 2880, 11008])
+def test_the_default_is_128_where_that_divides_and_else_what_auto_is(channels):
+    auto = RotationSettings(block_size=None).block_size_for(channels)
+    assert RotationSettings().block_size_for(channels) == (auto if channels % 128 else 128)
+    check_widths(QuantSettings(), {"q_proj": channels})
+
+
+def test_a_size_that_is_named_is_its_number_wherever_settings_go():
+    named, usual = parsed("--block_size 128"), QuantSettings()
+    assert type(named.rotation.block_size) is GivenSize
+    assert named == usual
+    assert identity(named) == identity(usual)
+    assert folder_name("run", named) == folder_name("run", usual)
+    for value in (flat(named)["block_size"], to_dict(named)["rotation"]["block_size"]):
+        assert (type(value), value) == (int, 128)
+    assert type(named.rotation.block_size_for(256)) is int
+
+
 def suggestions(message: str) -> list[str]:
     """What comes after `try` in an error: `try 8, 16 or auto`."""
     return message.split("; try ")[1].replace(" or ", ", ").split(", ")
@@ -121,7 +140,7 @@ def suggestions(message: str) -> list[str]:
 @pytest.mark.parametrize("size", [3, 6, 24, 32, 48, 128])
 def test_a_block_size_that_does_not_divide_names_the_linear_and_sizes_that_do(size):
     with pytest.raises(InputError) as caught:
-        check_widths(blocks(size), WIDTHS)
+        check_widths(parsed(f"--block_size {size}"), WIDTHS)
     name = next(name for name, width in WIDTHS.items() if width % size)
     assert str(caught.value).startswith(f"{name}: {WIDTHS[name]} input channels do not divide by --block_size {size}; ")
     *sizes, auto = suggestions(str(caught.value))
@@ -149,6 +168,7 @@ def test_suggested_sizes_are_close_to_what_was_asked_for():
 
 def test_without_a_transform_the_block_size_does_not_matter():
     check_widths(blocks(7, transform=Transform.NONE), WIDTHS)
+    check_widths(parsed("--block_size 128 --transform none"), WIDTHS)
 
 
 @pytest.mark.parametrize("flag", ["--block_size", "--group_size"])

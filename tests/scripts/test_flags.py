@@ -28,7 +28,14 @@ FIRST = {
 }
 ROLES = """--qbits 8|--kbits 8|--vbits 8|--act_group_size 64|--act_symmetric|--weight_symmetric|--lac_kv 0.9
 --act_scales s|--act_shifts t"""
-LATER = {"main": ROLES, "compare": ROLES, "generate_act_scale_shift": "--scales_output_path s|--shifts_output_path t"}
+PRESET = """--preset paper|--preset best_trained|--preset paper --no_smooth|--swc 0.8 --lac none|--no_stream
+--smooth --no-smooth --eval_ppl|--preset paper --swc none"""
+COMPARED = "--preset paper|--no-smooth|--lwc --no_lwc --swc 0.8"
+LATER = {
+    "main": f"{ROLES}\n{PRESET}",
+    "compare": f"{ROLES}\n{COMPARED}",
+    "generate_act_scale_shift": "--scales_output_path s|--shifts_output_path t",
+}
 REQUIRED = {"compare": "--model other", "report": "run", "generate_act_scale_shift": "--model other"}
 ALL = [
     (script, flags)

@@ -22,7 +22,9 @@ from utils.settings import (
     option,
     options,
     part,
+    start_flags_from,
     to_dict,
+    way_off,
 )
 
 
@@ -67,9 +69,10 @@ FULL = Order(Fruit.PEAR, None, ("Ann", "Bob"), Path("there"), False, Juice(0.25,
 every_option = pytest.mark.parametrize("each", options(Order), ids=lambda each: each.name)
 
 
-def parsed(*flags: str, leave_out: tuple[str, ...] = ()) -> Order:
+def parsed(*flags: str, leave_out: tuple[str, ...] = (), start: dict | None = None) -> Order:
     parser = argparse.ArgumentParser()
     add_flags(parser, Order, leave_out)
+    start_flags_from(parser, Order, start or {})
     return from_flags(Order, parser.parse_args(flags))
 
 
@@ -91,6 +94,87 @@ def test_flags_reach_their_fields():
     assert parsed("--number", "7").count == 7
     assert parsed("--gift").gift is True
     assert parsed("--length", "9").straw == Straw(9)
+
+
+@pytest.mark.parametrize("no", ["no_", "no-"])
+@pytest.mark.parametrize("name", ["squeeze", "straw", "with_ice", "gift"])
+def test_what_is_on_or_off_can_be_said_both_ways_and_the_last_word_wins(name, no):
+    on, off = f"--{name}", f"--{no}{name}"
+    with_it, without = parsed("--squeeze", on), parsed("--squeeze", off)
+    assert parsed("--squeeze", off, on) == with_it != without == parsed("--squeeze", on, off)
+
+
+@pytest.mark.parametrize(("before", "after"), [(("--number", "7", "--number", "none"), None), (("--number", "0"), 0)])
+def test_the_word_none_is_a_value_where_there_may_be_none(before, after):
+    assert parsed(*before).count is after
+
+
+def test_the_word_none_is_one_of_the_choices_where_there_may_be_none(capsys):
+    @dataclass(frozen=True)
+    class Basket:
+        fruit: Fruit | None = option(Fruit.PEAR, "which")
+
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Basket)
+    assert from_flags(Basket, parser.parse_args(["--fruit", "none"])) == Basket(None)
+    assert from_flags(Basket, parser.parse_args(["--fruit", "apple"])).fruit is Fruit.APPLE
+    assert "{apple,pear,none}" in parser.format_help()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--fruit", "plum"])
+    assert "invalid choice: 'plum' (choose from apple, pear, none)" in capsys.readouterr().err
+
+
+START = {"fruit": "pear", "number": 7, "names": ["Ann"], "where": "there", "gift": True, "squeeze": True, "sugar": 0.25}
+STARTED = Order(Fruit.PEAR, 7, ("Ann",), Path("there"), True, Juice(0.25), None)
+
+
+def test_flags_can_start_from_other_values_than_the_defaults():
+    started = parsed(start=START | {"straw": False})
+    assert started == STARTED
+    assert type(started.fruit) is Fruit
+    assert isinstance(started.where, Path)
+
+
+def test_what_is_given_wins_over_what_the_flags_start_from():
+    given = [
+        "--fruit",
+        "apple",
+        "--number",
+        "none",
+        "--names",
+        "Bob",
+        "--where",
+        "here",
+        "--no_gift",
+        "--no_squeeze",
+        "--straw",
+    ]
+    assert parsed(*given, start=START | {"straw": False}) == Order(count=None, names=("Bob",), gift=False)
+
+
+def test_what_has_no_flag_does_not_start_from_another_value():
+    assert parsed(leave_out=("fruit", "squeeze"), start=START) == replace(
+        STARTED, fruit=Fruit.APPLE, juice=None, straw=Straw()
+    )
+
+
+@pytest.mark.parametrize("values", [{"colour": "red"}, {"juice": True}, {"fruit": "plum"}, {"sugar": "sweet"}], ids=str)
+def test_flags_do_not_start_from_what_cannot_be(values):
+    with pytest.raises(ValueError, match=r"is no setting of Order|plum|sweet"):
+        parsed(start=values)
+
+
+@pytest.mark.parametrize("name", ["squeeze", "straw", "with_ice", "gift", "number"])
+def test_the_way_off_turns_it_off(name):
+    everything = START | {"straw": True, "with_ice": True}
+    before, after = (flat(parsed(*flags, start=everything)) for flags in ((), way_off(Order, name).split()))
+    assert before[name]
+    assert not after[name]
+    assert all(after[other] == before[other] for other in after if other != name)
+
+
+def test_there_is_no_way_off_where_only_another_value_can_be():
+    assert [way_off(Order, name) for name in ("fruit", "sugar", "names", "where")] == [None] * 4
 
 
 def test_flags_of_a_part_that_is_off_change_nothing():
@@ -122,6 +206,8 @@ def test_the_help_has_a_group_per_title_and_tells_every_flag():
     assert {"order:", "juice:"} <= set(text.splitlines())
     assert all(f"--{each.name}" in text and each.field.metadata["help"] in text for each in options(Order))
     assert "--no_straw" in text
+    assert "--no-gift" in text
+    assert not {"--straw", "--no_squeeze", "--no-with_ice"} & set(text.replace("[", " ").replace("]", " ").split())
 
 
 def test_a_required_flag_is_required(capsys):

@@ -1,0 +1,46 @@
+"""Presets: settings that go together, by one name. Every flag that is given beside `--preset` wins over what it says.
+
+Names are those of flags, switches included (`True` and `False`), values are those of JSON. A preset says nothing of
+where a run finds and leaves things, or of what it measures; nor of the block size, whose default makes way for another
+where a model's widths ask for it, as one that is named does not.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from utils.settings import Changes, option
+
+W4A4 = {"wbits": 4, "abits": 4}
+SEARCH = {"max_rotation_step": 256, "permutation_times": 1}
+
+PAPER = {**W4A4, "smooth": True, "alpha": 0.6, "lac": 0.9, "swc": 0.8, **SEARCH}
+PAPER_LWC = {**W4A4, "smooth": True, "alpha": 0.5, "lac": 0.9, "lwc": True, "epochs": 20, **SEARCH}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": PAPER,
+    "paper_lwc": PAPER_LWC,
+    "best": {**PAPER},
+    "best_trained": {**PAPER_LWC},
+}
+ABOUT = {  # a line each, for --help
+    "paper": "W4A4 as in the paper",
+    "paper_lwc": "W4A4 as in the paper, clipping trained",
+    "best": "W4A4, the best known without training",
+    "best_trained": "W4A4, the best known with training",
+}
+
+
+@dataclass(frozen=True)
+class PresetSettings:
+    """By which name the settings were given. It changes nothing: they are what they are, however they were given."""
+
+    TITLE: ClassVar[str] = "preset"
+
+    preset: str | None = option(
+        None,
+        "settings by one name; flags beside it win, in whatever order:\n"
+        + "".join(f"  {name}: {about}\n" for name, about in ABOUT.items())
+        + "--no_<flag>, or <flag> none, takes out what it has",
+        changes=Changes.NOTHING,
+        choices=list(PRESETS),
+    )

@@ -92,7 +92,8 @@ class Candidate:
 
     `row`: its name in files; `title`: in the log. `folder`: of the whole run. `model_id`: what signs its answers.
     `identity`, which JSON can hold: what decides its weights and its rounding. `student`: the journal of the run's own
-    model for the same evaluation. `walked`: the evaluation's passenger, if it went through the layers already. `full`: nothing of it is quantized.
+    model for the same evaluation. `walked`: the evaluation's passenger, if it went through the layers already. `full`:
+    nothing of it is quantized.
     """
 
     row: str

@@ -20,7 +20,7 @@ from utils.batching import BatchSize
 from utils.memory import Allocate, in_memory
 
 CHECKED = 4  # windows: enough to tell a lost model, and little beside the hundreds of a test text
-FAR_BETTER = 0.8  # one more token of context gains a healthy model a few percent; Gemma 3's perplexity falls to 0.36
+FAR_BETTER = 0.8  # a healthy model was 1 to 11% worse behind BOS, on three small ones; of a Gemma 3 the ratio is 0.36
 logger = logging.getLogger(__name__)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from evaluation.settings import EvaluationSettings
     from quantize.spec import DecoderSpec
     from utils.memory import Allocate
+    from utils.windows import Bos
 
 FULL, QUANTIZED = "full", "quantized"  # rows: the full-precision model, main.py's own; others are compare.py's
 
@@ -62,7 +63,7 @@ class Context:
     """What an evaluation may know of a run: its model without the weights, and where that computes.
 
     `model`: as it was named to the run. `longest`: the most tokens it can read. `seqlen`: tokens per test window; of a
-    token file's windows it is `given_seqlen`, None meaning their own length.
+    token file's windows it is `given_seqlen`, None meaning their own length. `bos`: the tokenizer's, if it has one.
     """
 
     model: str
@@ -75,6 +76,7 @@ class Context:
     given_seqlen: int | None
     seed: int
     cache_dir: Path
+    bos: "Bos | None" = None
 
 
 class Passenger(Protocol):
@@ -90,7 +92,8 @@ class Candidate:
 
     `row`: its name in files; `title`: in the log. `folder`: of the whole run. `model_id`: what signs its answers.
     `identity`, which JSON can hold: what decides its weights and its rounding. `student`: the journal of the run's own
-    model for the same evaluation. `walked`: the evaluation's passenger, if it went through the layers already.
+    model for the same evaluation. `walked`: the evaluation's passenger, if it went through the layers already. `full`:
+    nothing of it is quantized.
     """
 
     row: str
@@ -101,6 +104,7 @@ class Candidate:
     journal: "Section"
     student: "Section"
     walked: Passenger | None = None
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,13 @@ class Evaluation(ABC):
 
     `name`: by which failures are told, and under which the journal keeps it. `windows`: number and length of the token
     windows that go through the layers for it, if it has such a passenger. `teaches`: whether the full-precision model
-    must be measured first, because others are compared with what it gives.
+    must be measured first, because others are compared with what it gives. `advises`: it has no figure of its own, so
+    what was measured without it is whole.
     """
 
     windows: tuple[int, int] | None = None
     teaches: bool = False
+    advises: bool = False
 
     def __init__(self, name: str, entry: "Entry"):
         self.name, self.entry = name, entry

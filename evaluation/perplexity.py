@@ -227,6 +227,7 @@ def open_perplexities(
             seqlen=context.given_seqlen if data.is_token_file(dataset) else context.seqlen,
             cache_dir=context.cache_dir,
             vocab_size=context.config.vocab_size,
+            bos=context.bos,
         )
         tokens[label] = windows[: common.limit]
     batch = common.eval_batch_size

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from duquant.linear import expanded
-from evaluation.base import QUANTIZED, Candidate, Context, Evaluation, EvaluationError, Passenger, digest
+from evaluation.base import FULL, QUANTIZED, Candidate, Context, Evaluation, EvaluationError, Passenger, digest
 from evaluation.journal import Journal, Section
 from evaluation.measured import Measured
 from evaluation.settings import EvaluationSettings
@@ -35,8 +35,8 @@ class Evaluations:
 
     @property
     def windows(self) -> tuple[tuple[int, int], ...]:
-        """Number and length of the token windows of each that sends some through the layers."""
-        return tuple(each.windows for each in self.members if each.windows is not None)
+        """Number and length of the token windows of each that sends some through the layers of every model."""
+        return tuple(each.windows for each in self.members if each.windows is not None and not each.advises)
 
     @property
     def need_whole_model(self) -> bool:
@@ -45,7 +45,7 @@ class Evaluations:
 
     def identity(self) -> dict[str, dict]:
         """By name, what their figures depend on beside the model."""
-        return {each.name: each.identity() for each in self.members}
+        return {each.name: each.identity() for each in self.members if not each.advises}
 
     def for_comparison(self, shown: bool) -> "Evaluations":
         """What the full-precision model is measured for even if it is no row; `shown`: a report shows it beside."""
@@ -73,7 +73,7 @@ class Runner:
     """Measures the models of one run; what they answered goes into `folder`, signed with `model_id`.
 
     `model_identity`, which JSON can hold: what decides every figure of the run's own model but the evaluation. What the
-    journal has is not measured again.
+    journal has is not measured again. `own_is_full`: nothing of the run's own model is quantized.
     """
 
     evaluations: Evaluations
@@ -81,6 +81,7 @@ class Runner:
     folder: Path
     model_id: str
     model_identity: object
+    own_is_full: bool = False
     aboard: dict[str, "Travellers"] = field(default_factory=dict, repr=False)
 
     def check(self, rows: Iterable[str]) -> None:
@@ -149,6 +150,7 @@ class Runner:
             journal=self._section(evaluation, row),
             student=self._section(evaluation, QUANTIZED),
             walked=walked,
+            full=row == FULL or (row == QUANTIZED and self.own_is_full),
         )
 
     def _section(self, evaluation: Evaluation, row: str) -> Section:

@@ -23,7 +23,7 @@ class PerplexitySettings(Entry):
     TITLE: ClassVar[str] = "perplexity"
     FLAG: ClassVar[str] = "--eval_ppl"
     STAGE: ClassVar[str] = "perplexity"
-    EMPTY: ClassVar[dict[str, object]] = {"perplexity": {}, "perplexity_details": {}}
+    EMPTY: ClassVar[dict[str, object]] = {"perplexity": {}, "perplexity_details": {}, "bos_check": {}}
     NEEDS_WHOLE_MODEL: ClassVar[bool] = False
 
     eval_ppl: bool = option(False, "measure perplexity", changes=Changes.FIGURES)
@@ -48,10 +48,12 @@ class PerplexitySettings(Entry):
         return self.eval_ppl
 
     def open(self, context: Context, common: "EvaluationSettings") -> Sequence[Evaluation]:
-        """One evaluation for every dataset."""
+        """One evaluation for every dataset, and where its windows lack BOS a look at what that costs."""
+        from evaluation.bos import open_bos_checks
         from evaluation.perplexity import open_perplexities
 
-        return open_perplexities(self, context, common)
+        perplexities = open_perplexities(self, context, common)
+        return [*perplexities, *open_bos_checks(perplexities, self, context, common)]
 
     @classmethod
     def figures(cls, results: dict) -> Iterator[Figure]:

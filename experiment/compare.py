@@ -132,7 +132,7 @@ def comparison_folder(settings: CompareSettings, net: str) -> str:
 
 def at_seed(settings: CompareSettings, setup: Setup, seed: int) -> Setup:
     """The same model with the calibration samples of another seed."""
-    tokens = fetch_tokens(settings.model, settings.calibration, seed, setup.config, setup.tokenizer)
+    tokens = fetch_tokens(settings.model, settings.calibration, seed, setup.config, setup.tokenizer, setup.bos)
     return replace(setup, tokens=tokens)
 
 

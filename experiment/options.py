@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
@@ -63,6 +64,14 @@ class MemorySettings:
     )
 
 
+class AddBos(StrEnum):
+    """Whether every window of tokens begins with BOS, in place of its last token of text."""
+
+    AUTO = "auto"  # where the model's family is lost without it
+    ALWAYS = "always"
+    NEVER = "never"  # cut from the stream as it comes, as the field's published figures are
+
+
 @dataclass(frozen=True)
 class CalibrationSettings:
     """Which text the method looks at."""
@@ -79,6 +88,11 @@ class CalibrationSettings:
         None,
         "tokens per sample and per test window (default: 2048 or the model's maximum if less; the width of a token "
         "file)",
+    )
+    add_bos: AddBos = option(
+        AddBos.AUTO,
+        "whether every calibration and test window begins with BOS: auto where the family is lost without it (Gemma), "
+        "always, or never (then only what the tokenizer puts before a whole text); a token file is taken as it is",
     )
 
     def __post_init__(self) -> None:

@@ -75,7 +75,7 @@ def run_settings(prepared: Prepared) -> dict:
 def settings_dict(settings: object, setup: Setup) -> dict:
     """Every setting by name, with what was resolved of those that may be left out; idle ones have their default."""
     samples = {} if setup.tokens is None else {"nsamples": len(setup.tokens)}
-    resolved = {**samples, "seqlen": setup.seqlen, "net": setup.net}
+    resolved = {**samples, "seqlen": setup.seqlen, "add_bos": setup.adds_bos, "net": setup.net}
     return {**defaults(type(settings)), **flat(settings), **resolved}
 
 

@@ -76,7 +76,8 @@ def open_runner(prepared: Prepared) -> Runner:
     """What measures the models of this run; raises InputError if answers in the folder are another model's."""
     identity = model_identity(prepared.setup, prepared.quant, prepared.settings.statistics.act_scales)
     journal = Journal(prepared.folder / "unfinished.jsonl", identity)
-    runner = Runner(prepared.evaluations, journal, prepared.folder, prepared.folder.name, identity)
+    full = prepared.quant.bits.untouched
+    runner = Runner(prepared.evaluations, journal, prepared.folder, prepared.folder.name, identity, full)
     runner.check([QUANTIZED])
     return runner
 

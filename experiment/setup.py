@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from evaluation.base import Context
-from experiment.options import CalibrationSettings, ModelSettings, StatisticsFiles
+from experiment.options import AddBos, CalibrationSettings, ModelSettings, StatisticsFiles
 from models import decoder_spec
 from models.load import (
     ModelSource,
@@ -34,6 +34,7 @@ from utils.data import calibration_tokens, data_fingerprint, is_token_file
 from utils.device import DTYPES, pick_device
 from utils.distributed import is_main, local_rank
 from utils.errors import InputError, Missing, noting
+from utils.windows import Bos
 
 DEFAULT_NSAMPLES = 128  # when --nsamples is not given and the data is not a file of tokens
 logger = logging.getLogger(__name__)
@@ -58,6 +59,12 @@ class Setup:
     calibration: tuple[int, int]
     saved: QuantSettings | None  # the settings of a model that is quantized already
     seqlen: int  # tokens per sample, and per test window
+    bos: Bos | None = None  # None where the tokenizer has none, or in a plan without a tokenizer
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether windows that are cut from text begin with BOS."""
+        return self.bos is not None and self.bos.begins
 
     @property
     def net(self) -> str:
@@ -95,6 +102,7 @@ class Setup:
             given_seqlen=given_seqlen,
             seed=seed,
             cache_dir=self.model.cache_dir,
+            bos=self.bos,
         )
 
 
@@ -122,11 +130,12 @@ def make_setup(
     config = load_config(source)
     spec = decoder_spec(config)
     device = pick_device(model.device, local_rank())
-    tokenizer, tokens = NoTokenizer(), None
+    tokenizer, tokens, bos = NoTokenizer(), None, None
     with noting(missing):
         check_weights(source)
     with noting(missing):
         tokenizer = load_tokenizer(source)
+        bos = window_bos(calibration.add_bos, spec.needs_bos, tokenizer)
     longest = getattr(config, "max_position_embeddings", None)
     if calibration.seqlen is not None and longest is not None and calibration.seqlen > longest:
         raise InputError(f"--seqlen {calibration.seqlen}: the model's maximum is {longest}")
@@ -135,7 +144,7 @@ def make_setup(
     if calibrates and saved is None:
         samples = calibration.nsamples or DEFAULT_NSAMPLES
         with noting(missing, "--calib_dataset"):
-            tokens = fetch_tokens(model, calibration, seed, config, tokenizer)
+            tokens = fetch_tokens(model, calibration, seed, config, tokenizer, bos)
             samples, seqlen = tokens.shape
     return Setup(
         model=model,
@@ -150,7 +159,23 @@ def make_setup(
         calibration=(samples, seqlen),
         saved=saved,
         seqlen=seqlen,
+        bos=bos,
     )
+
+
+def window_bos(add: AddBos, needed: bool, tokenizer: PreTrainedTokenizerBase) -> Bos | None:
+    """The tokenizer's BOS, and whether windows begin with it; `needed`: the model is lost if they do not.
+
+    Raises InputError if they always are to and there is none.
+    """
+    token = getattr(tokenizer, "bos_token_id", None)
+    if token is None:
+        if add is AddBos.ALWAYS:
+            raise InputError("--add_bos always: the model's tokenizer has no BOS; drop the flag")
+        if add is AddBos.AUTO and needed:
+            logger.warning("windows should begin with BOS for this family of models, but the tokenizer has none")
+        return None
+    return Bos(token, add is AddBos.ALWAYS or (add is AddBos.AUTO and needed), strict=add is AddBos.ALWAYS)
 
 
 def take_settings(config: PretrainedConfig) -> QuantSettings | None:
@@ -172,6 +197,7 @@ def fetch_tokens(
     seed: int,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
+    bos: Bos | None,
 ) -> Tensor:
     """The calibration tokens [N, T]."""
     from_file = is_token_file(calibration.calib_dataset)
@@ -183,6 +209,7 @@ def fetch_tokens(
         seed=seed,
         cache_dir=model.cache_dir,
         vocab_size=config.vocab_size,
+        bos=bos,
     )
 
 

@@ -17,6 +17,8 @@ from utils.results import flatten, format_table
 from utils.settings import Changes, defaults, options
 
 COMPARED = ("settings", "versions", "device", "dtype", "processes", "data")
+# what a run from before there was a setting did, where that is not what the default does now
+BEFORE = {"settings.add_bos": False}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def notes(finished: Sequence[Finished]) -> list[str]:
             f"Mean ± sample standard deviation over the seeds {', '.join(map(str, seeds))}; rows without ± depend on "
             "none."
         )
+    checks = [check for each in finished for check in each.figures.get("bos_check", {}).values()]
+    lines += [f"Warning: {check['warning']}." for check in checks if check["warning"]]
     lines += [f"Failed: {each.row.title} ({each.row.key}): {each.error}" for each in finished if each.error]
     return [" ".join(line.split()) for line in lines]
 
@@ -165,8 +169,8 @@ def without_effect() -> set[str]:
 def differences_table(runs: dict[str, dict]) -> str:
     """A line per setting, version, device and data that is not the same in all runs that say so."""
     found = [flatten({key: results[key] for key in COMPARED if key in results}) for results in runs.values()]
-    # a run from before there was a setting did what the default does now
-    usual = {f"settings.{name}": value for name, value in defaults(RunSettings).items()}
+    # a run from before there was a setting did what the default does now, if nothing else is said
+    usual = {f"settings.{name}": value for name, value in defaults(RunSettings).items()} | BEFORE
     said = [usual | facts if facts else facts for facts in found]
     known, where = [facts for facts in said if facts], without_effect()
     keys = [key for key in dict.fromkeys(key for facts in known for key in facts) if key.split(".")[-1] not in where]

@@ -9,7 +9,8 @@ Adding a model family
 2. Write `models/<name>.py`: a function from the config to a `DecoderSpec`. If only things differ that the method does
    not touch (masks, RoPE, norms on q and k, biases, multipliers, soft-capping), the spec is Llama's: one line, see
    `qwen2.py`. If the norms are elsewhere or of another kind, say which to `dense_spec`, see `gemma.py` and
-   `olmo2.py`. If linears are fused, write the groups, see `phi3.py`. For a mixture of experts see `moe.py`.
+   `olmo2.py`. If linears are fused, write the groups, see `phi3.py`. For a mixture of experts see `moe.py`. A family
+   that is lost on text without BOS (a run on its full precision warns of it) says `needs_bos`, see `gemma.py`.
 3. For every group answer: can 1/s go upstream exactly? Into a norm that nobody else reads (`Norm`, with `offset=1.0`
    if its gain is 1 + weight); into rows of a linear that the activation is linear in (`Rows`: v for o_proj, up for
    down_proj; not through a norm, an activation function or a residual sum); into rows of v that query heads share

@@ -3,7 +3,12 @@
 Norms multiply by 1 + weight. Attention and MLP have a norm before and one behind; the latter's input is the output of
 o_proj or down_proj, so it takes no part in smoothing. Soft-capping, local attention, the norms on q and k (Gemma 3)
 and the embedding's factor are the model's own code, which the method calls and does not copy.
+
+Without BOS at the start of a window the models are lost: on the same text the perplexity of a Gemma 3 in full precision
+is 79 without it and 28.6 with it.
 """
+
+from dataclasses import replace
 
 from transformers import PretrainedConfig
 
@@ -13,4 +18,5 @@ from quantize.spec import DecoderSpec, Norm
 
 def gemma_spec(config: PretrainedConfig) -> DecoderSpec:
     """(1 + w) norms before attention and before a gated MLP, whose names are not those of Llama."""
-    return dense_spec(config, Norm("input_layernorm", offset=1.0), Norm("pre_feedforward_layernorm", offset=1.0))
+    norms = Norm("input_layernorm", offset=1.0), Norm("pre_feedforward_layernorm", offset=1.0)
+    return replace(dense_spec(config, *norms), needs_bos=True)

@@ -99,7 +99,7 @@ class DecoderSpec:
 
     `layers` is a path inside the model, `attention` a path inside a decoder layer. `special` has the groups of layers
     that differ from the others, by index. `experts` is the path inside a decoder layer of a mixture's experts; see
-    `quantize.experts`.
+    `quantize.experts`. `needs_bos`: the model is lost on windows of tokens that do not begin with BOS.
     """
 
     groups: tuple[InputGroup, ...]
@@ -107,6 +107,7 @@ class DecoderSpec:
     attention: str = "self_attn"
     special: Mapping[int, tuple[InputGroup, ...]] = field(default_factory=dict)
     experts: str | None = None
+    needs_bos: bool = False
 
     def at(self, index: int) -> "DecoderSpec":
         """The spec of one layer: its `groups` are those of that layer."""

@@ -87,8 +87,10 @@ def why_nothing(results: dict) -> str:
 
 
 def warnings_of(folder: Path, results: dict) -> list[str]:
-    """In what this run is not whole, a sentence each."""
+    """In what this run is not whole, or its full-precision model not well, a sentence each."""
     notes, layers = [], results["layers"]
+    checks = results.get("full_precision", {}).get("bos_check", {}).values()
+    notes += [f"{check['warning']}." for check in checks if check["warning"]]
     if results.get("error"):
         notes.append(f"This run ended early or in part: {results['error']}.")
     if len(layers) < results.get("model_layers", len(layers)):

@@ -13,7 +13,7 @@ from utils import windows
 from utils.corpora import MIX, MIX_PARTS, Dataset, Split, check_usable, identity, parse_dataset, read_documents
 from utils.errors import InputError, Missing
 from utils.io import read_tensors, write_tensors
-from utils.windows import Recipe
+from utils.windows import Bos, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +32,26 @@ def calibration_tokens(
     seed: int,
     cache_dir: Path,
     vocab_size: int | None = None,
+    bos: Bos | None = None,
 ) -> Tensor:
     """Token ids [nsamples, seqlen], int64, drawn from a corpus's training text or a local file.
 
     A file of tokens (`.safetensors`, tensor `calibration`) gives its first nsamples rows and seqlen columns, None
-    meaning all; for everything else both are required. Raises InputError for a dataset that is unknown, missing,
-    unreadable or too short, and for ids outside the vocabulary: of vocab_size, or of the tokenizer for a token file.
+    meaning all; for everything else both are required. Windows of text begin with `bos` if that says so; a file's are
+    never changed: it says token by token what is to be read. Raises InputError for a dataset that is unknown, missing,
+    unreadable or too short, for ids outside the vocabulary (of vocab_size, or of the tokenizer for a token file), and
+    for a file's windows that do not begin with a `bos` that is strict.
     """
     if dataset == MIX:
-        return _mixed_tokens(
-            tokenizer, nsamples=nsamples, seqlen=seqlen, seed=seed, cache_dir=cache_dir, vocab_size=vocab_size
-        )
+        shared = {"seqlen": seqlen, "seed": seed, "cache_dir": cache_dir, "vocab_size": vocab_size, "bos": bos}
+        return _mixed_tokens(tokenizer, nsamples=nsamples, **shared)
     parsed = parse_dataset(dataset)
     check_usable(parsed, Split.CALIBRATION)
     if parsed.is_tokens:
-        tokens = _read_token_file(parsed.path, Split.CALIBRATION, nsamples, seqlen)
+        tokens = _read_token_file(parsed.path, Split.CALIBRATION, nsamples, seqlen, bos)
         vocab_size = vocab_size or _vocabulary_size(tokenizer)
     else:
-        recipe = windows.calibration_recipe(parsed.corpus, nsamples, seqlen, seed)
+        recipe = windows.calibration_recipe(parsed.corpus, nsamples, seqlen, seed).beginning_with(bos)
         tokens = _cached_tokens(parsed, Split.CALIBRATION, tokenizer, recipe, cache_dir)
     _check_vocabulary(tokens, vocab_size, dataset)
     return tokens
@@ -62,19 +64,21 @@ def test_tokens(
     seqlen: int | None,
     cache_dir: Path,
     vocab_size: int | None = None,  # noqa: PT028 - tokens for a test, no test for pytest
+    bos: Bos | None = None,  # noqa: PT028
 ) -> Tensor:
     """Token ids [windows, seqlen], int64, of a corpus's test text or a local file, cut as its protocol says.
 
     A file of tokens (`.safetensors`, tensor `test`) gives its first seqlen columns, None meaning all; for everything
-    else seqlen is required. Raises InputError as `calibration_tokens`, and for a corpus without a test protocol.
+    else seqlen is required. For `bos` see `calibration_tokens`. Raises InputError as that, and for a corpus without a
+    test protocol.
     """
     parsed = parse_dataset(dataset)
     check_usable(parsed, Split.TEST)
     if parsed.is_tokens:
-        tokens = _read_token_file(parsed.path, Split.TEST, None, seqlen)
+        tokens = _read_token_file(parsed.path, Split.TEST, None, seqlen, bos)
         vocab_size = vocab_size or _vocabulary_size(tokenizer)
     else:
-        recipe = windows.test_recipe(parsed.corpus, seqlen)
+        recipe = windows.test_recipe(parsed.corpus, seqlen).beginning_with(bos)
         tokens = _cached_tokens(parsed, Split.TEST, tokenizer, recipe, cache_dir)
     _check_vocabulary(tokens, vocab_size, dataset)
     return tokens
@@ -192,8 +196,11 @@ def _metadata(tokens: Tensor, description: dict[str, str]) -> dict[str, str]:
     return {**description, "fingerprint": data_fingerprint(tokens)}
 
 
-def _read_token_file(path: Path, split: Split, nsamples: int | None, seqlen: int | None) -> Tensor:
-    """The first rows and columns of the split's tensor. Raises InputError if it is missing, misshapen or too small."""
+def _read_token_file(path: Path, split: Split, nsamples: int | None, seqlen: int | None, bos: Bos | None) -> Tensor:
+    """The first rows and columns of the split's tensor.
+
+    Raises InputError if it is missing, misshapen or too small, or if a row does not begin with a `bos` that is strict.
+    """
     tensors, _ = read_tensors(path)
     if split.value not in tensors:
         raise InputError(f"{path}: no tensor {split.value!r} (wanted by {split.flag}); it has {', '.join(tensors)}")
@@ -206,6 +213,12 @@ def _read_token_file(path: Path, split: Split, nsamples: int | None, seqlen: int
         raise Missing(f"{path}: --nsamples {nsamples}, but tensor {split.value!r} has only {rows} rows")
     if seqlen is not None and seqlen > columns:
         raise Missing(f"{path}: --seqlen {seqlen}, but tensor {split.value!r} has only {columns} columns")
+    without = 0 if bos is None or not bos.strict else int((tokens[:nsamples, 0].to(torch.int64) != bos.token).sum())
+    if without:
+        raise InputError(
+            f"{path}: {without} rows of tensor {split.value!r} do not begin with BOS ({bos.token}), and token files "
+            "are taken as they are; make it with BOS, or leave out --add_bos always"
+        )
     return tokens[:nsamples, :seqlen].to(torch.int64).contiguous()
 
 

@@ -5,7 +5,7 @@ They are those of the GPTQ line of work, down to the order of random draws, so t
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from torch import Tensor
 from utils.errors import Missing
 
 Tokenize = Callable[[str], Tensor]  # text -> token ids [n], int64
+
+
+@dataclass(frozen=True)
+class Bos:
+    """The tokenizer's BOS. `begins`: every window that is cut from text begins with it.
+
+    `strict`: windows that a file of tokens brings are refused unless they do too, instead of taken as they are.
+    """
+
+    token: int
+    begins: bool = False
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,8 +38,8 @@ class RandomWindows:
         stream = tokenize(self.separator.join(documents))
         if len(stream) < nsamples * seqlen:
             raise Missing(
-                f"{len(stream)} tokens, but --nsamples {nsamples} windows of --seqlen {seqlen} are "
-                f"{nsamples * seqlen}; lower --nsamples or --seqlen or give a longer text"
+                f"{len(stream)} tokens, but --nsamples {nsamples} windows of {seqlen} are {nsamples * seqlen}; "
+                "lower --nsamples or --seqlen or give a longer text"
             )
         rng = random.Random(seed)
         return torch.stack([_random_window(stream, seqlen, rng) for _ in range(nsamples)])
@@ -60,14 +72,38 @@ class ConsecutiveWindows:
         stream = tokenize(self.separator.join(documents[: self.first_documents]))
         if len(stream) < seqlen:
             raise Missing(
-                f"the test text has {len(stream)} tokens, less than one window of --seqlen {seqlen}; "
+                f"the test text has {len(stream)} tokens, less than one window of {seqlen}; "
                 "lower --seqlen or give a longer text"
             )
         count = len(stream) // seqlen
         return stream[: count * seqlen].view(count, seqlen)[:nsamples]
 
 
-Protocol = RandomWindows | RandomDocuments | ConsecutiveWindows
+@dataclass(frozen=True)
+class BehindBos:
+    """The windows of another protocol, one token shorter, each behind BOS: consecutive ones still do not overlap.
+
+    What the tokenizer itself puts before a text is left out, so no window begins with two.
+    """
+
+    bos: int
+    text: RandomWindows | RandomDocuments | ConsecutiveWindows
+
+    def cut(self, documents: list[str], tokenize: Tokenize, *, nsamples: int | None, seqlen: int, seed: int) -> Tensor:
+        """-> [windows, seqlen], the first column BOS. Raises InputError as the protocol of the text."""
+
+        def tokenize_alone(text: str) -> Tensor:
+            tokens = tokenize(text)
+            return tokens[(tokens != self.bos).cumsum(0) > 0]
+
+        try:
+            text = self.text.cut(documents, tokenize_alone, nsamples=nsamples, seqlen=seqlen - 1, seed=seed)
+        except Missing as error:
+            raise Missing(f"{error} (of the {seqlen} tokens of a window the first is BOS)") from None
+        return torch.cat([text.new_full((len(text), 1), self.bos), text], dim=1)
+
+
+Protocol = RandomWindows | RandomDocuments | ConsecutiveWindows | BehindBos
 
 
 @dataclass(frozen=True)
@@ -82,6 +118,10 @@ class Recipe:
     def windows(self, documents: list[str], tokenize: Tokenize) -> Tensor:
         """-> [windows, seqlen], int64. Raises InputError if the documents do not suffice."""
         return self.protocol.cut(documents, tokenize, nsamples=self.nsamples, seqlen=self.seqlen, seed=self.seed)
+
+    def beginning_with(self, bos: Bos | None) -> "Recipe":
+        """The same for windows that begin with BOS, if they are to."""
+        return replace(self, protocol=BehindBos(bos.token, self.protocol)) if bos and bos.begins else self
 
 
 def calibration_recipe(corpus: str | None, nsamples: int, seqlen: int, seed: int) -> Recipe:
@@ -119,7 +159,7 @@ def _draw_document(
             return tokens
         too_short.add(index)
     raise Missing(
-        f"documents are too short for --seqlen {seqlen}: none of {draws} random draws has more tokens; lower --seqlen"
+        f"documents are too short for windows of {seqlen}: none of {draws} random draws has more tokens; lower --seqlen"
     )
 
 

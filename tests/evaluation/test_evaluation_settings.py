@@ -78,7 +78,8 @@ def test_settings_that_cannot_be_are_refused(flags, words):
 
 def test_entries_have_keys_and_stages_of_their_own():
     keys = [key for entry in entries() for key in entry.EMPTY]
-    assert keys == ["perplexity", "perplexity_details", "zero_shot", "mmlu", "completions", "mt_bench"]
+    perplexity = ["perplexity", "perplexity_details", "bos_check"]
+    assert keys == [*perplexity, "zero_shot", "mmlu", "completions", "mt_bench"]
     assert len({entry.STAGE for entry in entries()}) == len(entries())
     assert [entry.FLAG for entry in parsed(*EVERY_FLAG.split()).asked()] == [entry.FLAG for entry in entries()]
     assert parsed().asked() == []

@@ -99,7 +99,7 @@ def test_switches_name_the_folder_too(cls):
 
 def test_layers_are_decided_by_the_method_and_by_what_a_checkpoint_knows_by_its_content():
     names = {each.name for each in options(RunSettings) if each.changes is Changes.LAYERS and each.path[0] != "quant"}
-    known = {"calib_dataset", "nsamples", "seqlen", "dtype", "attn_implementation", "act_scales"}
+    known = {"calib_dataset", "nsamples", "seqlen", "add_bos", "dtype", "attn_implementation", "act_scales"}
     assert names == known, "experiment.prepare.checkpoint_identity says these one by one: add what is new"
 
 

@@ -26,6 +26,11 @@ def test_every_family_is_tried():
 
 
 @every_family
+def test_gemma_alone_needs_bos(name):
+    assert decoder_spec(make_config(name)).needs_bos is name.startswith("gemma")
+
+
+@every_family
 @pytest.mark.parametrize("gqa", GqaSmooth)
 def test_smoothing_and_rotating_without_rounding_change_nothing(name, gqa):
     model = make_model(name, torch.float64)

@@ -7,6 +7,7 @@ import pytest
 
 MODEL = "--model m|--net n|--cache_dir c|--dtype float16|--device cpu|--attn_implementation eager|--trust_remote_code"
 CALIBRATION = "--calib_dataset ptb|--nsamples 3|--seqlen 64|--seed 7"
+BOS = "--add_bos always|--add_bos never"
 METHOD = """--wbits 3|--abits 4|--group_size 64|--symmetric|--lac 0.9|--swc 0.8|--lwc|--epochs 3|--lwc_lr 0.1|--wd 0.1
 --batch_size 2|--aug_loss|--offload_calibration|--alpha 0.6|--smooth_weight_peak group|--gqa_smooth fold
 --act-scales s.safetensors|--act-shifts t.safetensors|--block_size 64|--block_size -1|--block_size auto
@@ -26,15 +27,16 @@ FIRST = {
     "get_rot": "--sizes 8 12|--output o|--quiet",
     "generate_act_scale_shift": f"{MODEL}\n{CALIBRATION}\n--scales-output-path s|--shifts-output-path t|--quiet",
 }
-ROLES = """--qbits 8|--kbits 8|--vbits 8|--act_group_size 64|--act_symmetric|--weight_symmetric|--lac_kv 0.9
---act_scales s|--act_shifts t"""
+ROLES = f"""--qbits 8|--kbits 8|--vbits 8|--act_group_size 64|--act_symmetric|--weight_symmetric|--lac_kv 0.9
+--act_scales s|--act_shifts t
+{BOS}"""
 PRESET = """--preset paper|--preset best_trained|--preset paper --no_smooth|--swc 0.8 --lac none|--no_stream
 --smooth --no-smooth --eval_ppl|--preset paper --swc none"""
 COMPARED = "--preset paper|--no-smooth|--lwc --no_lwc --swc 0.8"
 LATER = {
     "main": f"{ROLES}\n{PRESET}",
     "compare": f"{ROLES}\n{COMPARED}",
-    "generate_act_scale_shift": "--scales_output_path s|--shifts_output_path t",
+    "generate_act_scale_shift": f"--scales_output_path s|--shifts_output_path t|{BOS}",
 }
 REQUIRED = {"compare": "--model other", "report": "run", "generate_act_scale_shift": "--model other"}
 ALL = [

@@ -161,6 +161,7 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
             writer = stack.enter_context(ModelWriter(save_to, setup.spec.layers, setup.layers))
         states = state_tokens(prepared, finished) + compared.tokens(FULL) + runner.tokens(QUANTIZED)
         allocate = choose_memory(prepared, hidden_bytes(states, model, model.dtype))
+        own = runner.board(model, measured, QUANTIZED, allocate)
         statistics = travel(
             setup,
             model,
@@ -168,10 +169,10 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
             prepared.quant if setup.saved is None else None,
             measured,
             before=[compared.board(model, full, FULL, allocate)],
-            behind=[*([writer] if writer else []), runner.board(model, measured, QUANTIZED, allocate)],
+            behind=[*([writer] if writer else []), own],
             peaks=partial(known_peaks, prepared.settings.statistics, setup),
             finished=finished,
-            observers=observers,
+            observers=[*observers, own],
             allocate=allocate,
         )
         if statistics is not None:

@@ -23,12 +23,20 @@ from quantize.spec import Absorber, DecoderSpec, InputGroup, SharedRows
 from quantize.state import GroupState, LayerState
 
 
-def build_(layer: nn.Module, spec: DecoderSpec, state: LayerState, settings: QuantSettings, dtype: torch.dtype) -> None:
+def build_(
+    layer: nn.Module,
+    spec: DecoderSpec,
+    state: LayerState,
+    settings: QuantSettings,
+    dtype: torch.dtype,
+    observers: Sequence[Observer] = (),
+) -> None:
     """Quantize `layer`, whose spec is `spec`, as `state` says: the same bits as when that was decided.
 
-    `dtype`: of the model. The layer is in full precision, or, where `state` has its weights, without any.
+    `dtype`: of the model. The layer is in full precision, or, where `state` has its weights, without any. `observers`
+    are told of what is rounded, and of nothing else.
     """
-    builder = LayerBuilder(layer, spec, settings, dtype)
+    builder = LayerBuilder(layer, spec, settings, dtype, observers)
     builder.begin_(state.scales, state.device, stored=bool(state.weights))
     for group in spec.groups:
         builder.open_(group, state.groups[group.name], state.weights)

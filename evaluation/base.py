@@ -107,12 +107,14 @@ class Candidate:
 class Finding:
     """A part of what an evaluation found: what it adds to results.json, and what the log says of it.
 
-    `failures`: by name, what ended a part of it although the rest went on.
+    `failures`: by name, what ended a part of it although the rest went on. `shown`: the text is all that a user gets to
+    see of it, so a quiet console shows it too.
     """
 
     results: dict[str, Any] = field(default_factory=dict)
     text: str = ""
     failures: dict[str, str] = field(default_factory=dict)
+    shown: bool = False
 
 
 class Evaluation(ABC):

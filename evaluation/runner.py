@@ -19,6 +19,7 @@ from quantize.observer import Observer
 from quantize.spec import InputGroup
 from utils.distributed import world_size
 from utils.errors import InputError, noting
+from utils.log import RESULT
 from utils.memory import Allocate, in_memory
 from utils.placement import Memory, parse_memory, placed
 
@@ -149,7 +150,8 @@ class Runner:
                 measured.add(finding.results)
                 measured.failures |= finding.failures
                 if finding.text:
-                    logger.info("%s%s%s", title, "\n" if "\n" in finding.text else ", ", finding.text)
+                    level = RESULT if finding.shown else logging.INFO
+                    logger.log(level, "%s%s%s", title, "\n" if "\n" in finding.text else ", ", finding.text)
 
     def _riding(self, row: str) -> list[Evaluation]:
         return [each for each in self.evaluations.members if each.rides(self._candidate(each, row))]

@@ -135,7 +135,7 @@ class Sensitivity(Evaluation):
         table = sensitivity_table(result)
         if is_main():
             write_text(candidate.folder / "sensitivity" / f"{candidate.row}.md", table + "\n")
-        yield Finding({"sensitivity": result}, table)
+        yield Finding({"sensitivity": result}, table, shown=True)
 
     def _learn(self, model: nn.Module, candidate: Candidate) -> None:
         """Keep what the full-precision model makes of the windows."""

@@ -68,8 +68,9 @@ class PerplexitySettings(Entry):
 class SensitivitySettings(Entry):
     """What the rounding of each part of the model costs.
 
-    All variants are measured on the same tokens, so a few windows tell them apart, and every variant keeps hidden
-    states of its own for each window: the default is small.
+    Every variant keeps hidden states of its own for each window, so there is a default. Shares of the gap are ratios of
+    small differences: of the bundled model's KL divergence those of the roles added up to 180% on 2048 tokens and to
+    120% on 32 000, which is what 16 windows of the usual length have.
     """
 
     TITLE: ClassVar[str] = "sensitivity"
@@ -77,7 +78,7 @@ class SensitivitySettings(Entry):
     STAGE: ClassVar[str] = "sensitivity"
     EMPTY: ClassVar[dict[str, object]] = {"sensitivity": {}}
     NEEDS_WHOLE_MODEL: ClassVar[bool] = False
-    WINDOWS: ClassVar[int] = 4
+    WINDOWS: ClassVar[int] = 16
 
     sensitivity: bool = option(
         False,

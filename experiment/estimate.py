@@ -53,24 +53,24 @@ class Plan:
     """What is done with a model: everything beside its shapes that memory and time depend on.
 
     `dtype` is that of the weights; `on_gpu`: the layers visit a GPU (else all is computed on the CPU, in float32).
-    `calibration`: (samples, tokens each). `windows`: the test datasets of the run's own model; `joining`: more of them,
-    for variants of it that leave the others at layers of their own; `compared`: those that go through the
-    full-precision model in the same walk. `statistics`: activation statistics are computed too.
+    `calibration`: (samples, tokens each). `windows`: the test datasets of the run's own model; `compared`: those that
+    go through the full-precision model in the same walk. `statistics`: activation statistics are computed too.
     `divergence`: the two are compared token by token. `whole` and `whole_compared`: evaluations need the run's own
     model, and the full-precision one, as a whole on the device. `saved`: the model is quantized already.
+    `joining`: more windows of the run's own model, of variants of it that part from the others at layers of their own.
     """
 
     dtype: torch.dtype
     on_gpu: bool
     calibration: tuple[int, int]
     windows: Windows = ()
-    joining: Windows = ()
     compared: Windows = ()
     statistics: bool = True
     divergence: bool = False
     whole: bool = False
     whole_compared: bool = False
     saved: bool = False
+    joining: Windows = ()
 
     @property
     def held(self) -> torch.dtype:

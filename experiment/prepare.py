@@ -72,7 +72,7 @@ def prepare(settings: RunSettings) -> Prepared:
         check_shapes(setup.skeleton, setup.spec, quant)
     if 0 < setup.calibration[0] < world_size():
         raise InputError(f"--nsamples {setup.calibration[0]}: fewer than the {world_size()} processes that share them")
-    if settings.evaluation.sensitivity.sensitivity and quant.bits.untouched:
+    if settings.evaluation.sensitivity.asked and quant.bits.untouched:
         raise InputError("--sensitivity: 16-bit weights and activations leave nothing to spend bits on; drop the flag")
     if settings.report.report:
         check_report(settings.report.layers.report_layers, setup.layers, quant)

@@ -125,8 +125,9 @@ def finish(prepared: Prepared, outcome: Outcome) -> None:
     earlier = prepared.folder / "report/index.html"
     if not report.report and earlier.exists():
         logger.warning("%s is of an earlier run, not of this one: --report would draw it anew", earlier)
-    if prepared.evaluations.members:
-        logger.log(RESULT, "\n%s\n", summary_table(prepared, outcome))
+    table = summary_table(prepared, outcome)
+    if table:
+        logger.log(RESULT, "\n%s\n", table)
     completions = [(title, measured.results["completions"]) for title, measured in outcome.rows(prepared.quant)]
     if prepared.settings.evaluation.text.prompts.prompt:
         logger.log(RESULT, "%s\n", completions_text(prepared.settings.evaluation.text.prompts.prompt, completions))

@@ -65,7 +65,7 @@ def sensitivity(results: dict) -> Iterator[Drawing]:
         "Each part of the model left at 16 bits in turn, everything else quantized: all tensors of one role, weights "
         "and inputs of one group of linears in all layers, everything in one layer. Bars: how much of the gap in log "
         f"perplexity to full precision is gone then; dots: of the KL divergence. On {measured['windows']} windows of "
-        f"{measured['dataset']}: the fewer tokens, the more of a bar is chance, and the dots are surer. Shares need not "
+        f"{measured['dataset']}: the fewer tokens, the more of it is chance. Shares need not "
         "add up.",
         over.sensitivity_figure([each for each in panels if each[1]]),
         wide=True,

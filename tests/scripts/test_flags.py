@@ -27,7 +27,7 @@ FIRST = {
     "generate_act_scale_shift": f"{MODEL}\n{CALIBRATION}\n--scales-output-path s|--shifts-output-path t|--quiet",
 }
 ROLES = """--qbits 8|--kbits 8|--vbits 8|--act_group_size 64|--act_symmetric|--weight_symmetric|--lac_kv 0.9
---act_scales s|--act_shifts t"""
+--act_scales s|--act_shifts t|--sensitivity|--sensitivity --sensitivity_windows 3"""
 LATER = {"main": ROLES, "compare": ROLES, "generate_act_scale_shift": "--scales_output_path s|--shifts_output_path t"}
 REQUIRED = {"compare": "--model other", "report": "run", "generate_act_scale_shift": "--model other"}
 ALL = [

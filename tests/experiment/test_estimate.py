@@ -108,11 +108,8 @@ def visit_all(model, layers, settings, plan):
     if plan.statistics:
         first = [Observation(model, spec, tokens, CPU)]
         peaks = first[0].statistics.scales
-    middle = (
-        []
-        if settings.bits.untouched
-        else [Quantization(model, spec, tokens, peaks, settings, CPU, None, behind[:1] if plan.joining else ())]
-    )
+    how = (peaks, settings, CPU, None, behind if plan.joining else ())
+    middle = [] if settings.bits.untouched else [Quantization(model, spec, tokens, *how)]
     walk(layers, [*first, *before, *middle, *behind], MEDIUM["num_hidden_layers"])
     del first, middle
     if plan.joining:

@@ -11,8 +11,8 @@ class TensorScheme:
     """How one kind of tensor is quantized.
 
     `format`: `int` is the only one yet. `bits`: 16 leaves the tensor alone. `group_size`: channels that share a range;
-    None: all of a vector's. `clip`: factor on both ends of the range; None: none; SEARCHED: factors of their own, which are
-    kept beside the codes. Raises ValueError for what cannot be.
+    None: all of a vector's. `clip`: factor on both ends of the range; None: none; SEARCHED: factors of their own, which
+    are kept beside the codes. Raises ValueError for what cannot be.
     """
 
     format: str = "int"

@@ -111,24 +111,28 @@ class Candidate:
 class Finding:
     """A part of what an evaluation found: what it adds to results.json, and what the log says of it.
 
-    `failures`: by name, what ended a part of it although the rest went on.
+    `failures`: by name, what ended a part of it although the rest went on. `shown`: the text is all that a user gets to
+    see of it, so a quiet console shows it too.
     """
 
     results: dict[str, Any] = field(default_factory=dict)
     text: str = ""
     failures: dict[str, str] = field(default_factory=dict)
+    shown: bool = False
 
 
 class Evaluation(ABC):
     """One evaluation, its data read and checked: the constructor raises InputError for what is wrong with them.
 
     `name`: by which failures are told, and under which the journal keeps it. `windows`: number and length of the token
-    windows that go through the layers for it, if it has such a passenger. `teaches`: whether the full-precision model
-    must be measured first, because others are compared with what it gives. `advises`: it has no figure of its own, so
-    what was measured without it is whole.
+    windows that go through the layers for it, if it has such a passenger. `variants`: of the run's own model, how many
+    versions go through all layers, and how many are the quantized one up to a layer of their own. `teaches`: whether
+    the full-precision model must be measured first, because others are compared with what it gives. `advises`: it has
+    no figure of its own, so what was measured without it is whole.
     """
 
     windows: tuple[int, int] | None = None
+    variants: tuple[int, int] = (1, 0)
     teaches: bool = False
     advises: bool = False
 
@@ -157,8 +161,11 @@ class Evaluation(ABC):
         """Whether a passenger must go through the layers of this candidate: there is one, and the journal lacks it."""
         return False
 
-    def passenger(self, model: "nn.Module", allocate: "Allocate") -> Passenger:
-        """What goes through the layers of `model`, whose layers need no weights yet; later it is `candidate.walked`."""
+    def passenger(self, model: "nn.Module", candidate: Candidate, allocate: "Allocate") -> Passenger:
+        """What goes through the layers of `model`, whose layers need no weights yet; later it is `candidate.walked`.
+
+        If it is a `quantize.observer.Observer` too, it is told what is rounded.
+        """
         raise NotImplementedError(f"{self.name} has no passenger")
 
 

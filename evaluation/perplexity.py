@@ -4,7 +4,7 @@ The windows of tokens are a passenger of a walk over the layers, alone (`final_h
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -81,8 +81,12 @@ class Windows:
 
     def visit(self, index: int, layer: nn.Module) -> None:
         """Replace `hidden` by what `layer`, number `index`, on the device, makes of it."""
+        self.advance_(index, layer, self.hidden)
+
+    def advance_(self, index: int, layer: nn.Module, hidden: Tensor) -> None:
+        """The same with other states of these windows, those of a variant of the network."""
         if self._calls is not None:
-            advance_(layer, self._calls.hidden, self._calls.kwargs[index], self._device, self._batch_size)
+            advance_(layer, hidden, self._calls.kwargs[index], self._device, self._batch_size)
 
 
 def final_hidden(
@@ -111,28 +115,53 @@ def score(
 
     `teacher` is the `final_hidden` of the full-precision model on the same windows: with it the divergence is measured.
     """
+    return scores(model, spec, tokens, [hidden], device, teacher)[0]
+
+
+def scores(
+    model: nn.Module,
+    spec: DecoderSpec,
+    tokens: Tensor,
+    variants: Sequence[Tensor],
+    device: torch.device,
+    teacher: Tensor | None = None,
+) -> list[Perplexity]:
+    """The `score` of each of several variants of a model, given by what their last layers made of the windows."""
     part = own_part(tokens)
-    means = torch.cat(together(lambda: _window_means(model, spec, part, hidden, teacher, device))).mean(dim=0)
-    nats, divergence = means[0].item(), means[1].item() if teacher is not None else None
-    return Perplexity(math.exp(nats) if nats < 700 else math.inf, nats, *tokens.shape, divergence)
+    shares = together(lambda: _window_means(model, spec, part, variants, teacher, device))
+    results = []
+    for nats, divergence in torch.cat(shares, dim=1).mean(dim=1).tolist():
+        perplexity = math.exp(nats) if nats < 700 else math.inf
+        results.append(Perplexity(perplexity, nats, *tokens.shape, None if teacher is None else divergence))
+    return results
 
 
 @torch.no_grad()
 def _window_means(
-    model: nn.Module, spec: DecoderSpec, tokens: Tensor, hidden: Tensor, teacher: Tensor | None, device: torch.device
+    model: nn.Module,
+    spec: DecoderSpec,
+    tokens: Tensor,
+    variants: Sequence[Tensor],
+    teacher: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
-    """Mean token loss of every window, and mean KL divergence from the teacher (NaN without one): float64 [N, 2].
+    """Mean token loss of every window, and mean KL divergence from the teacher (NaN without one): float64 [V, N, 2].
 
-    One window at a time: logits over a large vocabulary are the largest tensors of all.
+    One window of one variant at a time: logits over a large vocabulary are the largest tensors of all.
     """
-    means = torch.full((len(tokens), 2), math.nan, dtype=torch.float64)
+    means = torch.full((len(variants), len(tokens), 2), math.nan, dtype=torch.float64)
+
+    def logits_of(hidden: Tensor) -> Tensor:
+        return head_logits(model, spec, window[None], hidden.to(device))[0, :-1].float()
+
     with shell_on_device(model, spec, device):
         for index, window in enumerate(tokens.to(device)):
-            logits = head_logits(model, spec, window[None], hidden[index, None].to(device))[0, :-1].float()
-            means[index, 0] = F.cross_entropy(logits, window[1:]).double()
-            if teacher is not None:
-                wanted = head_logits(model, spec, window[None], teacher[index, None].to(device))[0, :-1].float()
-                means[index, 1] = token_divergence(wanted, logits).mean().double()
+            wanted = None if teacher is None else logits_of(teacher[index, None])
+            for mean, hidden in zip(means[:, index], variants, strict=True):
+                logits = logits_of(hidden[index, None])
+                mean[0] = F.cross_entropy(logits, window[1:]).double()
+                if wanted is not None:
+                    mean[1] = token_divergence(wanted, logits).mean().double()
     return means
 
 
@@ -178,7 +207,7 @@ class WindowPerplexity(Evaluation):
         """The journal lacks its result, or that of what is compared with it."""
         return self.KEY not in candidate.journal or self._teaches_now(candidate)
 
-    def passenger(self, model: nn.Module, allocate: Allocate) -> Windows:
+    def passenger(self, model: nn.Module, candidate: Candidate, allocate: Allocate) -> Windows:
         """The windows, before the first layer."""
         context = self.context
         return Windows(model, context.spec, self.tokens, context.device, self._batch_size(), allocate)
@@ -212,6 +241,18 @@ class WindowPerplexity(Evaluation):
         return BatchSize.choose(self._batch, self.tokens.shape[1], self.context.device)
 
 
+def dataset_windows(dataset: str, context: Context) -> Tensor:
+    """The windows of token ids [N, T] of one `--test_dataset`. Raises InputError for its text."""
+    return data.test_tokens(
+        dataset,
+        context.tokenizer,
+        seqlen=context.given_seqlen if data.is_token_file(dataset) else context.seqlen,
+        cache_dir=context.cache_dir,
+        vocab_size=context.config.vocab_size,
+        bos=context.bos,
+    )
+
+
 def open_perplexities(
     settings: PerplexitySettings, context: Context, common: EvaluationSettings
 ) -> list[WindowPerplexity]:
@@ -221,14 +262,6 @@ def open_perplexities(
         label = data.dataset_label(dataset)
         if label in tokens:
             raise InputError(f"--test_dataset: two of them would be called {label}; rename a file or drop one")
-        windows = data.test_tokens(
-            dataset,
-            context.tokenizer,
-            seqlen=context.given_seqlen if data.is_token_file(dataset) else context.seqlen,
-            cache_dir=context.cache_dir,
-            vocab_size=context.config.vocab_size,
-            bos=context.bos,
-        )
-        tokens[label] = windows[: common.limit]
+        tokens[label] = dataset_windows(dataset, context)[: common.limit]
     batch = common.eval_batch_size
     return [WindowPerplexity(label, windows, settings, context, batch) for label, windows in tokens.items()]

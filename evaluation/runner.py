@@ -1,9 +1,11 @@
 """One evaluation after the other, of every model of a run. What they are is none of its business."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -13,8 +15,11 @@ from evaluation.base import FULL, QUANTIZED, Candidate, Context, Evaluation, Eva
 from evaluation.journal import Journal, Section
 from evaluation.measured import Measured
 from evaluation.settings import EvaluationSettings
+from quantize.observer import Observer
+from quantize.spec import InputGroup
 from utils.distributed import world_size
 from utils.errors import InputError, noting
+from utils.log import RESULT
 from utils.memory import Allocate, in_memory
 from utils.placement import Memory, parse_memory, placed
 
@@ -35,8 +40,17 @@ class Evaluations:
 
     @property
     def windows(self) -> tuple[tuple[int, int], ...]:
-        """Number and length of the token windows of each that sends some through the layers of every model."""
+        """Number and length of the token windows of each that sends some through the layers of the full model."""
         return tuple(each.windows for each in self.members if each.windows is not None and not each.advises)
+
+    @property
+    def own_windows(self) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+        """The same of the run's own model, each window once per variant: those from the first layer on, and others."""
+        sending = [each for each in self.members if each.windows is not None and not each.advises]
+        return tuple(
+            tuple((each.windows[0] * each.variants[kind], each.windows[1]) for each in sending if each.variants[kind])
+            for kind in (0, 1)
+        )
 
     @property
     def need_whole_model(self) -> bool:
@@ -101,15 +115,19 @@ class Runner:
 
     def tokens(self, row: str) -> int:
         """How many tokens' hidden states `board` holds for this row."""
-        return sum(rows * length for rows, length in (each.windows for each in self._riding(row)))
+        riding = self._riding(row)
+        return sum(math.prod(each.windows) * (1 if row == FULL else sum(each.variants)) for each in riding)
 
     def board(self, model: nn.Module, measured: Measured, row: str, allocate: Allocate = in_memory) -> "Travellers":
         """What goes through the layers of `model` for the evaluations of `row`, one passenger for all of them.
 
         Its layers need no weights yet. `measure` takes the scores from where the travellers arrived.
         """
-        riding = {each: (lambda each=each: each.passenger(model, allocate)) for each in self._riding(row)}
-        self.aboard[row] = Travellers(measured, riding)
+
+        def begin(each: Evaluation) -> Passenger:
+            return each.passenger(model, self._candidate(each, row), allocate)
+
+        self.aboard[row] = Travellers(measured, {each: partial(begin, each) for each in self._riding(row)})
         return self.aboard[row]
 
     def measure(self, model: nn.Module, measured: Measured, row: str, title: str) -> None:
@@ -133,7 +151,8 @@ class Runner:
                 measured.add(finding.results)
                 measured.failures |= finding.failures
                 if finding.text:
-                    logger.info("%s%s%s", title, "\n" if "\n" in finding.text else ", ", finding.text)
+                    level = RESULT if finding.shown else logging.INFO
+                    logger.log(level, "%s%s%s", title, "\n" if "\n" in finding.text else ", ", finding.text)
 
     def _riding(self, row: str) -> list[Evaluation]:
         return [each for each in self.evaluations.members if each.rides(self._candidate(each, row))]
@@ -166,8 +185,11 @@ class Runner:
             yield
 
 
-class Travellers:
-    """The passengers that evaluations send through a model's layers, as one; who fails is recorded and gets off."""
+class Travellers(Observer):
+    """The passengers that evaluations send through a model's layers, as one; who fails is recorded and gets off.
+
+    Those that are observers are told what is rounded in the layer that they visit next.
+    """
 
     def __init__(self, measured: Measured, riding: dict[Evaluation, Callable[[], Passenger]]):
         self._measured = measured
@@ -178,9 +200,16 @@ class Travellers:
 
     def visit(self, index: int, layer: nn.Module) -> None:
         """Layer `index` is on the device."""
+        self._let(lambda passenger: passenger.visit(index, layer))
+
+    def rounding(self, group: InputGroup, path: str, linear: nn.Module) -> None:
+        """The linear at `path` is about to be rounded."""
+        self._let(lambda passenger: isinstance(passenger, Observer) and passenger.rounding(group, path, linear))
+
+    def _let(self, act: Callable[[Passenger], object]) -> None:
         for evaluation, passenger in list(self._aboard.items()):
             with attempt(self._measured, evaluation.name, evaluation.entry.STAGE):
-                passenger.visit(index, layer)
+                act(passenger)
             if evaluation.name in self._measured.failures:
                 del self._aboard[evaluation]
 

@@ -221,15 +221,16 @@ def measure_row(comparison: Comparison, row: Row, peaks: Peaks, measured: Measur
     setup, files = comparison.setups.get(row.seed, comparison.setup), comparison.settings.statistics
     with measured.timing("load"):
         model = open_model(setup)
+    own = runner.board(model, measured, row.key)
     statistics = travel(
         setup,
         model,
         layers_in_memory(model, setup.spec, setup.device),
         row.quant,
         measured,
-        behind=[runner.board(model, measured, row.key)],
+        behind=[own],
         peaks=lambda: peaks.get(row.seed) or known_peaks(files, setup),
-        observers=[LayerLog(), LayerFigures(measured), tracker],
+        observers=[LayerLog(), LayerFigures(measured), tracker, own],
     )
     if statistics is not None:
         keep_statistics(files, setup, statistics)

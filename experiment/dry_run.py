@@ -90,11 +90,13 @@ def make_plan(prepared: Prepared) -> Plan:
     """What a checked run does, as the estimate wants it."""
     setup, settings, evaluations = prepared.setup, prepared.settings, prepared.evaluations
     compared = evaluations.for_comparison(settings.report.report)
+    windows, joining = evaluations.own_windows
     return Plan(
         dtype=setup.dtype,
         on_gpu=setup.device.type == "cuda",
         calibration=setup.calibration,
-        windows=evaluations.windows,
+        windows=windows,
+        joining=joining,
         compared=compared.windows,
         statistics=prepared.quant.smooth is not None and settings.statistics.act_scales is None,
         divergence=bool(evaluations.teaching().members),

@@ -57,6 +57,7 @@ class Plan:
     go through the full-precision model in the same walk. `statistics`: activation statistics are computed too.
     `divergence`: the two are compared token by token. `whole` and `whole_compared`: evaluations need the run's own
     model, and the full-precision one, as a whole on the device. `saved`: the model is quantized already.
+    `joining`: more windows of the run's own model, of variants of it that part from the others at layers of their own.
     """
 
     dtype: torch.dtype
@@ -69,6 +70,7 @@ class Plan:
     whole: bool = False
     whole_compared: bool = False
     saved: bool = False
+    joining: Windows = ()
 
     @property
     def held(self) -> torch.dtype:
@@ -118,7 +120,8 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pl
     # on a CPU the layer that is worked on is one of the model's
     working = 0 if plan.on_gpu else max(layer - layer_wide, 0)
     scoring = 0 if plan.on_gpu else logits
-    windows = hidden_bytes(tokens_of(plan.windows + plan.compared * plan.divergence), skeleton, plan.held)
+    scored = plan.windows + plan.joining + plan.compared * plan.divergence
+    windows = hidden_bytes(tokens_of(scored), skeleton, plan.held)
     whole = max(quantized * plan.whole, model * plan.whole_compared)
     device = max(layer, shell + logits, whole and whole + max(layer - layer_wide, logits))
     return Estimate(
@@ -149,7 +152,8 @@ def travelling_bytes(skeleton: nn.Module, settings: QuantSettings, plan: Plan) -
     where training reads them from the host (see `quantize.training.placed`).
     """
     samples = prod(plan.calibration) if plan.quantizes(settings) else 0
-    tokens = sample_copies(settings, plan.statistics) * samples + tokens_of(plan.windows + plan.compared)
+    tokens = sample_copies(settings, plan.statistics) * samples
+    tokens += tokens_of(plan.windows + plan.joining + plan.compared)
     more = -1
     if settings.training is not None:
         more = settings.training.augmented
@@ -182,6 +186,8 @@ def layer_work(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, 
         codes + floats + activation_bytes(probe, width, held, rounded),  # decoded once, for everything that is advanced
         codes + held * largest + activation_bytes(batch(plan.windows), width, held, rounded),
     ]
+    if plan.joining:  # the weights before they were rounded are kept beside what the codes are decoded to
+        moments.append(codes + 2 * floats + activation_bytes(batch(plan.windows), width, held, rounded))
     if settings.training is not None:
         sample = settings.training.batch_size * plan.calibration[1]
         moments.append((1 + TRAINING_COPIES) * wide + TRAINING_ACTIVATIONS * WIDE * sample * width)
@@ -256,7 +262,8 @@ def work_of(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pla
         layers=operations if quantizes else 0.0,
         # forward and twice that backward; teacher, student, loss before and after
         training=(3 * learned.epochs + 4) * once if quantizes and learned is not None else 0.0,
-        evaluation=sum(n * t * forward_operations(skeleton, spec, t, head=True) for n, t in tests),
+        evaluation=sum(n * t * forward_operations(skeleton, spec, t, head=True) for n, t in tests)
+        + sum(n * t * joining_operations(skeleton, spec, t) for n, t in plan.joining),
         steps={width: number for width, number in steps.items() if number} if quantizes else {},
         moved=2.0 * (floats + layers * walking) if plan.on_gpu else 0.0,
     )
@@ -270,6 +277,11 @@ def forward_operations(skeleton: nn.Module, spec: DecoderSpec, length: int, head
         for index, layer in enumerate(spec.decoder_layers(skeleton))
     )
     return 2.0 * (linears + attention + (skeleton.get_input_embeddings().weight.numel() if head else 0))
+
+
+def joining_operations(skeleton: nn.Module, spec: DecoderSpec, length: int) -> float:
+    """`forward_operations` with the head and half of the layers: what variants need that join at each of them."""
+    return forward_operations(skeleton, spec, length, head=True) - forward_operations(skeleton, spec, length) / 2
 
 
 @dataclass(frozen=True)

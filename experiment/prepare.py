@@ -72,6 +72,8 @@ def prepare(settings: RunSettings) -> Prepared:
         check_shapes(setup.skeleton, setup.spec, quant)
     if 0 < setup.calibration[0] < world_size():
         raise InputError(f"--nsamples {setup.calibration[0]}: fewer than the {world_size()} processes that share them")
+    if settings.evaluation.sensitivity.asked and quant.bits.untouched:
+        raise InputError("--sensitivity: 16-bit weights and activations leave nothing to spend bits on; drop the flag")
     if settings.report.report:
         check_report(settings.report.layers.report_layers, setup.layers, quant)
     if output.save_model is not None:
@@ -154,6 +156,7 @@ def refuse_for_saved(settings: RunSettings) -> None:
     """Raise InputError for flags that make no sense for a model that is quantized already."""
     output = settings.output
     given = {"--act-scales": settings.statistics.act_scales, "--eval_kl": settings.evaluation.perplexity.eval_kl}
+    given |= {"--sensitivity": settings.evaluation.sensitivity.sensitivity}
     given |= {"--report": settings.report.report, "--save_dir": output.save_dir, "--resume": output.resume}
     for flag, value in (given | {"--save_model": output.save_model}).items():
         if value:

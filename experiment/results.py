@@ -80,10 +80,15 @@ def settings_dict(settings: object, setup: Setup) -> dict:
 
 
 def summary_table(prepared: Prepared, outcome: Outcome) -> str:
-    """Every figure and the seconds of the run, as Markdown; beside the full-precision model's where it was measured."""
+    """Every figure and the seconds of the run, as Markdown; beside the full-precision model's where it was measured.
+
+    Empty where nothing that was measured is a figure.
+    """
     measurements = {FULL_TITLE: outcome.full} | {full_title(prepared.quant): outcome.measured}
     columns = {title: figures_of(measured.figures()) for title, measured in measurements.items()}
     columns = {title: each for title, each in columns.items() if any(f.kind is not Kind.SECONDS for f in each.values())}
+    if not columns:
+        return ""
     rows = [[each, *(show(column.get(each)) for column in columns.values())] for each in headings(columns.values())]
     return format_table(["", *columns], rows)
 

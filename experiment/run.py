@@ -129,8 +129,9 @@ def finish(prepared: Prepared, outcome: Outcome) -> None:
     earlier = prepared.folder / "report/index.html"
     if not report.report and earlier.exists():
         logger.warning("%s is of an earlier run, not of this one: --report would draw it anew", earlier)
-    if prepared.evaluations.members:
-        logger.log(RESULT, "\n%s\n", summary_table(prepared, outcome))
+    table = summary_table(prepared, outcome)
+    if table:
+        logger.log(RESULT, "\n%s\n", table)
     completions = [(title, measured.results["completions"]) for title, measured in outcome.rows(prepared.quant)]
     if prepared.settings.evaluation.text.prompts.prompt:
         logger.log(RESULT, "%s\n", completions_text(prepared.settings.evaluation.text.prompts.prompt, completions))
@@ -165,6 +166,7 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
             writer = stack.enter_context(ModelWriter(save_to, setup.spec.layers, setup.layers))
         states = state_tokens(prepared, finished) + compared.tokens(FULL) + runner.tokens(QUANTIZED)
         allocate = choose_memory(prepared, hidden_bytes(states, model, model.dtype))
+        own = runner.board(model, measured, QUANTIZED, allocate)
         statistics = travel(
             setup,
             model,
@@ -172,10 +174,10 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
             prepared.quant if setup.saved is None else None,
             measured,
             before=[compared.board(model, full, FULL, allocate)],
-            behind=[*([writer] if writer else []), runner.board(model, measured, QUANTIZED, allocate)],
+            behind=[*([writer] if writer else []), own],
             peaks=partial(known_peaks, prepared.settings.statistics, setup),
             finished=finished,
-            observers=observers,
+            observers=[*observers, own],
             allocate=allocate,
         )
         if statistics is not None:

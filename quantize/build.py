@@ -24,12 +24,20 @@ from quantize.spec import Absorber, DecoderSpec, InputGroup, SharedRows
 from quantize.state import LayerState
 
 
-def build_(layer: nn.Module, spec: DecoderSpec, state: LayerState, settings: QuantSettings, dtype: torch.dtype) -> None:
+def build_(
+    layer: nn.Module,
+    spec: DecoderSpec,
+    state: LayerState,
+    settings: QuantSettings,
+    dtype: torch.dtype,
+    observers: Sequence[Observer] = (),
+) -> None:
     """Quantize `layer`, whose spec is `spec`, as `state` says: the same bits as when that was decided.
 
-    `dtype`: of the model. The layer is in full precision, or, where `state` has its weights, without any.
+    `dtype`: of the model. The layer is in full precision, or, where `state` has its weights, without any. `observers`
+    are told of what is rounded, and of nothing else.
     """
-    builder = LayerBuilder(layer, spec, settings, dtype)
+    builder = LayerBuilder(layer, spec, settings, dtype, observers)
     builder.rotate_values_(state)
     builder.begin_(state, state.device)
     for group in spec.groups:
@@ -76,7 +84,7 @@ class LayerBuilder:
     def open_(self, group: InputGroup, state: LayerState) -> GroupInput:
         """Put what the group's transform makes of them in the place of its linears; return what they share.
 
-        Weights that the state has are final; the others wait for `round_`.
+        They wait for `round_`, unless they are a saved model's.
         """
         own = state.groups[group.name]
         transform = DualTransform(own.rotations, own.permutations, self.online_scale(group))
@@ -87,7 +95,7 @@ class LayerBuilder:
         for path in group.linears:
             linear = self.layer.get_submodule(path)
             bias = None if linear.bias is None else linear.bias.detach()
-            if path in state.weights:
+            if state.stored:
                 bias = state.biases.get(path, bias)
                 self._replace_(path, QuantLinear(state.weights[path], number_format(self.scheme.weight), bias, shared))
                 continue
@@ -98,9 +106,9 @@ class LayerBuilder:
         return shared
 
     def round_(self, group: InputGroup, state: LayerState, moments: Moments | None = None) -> None:
-        """Round the group's weights for good, under the clip logits of the state where it has them.
+        """Round the group's weights for good: to the codes of the state, or under its clip logits, where it has them.
 
-        With `moments` by what samples give them: the codes and biases then go into the state.
+        With `moments` the codes are found by what samples give the group, and go into the state.
         """
         linears = {path: self.layer.get_submodule(path) for path in group.linears}
         linears = {path: linear for path, linear in linears.items() if isinstance(linear, OpenLinear)}
@@ -115,10 +123,7 @@ class LayerBuilder:
             if path not in state.weights:
                 self._replace_(path, linear.rounded(self.dtype))
                 continue
-            final = linear.with_codes(state.weights[path], self.dtype)
-            if final.bias is not None:
-                state.biases[path] = final.bias.detach()
-            self._replace_(path, final)
+            self._replace_(path, linear.with_codes(state.weights[path], self.dtype))
 
     def _replace_(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")

@@ -126,6 +126,6 @@ def rotate_values_(layer: nn.Module, spec: DecoderSpec, matrices: Tensor) -> Non
 
 
 def rotated_energy(outputs: Tensor, matrices: Tensor) -> Tensor:
-    """The root of the mean square [C] of o_proj's input aM, from the second moments [heads, D, D] of a by query head."""
+    """The root of the mean square [C] of o_proj's input aM, from the second moments [heads, D, D] of a by head."""
     matrices = matrices.to(outputs).repeat_interleave(len(outputs) // len(matrices), dim=0)
     return (matrices * (outputs @ matrices)).sum(dim=1).clamp(min=0).sqrt().flatten().float()

@@ -58,10 +58,11 @@ class LayerInputs:
         if self.student is not None:
             advance_(layer, self.student, self.kwargs, self.probe.device)
 
-    def view(self, layer: nn.Module, spec: DecoderSpec, aims_at_teacher: bool) -> LayerView:
+    def view(self, layer: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> LayerView:
         """What the samples show of `layer`, in full precision: those of the teacher where its rows are aimed at."""
-        hidden = self.teacher if aims_at_teacher else self.student
-        with viewed(layer, spec, self.total * hidden.shape[1], aims_at_teacher) as view:
+        aims = settings.aims_at_teacher
+        hidden = self.teacher if aims else self.student
+        with viewed(layer, spec, self.total * hidden.shape[1], settings.extras.channel_shift, aims) as view:
             for batch in batches_of(hidden):
                 layer_output(layer, batch.to(self.probe.device), self.kwargs)
         return view
@@ -165,7 +166,7 @@ class Decision:
         self.observers, self.state, self.reports = observers, LayerState(), []
         self.builder = LayerBuilder(layer, spec, settings, inputs.probe.dtype, observers)
         self.generator, self.search_seconds = layer_generator(settings.seed, index), 0.0
-        self.view = inputs.view(layer, spec, settings.aims_at_teacher) if settings.views_layers else None
+        self.view = inputs.view(layer, spec, settings) if settings.views_layers else None
         self.rows: GroupRows | None = None  # of the group that was decided last
         self.shared: dict[str, GroupInput] = {}
 

@@ -28,7 +28,7 @@ class Observer:
         """A transform was searched; `peaks` as in `TransformSearch`."""
 
     def rounding(self, group: InputGroup, path: str, linear: nn.Module) -> None:
-        """The `OpenLinear` at `path` is about to be rounded, with its final clip."""
+        """The `OpenLinear` at `path` is about to be rounded, with its final clip; also in a layer that is restored."""
 
     def group_built(self, layer: nn.Module, group: InputGroup, kwargs: dict, folded: Tensor | None) -> None:
         """The linears of a group are replaced. `folded` [C]: what was divided out of its input upstream, if it was."""

@@ -91,7 +91,7 @@ class Quantization:
         if inputs is not None:
             inputs.advance_teacher_(layer)
         state = self.finished[index].state.to(self.device)
-        build_(layer, self.spec.at(index), state, self.settings, self.dtype)
+        build_(layer, self.spec.at(index), state, self.settings, self.dtype, self.observers)
         if inputs is not None:
             inputs.advance_(layer)
             for observer in self.observers:

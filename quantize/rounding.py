@@ -113,10 +113,10 @@ class Moments:
     cross: Tensor | None = None
 
     def aimed(self, weight: Tensor, settings: RoundingSettings) -> Tensor:
-        """The weight [O, C] whose output on X̂ is nearest to that of `weight` on X_fp, and as much of it as `target` says.
+        """The weight [O, C] whose output on X̂ is nearest to that of `weight` on X_fp, as far as `target` says.
 
-        W A H⁻¹ minimises ‖W X_fpᵀ − V X̂ᵀ‖² over V; `RIDGE` draws it to W, which few samples need. 0 leaves W, 1 goes all
-        the way. Source: asymmetric calibration (GPTAQ).
+        W A H⁻¹ with A = X_fpᵀX̂ minimises ‖W X_fpᵀ − V X̂ᵀ‖² over V; `RIDGE` draws it to W, which few samples need. A
+        target of 0 leaves W, 1 goes all the way. Source: asymmetric calibration (GPTAQ).
         """
         identity = torch.eye(len(self.hessian), dtype=torch.float64, device=self.hessian.device)
         ridge = RIDGE * self.hessian.diagonal().mean() * identity

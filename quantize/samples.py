@@ -23,38 +23,38 @@ ROWS_AT_ONCE = 8192  # rows that are transformed and rounded at a time
 class LayerView:
     """What calibration samples show of a layer in full precision.
 
-    `energies` and `peaks` [C] of every group's input, the root of the mean square and the largest magnitude; `query`,
-    `key` [n, heads, head_dim] (behind RoPE) and `value` of some tokens; `outputs` [heads, head_dim, head_dim], the second
-    moments of what each query head gives o_proj; `rows` [m, C] of every group on this process, if they were to be kept.
+    `energies` [C] of every group's input: the root of the mean square, every token scaled to length 1, for its ranges
+    are its own; about the mean, where that will be subtracted. `outputs` [heads, head_dim, head_dim]: the same second
+    moments of what each query head gives o_proj. `query`, `key` [n, heads, head_dim] (behind RoPE) and `value` of some
+    tokens. `rows` [m, C] of every group on this process, if they were to be kept.
     """
 
     energies: dict[str, Tensor] = field(default_factory=dict)
-    peaks: dict[str, Tensor] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)
     outputs: Tensor | None = None
     rows: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _GroupWatch:
-    """Counts and keeps what enters the linears of one group; `head_dim`: by head too, where it comes from heads."""
+    """Sums over what enters the linears of one group: weights w = 1/|x|², w·x, w·x², and w·xᵀx by head."""
 
     def __init__(self, keep: bool, head_dim: int | None):
-        self.total, self.count, self.peak, self.head_dim, self.moments = None, 0, None, head_dim, None
-        self.rows: list[Tensor] | None = [] if keep else None
+        self.sums: list[Tensor] | None = None
+        self.head_dim, self.rows = head_dim, [] if keep else None
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().flatten(0, -2)
-        squares = x.double().square().sum(dim=0) if x.device.type == "cuda" else x.float().square().sum(dim=0).double()
-        self.total = squares if self.total is None else self.total + squares
-        peak = x.abs().amax(dim=0).float() if len(x) else torch.zeros_like(squares).float()
-        self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
-        self.count += len(x)
-        if self.head_dim is not None:
-            heads = x.float().unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
-            moments = (heads.transpose(1, 2) @ heads).double()
-            self.moments = moments if self.moments is None else self.moments + moments
         if self.rows is not None:
             self.rows.append(x.cpu())
+        x = widen(x)
+        lengths = x.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        unit = x / lengths
+        sums = [lengths.pow(-2).sum(), (unit / lengths).sum(dim=0), unit.square().sum(dim=0)]
+        if self.head_dim is not None:
+            heads = unit.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
+            sums.append(heads.transpose(1, 2) @ heads)
+        sums = [each.double() for each in sums]
+        self.sums = sums if self.sums is None else [a + b for a, b in zip(self.sums, sums, strict=True)]
 
 
 class _HeadWatch(nn.Module):
@@ -72,21 +72,25 @@ class _HeadWatch(nn.Module):
 
 
 @contextmanager
-def viewed(layer: nn.Module, spec: DecoderSpec, tokens: int, keep_rows: bool = False) -> Iterator[LayerView]:
+def viewed(
+    layer: nn.Module, spec: DecoderSpec, tokens: int, centered: bool, keep_rows: bool = False
+) -> Iterator[LayerView]:
     """Inside the block `layer`, in full precision, is run on samples of so many `tokens` in all; then the view is full.
+
+    `centered`: energies are about the mean.
 
     All processes look at their own samples and have the view of all, but for the rows, which are their own.
     """
     view, attention = LayerView(), layer.get_submodule(spec.attention)
     sizes = {"o": attention.head_dim}
     watches = {group.name: _GroupWatch(keep_rows, sizes.get(group.name)) for group in spec.groups}
-    heads = _HeadWatch(max(1, tokens // HEAD_TOKENS))
+    heads_watch = _HeadWatch(max(1, tokens // HEAD_TOKENS))
     handles = [
         layer.get_submodule(path).register_forward_pre_hook(watches[group.name])
         for group in spec.groups
         for path in group.inputs
     ]
-    attach_(attention, heads)
+    attach_(attention, heads_watch)
     try:
         yield view
     finally:
@@ -95,16 +99,17 @@ def viewed(layer: nn.Module, spec: DecoderSpec, tokens: int, keep_rows: bool = F
             handle.remove()
     device = next(layer.parameters()).device
     for name, watch in watches.items():
-        parts = [part for part in gather((watch.total, watch.count, watch.peak, watch.moments)) if part[0] is not None]
-        total, count = sum(part[0].cpu() for part in parts), sum(part[1] for part in parts)
-        view.energies[name] = (total / max(1, count)).sqrt().float().to(device)
-        view.peaks[name] = torch.stack([part[2].cpu() for part in parts]).amax(dim=0).to(device)
-        if watch.moments is not None:
-            view.outputs = (sum(part[3].cpu() for part in parts) / count).to(device)
+        parts = [part for part in gather(watch.sums and [each.cpu() for each in watch.sums]) if part is not None]
+        weight, first, second, *moments = (torch.stack(each).sum(dim=0).to(device) for each in zip(*parts, strict=True))
+        mean = first / weight if centered else torch.zeros_like(first)
+        view.energies[name] = (second / weight - mean.square()).clamp(min=0).sqrt().float()
+        for moment in moments:
+            heads = mean.unflatten(0, (len(moment), -1))
+            view.outputs = moment / weight - heads[:, :, None] * heads[:, None, :]
         if watch.rows is not None:
             view.rows[name] = torch.cat(watch.rows)
-    for name, kept in heads.kept.items():
-        view.heads[name] = torch.cat([part for part in gather(torch.cat(kept))]).to(device)
+    for name, kept in heads_watch.kept.items():
+        view.heads[name] = torch.cat(gather(torch.cat(kept))).to(device)
 
 
 class GroupRows:

@@ -25,6 +25,7 @@ class Transform(StrEnum):
     ROTATION_PERMUTATION = "rotation_permutation"  # DuQuant without the last rotation
     ROTATION = "rotation"  # the greedy rotation alone
     PERMUTATION = "permutation"  # the zigzag permutation alone
+    TWO_HADAMARD = "two_hadamard"  # two of them, and between them a permutation that deals every block to all blocks
     HADAMARD = "hadamard"  # a Hadamard matrix with random signs per block, not searched
     NONE = "none"  # nothing: round-to-nearest, or smoothing alone
 
@@ -36,6 +37,7 @@ class Transform(StrEnum):
     def permutations(self, times: int) -> int:
         """How many permutations it has under `--permutation_times`."""
         counts = {Transform.DUAL: times, Transform.ROTATION_PERMUTATION: max(1, times), Transform.PERMUTATION: 1}
+        counts[Transform.TWO_HADAMARD] = 1
         return counts.get(self, 0)
 
     def rotations(self, times: int) -> int:
@@ -349,14 +351,14 @@ class QuantSettings:
     transform: Transform = option(
         Transform.DUAL,
         "dual is DuQuant; rotation_permutation, rotation and permutation are parts of it, hadamard is a Hadamard "
-        "matrix with random signs per block, none nothing at all",
+        "matrix with random signs per block, two_hadamard two with a permutation between them, none nothing at all",
         tag="",
     )
     rotation: RotationSettings = part(RotationSettings)
     probe: Probe = option(
         Probe.MEAN,
-        "activation to search on: the mean of the samples, a few samples, or the tokens of all samples with the largest "
-        "magnitudes",
+        "activation to search on: the mean of the samples, a few samples, or the tokens with the largest magnitudes of "
+        "all samples",
         tag="probe_",
     )
     probe_tokens: int = option(128, "how many tokens --probe peaks takes", tag="probe_tokens")

@@ -41,10 +41,10 @@ class GroupState:
 class LayerState:
     """Groups by name, and by path the clip logits (low, high) of linears with learned clipping.
 
-    `weights`, by path: what cannot be made again without samples (codes that depend on them), with the `biases` that
-    belong to them. `attention`: tensors of the attention quantizer under their names in its `state_dict`; `values`
-    [kv heads, D, D] the rotation folded into v and o. `stored`: this is a saved model's layer. All its weights are in
-    `weights`, and scales and rotations that go upstream are in them already and not here.
+    `weights`, by path: codes that depend on samples, so that they cannot be made again without. `attention`: tensors of
+    the attention quantizer under their names in its `state_dict`; `values` [kv heads, D, D]: the matrices folded into v
+    and o. `stored`: this is a saved model's layer. All its weights are in `weights`, its biases in `biases`, and what
+    goes upstream is in them already and not here.
     """
 
     groups: dict[str, GroupState] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class LayerState:
         return next(iter(self.groups.values())).rotations.device
 
     def tensors(self) -> dict[str, Tensor]:
-        """Flat and compact, on the host: `groups.<name>.<field>`, `clips.<path>.<low|high>`, `weights.<path>.<part>`."""
+        """Flat and compact, on the host: `groups.<name>.<field>`, `weights.<path>.<part>` and so on."""
         return {name: tensor.cpu().to(COMPACT.get(tensor.dtype, tensor.dtype)) for name, tensor in self._named()}
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
@@ -79,8 +79,6 @@ class LayerState:
         for path, codes in self.weights.items():
             for part in CODES:
                 yield f"weights.{path}.{part}", getattr(codes, part)
-        for path, bias in self.biases.items():
-            yield f"biases.{path}", bias
         for name, tensor in self.attention.items():
             yield f"attention.{name}", tensor
         if self.values is not None:
@@ -112,8 +110,6 @@ class LayerState:
                     state.clips[path] = (tensors[f"clips.{path}.low"], tensors[f"clips.{path}.high"])
                 if f"weights.{path}.{CODES[0]}" in tensors:
                     state.weights[path] = Codes(*(tensors[f"weights.{path}.{part}"] for part in CODES))
-                if f"biases.{path}" in tensors:
-                    state.biases[path] = tensors[f"biases.{path}"]
         inner = "attention."
         state.attention = {name.removeprefix(inner): each for name, each in tensors.items() if name.startswith(inner)}
         return state

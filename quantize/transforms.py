@@ -69,10 +69,11 @@ class Trail:
         self.peaks.append(search.peaks)
         self.rotate(f"rotation {len(self.steps)}", search.rotation)
 
-    def permute(self) -> None:
-        """Deal the channels to blocks in zigzag. Behind no rotation of its own it stands behind the identity."""
+    def permute(self, permutation: Tensor | None = None) -> None:
+        """Permute the channels, by default in zigzag. Behind no rotation of its own it stands behind the identity."""
         self._complete_rotations()
-        self.permutations.append(zigzag_permutation(channel_peak(self.x), self.block_size))
+        zigzag = permutation is None
+        self.permutations.append(zigzag_permutation(channel_peak(self.x), self.block_size) if zigzag else permutation)
         self.x = self.x[..., self.permutations[-1]]
         name = f"permutation {len(self.permutations)}"
         self.stages.append(measure_stage(name, self.x, self.block_size))
@@ -142,10 +143,35 @@ def hadamard_transform(
     It looks at nothing: the signs keep an activation that happens to be a row of H from becoming one large entry. Where
     no Hadamard matrix of the block's size is at hand, `hadamard` says what stands in. Source: QuaRot, sec. 3.
     """
-    signs = torch.randint(2, (block_size, 1), generator=generator) * 2.0 - 1.0
     trail = Trail(x, block_size)
-    trail.rotate("Hadamard", (signs * hadamard(block_size)).to(x.device))
+    trail.rotate("Hadamard", random_hadamard(block_size, generator).to(x.device))
     return trail.result()
+
+
+def two_hadamard_transform(
+    x: Tensor, block_size: int, config: RotationSettings, generator: torch.Generator
+) -> TransformSearch:
+    """D₁·H in every block, a permutation that deals each block's channels to all blocks, D₂·H. Same arguments.
+
+    Behind it every channel is a mixture of (nearly) all channels, as one Hadamard matrix of the whole width would make
+    it, for the price of two blocks and at every width. It looks at nothing.
+    """
+    trail = Trail(x, block_size)
+    trail.rotate("Hadamard 1", random_hadamard(block_size, generator).to(x.device))
+    trail.permute(deal(x.shape[-1], block_size).to(x.device))
+    trail.rotate("Hadamard 2", random_hadamard(block_size, generator).to(x.device))
+    return trail.result()
+
+
+def random_hadamard(size: int, generator: torch.Generator) -> Tensor:
+    """D·H [size, size]: the orthonormal Hadamard matrix behind random signs."""
+    signs = torch.randint(2, (size, 1), generator=generator) * 2.0 - 1.0
+    return signs * hadamard(size)
+
+
+def deal(channels: int, block_size: int) -> Tensor:
+    """The permutation [channels], int64, that deals the channels out to the blocks in turn, one to each."""
+    return torch.arange(channels).view(block_size, -1).T.flatten()
 
 
 def no_transform(x: Tensor, block_size: int, config: RotationSettings, generator: torch.Generator) -> TransformSearch:
@@ -160,6 +186,7 @@ TRANSFORMS: dict[Transform, TransformBuilder] = {
     Transform.ROTATION_PERMUTATION: search_rotation_permutation,
     Transform.ROTATION: search_rotation,
     Transform.PERMUTATION: search_permutation,
+    Transform.TWO_HADAMARD: two_hadamard_transform,
     Transform.HADAMARD: hadamard_transform,
     Transform.NONE: no_transform,
 }

@@ -10,6 +10,7 @@ from reporting import overview as over
 from reporting.run_data import Arrays
 from reporting.tables import accuracies, group_names, perplexities, standard_errors
 
+ROLES = {"weight": "weights", "input": "inputs", "query": "q", "key": "k", "value": "v"}
 MOST_NARROW = 3  # datasets or tasks whose bars fit into half of the page
 
 
@@ -46,6 +47,29 @@ def scores(results: dict) -> Iterator[Drawing]:
             over.bars_figure(rows, labels, "accuracy", errors=standard_errors(results)),
             wide=len(labels) > MOST_NARROW,
         )
+
+
+def sensitivity(results: dict) -> Iterator[Drawing]:
+    """What each part of the model costs, if it was measured."""
+    measured = results.get("sensitivity")
+    if not measured:
+        return
+    panels = [
+        ("roles", [ROLES[role] for role in measured["roles"]], list(measured["roles"].values())),
+        ("groups", list(measured["groups"]), list(measured["groups"].values())),
+        ("layers", [str(each["layer"]) for each in measured["layers"]], measured["layers"]),
+    ]
+    yield Drawing(
+        "sensitivity",
+        "Where the gap is",
+        "Each part of the model left at 16 bits in turn, everything else quantized: all tensors of one role, weights "
+        "and inputs of one group of linears in all layers, everything in one layer. Bars: how much of the gap in log "
+        f"perplexity to full precision is gone then; dots: of the KL divergence. On {measured['windows']} windows of "
+        f"{measured['dataset']}: the fewer tokens, the more of it is chance. Shares need not "
+        "add up.",
+        over.sensitivity_figure([each for each in panels if each[1]]),
+        wide=True,
+    )
 
 
 def overview_names(layers: list[dict]) -> list[str]:

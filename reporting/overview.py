@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from reporting.style import COLOURS, MARKERS, REFERENCE, layer_axis, legend_below, line_figure, marker_size
 
 LEAST_SPAN = 6.0  # dB
+MOST_LABELS = 20  # below the bars of one panel
 Lookup = Callable[[dict], float | None]  # a group's recorded figures → the number to draw
 
 
@@ -184,6 +185,29 @@ def bars_figure(
     if len(labels) == 1:
         axis.set_xlim(-0.9, 0.9)
     legend_below(figure, axis, 2)
+    return figure
+
+
+def sensitivity_figure(panels: Sequence[tuple[str, Sequence[str], Sequence[dict]]]) -> Figure:
+    """Bars of the share of the gap that every variant removes, and dots of that of the divergence; in per cent.
+
+    `panels`: title, labels and figures of the variants of one kind.
+    """
+    figure = Figure(figsize=(14.0, 4.6), layout="constrained")
+    widths = [max(4, len(labels)) for _, labels, _ in panels]
+    axes = figure.subplots(1, len(panels), sharey=True, width_ratios=widths, squeeze=False)[0]
+    for axis, (title, labels, variants) in zip(axes, panels, strict=True):
+        places = np.arange(len(labels))
+        gap, divergence = ([100 * _number(e[name]) for e in variants] for name in ("share", "divergence_share"))
+        axis.bar(places, gap, 0.7, color=COLOURS[0], label="of the gap in log perplexity")
+        axis.plot(places, divergence, "D", color=COLOURS[1], markersize=6, label="of the KL divergence")
+        axis.axhline(0, color=REFERENCE, linewidth=1)
+        step = -(-len(labels) // MOST_LABELS)
+        axis.set_xticks(places[::step], labels[::step])
+        axis.grid(False, axis="x")
+        axis.set_title(title)
+    axes[0].set_ylabel("removed (%)")
+    legend_below(figure, axes[0])
     return figure
 
 

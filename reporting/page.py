@@ -43,6 +43,7 @@ def write_report(folder: Path, layers: list[int] | None = None) -> Path:
     remove_old(figures_folder)
     with styled():
         scores = [save(each, figures_folder) for each in drawing.scores(run.results)]
+        scores += [save(each, figures_folder) for each in drawing.sensitivity(run.results)]
         overview = [save(each, figures_folder) for each in drawing.overview(run.recorded)]
         details = []
         for layer in progress(shown, "drawing", unit="layer"):

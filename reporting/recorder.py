@@ -5,15 +5,13 @@ Knows tensors, not pictures; `reporting/` draws what is written here. Nothing th
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duquant.attention import QUANTIZER
 from duquant.linear import GroupInput
 from duquant.tensors import widen
 from duquant.transform import DualTransform, rotate_blocks
@@ -23,6 +21,7 @@ from quantize.rounding import OpenLinear
 from quantize.spec import DecoderSpec, InputGroup
 from quantize.training import INITIAL_LOGIT
 from quantize.transforms import channel_peak
+from quantize.unrounded import HEADS, Part, left_unrounded
 from utils.io import file_digest, write_tensors
 
 MOST_TOKENS, MOST_CHANNELS = 64, 256  # bins of a landscape
@@ -71,6 +70,8 @@ class Recorder(Observer):
 
     def rounding(self, group: InputGroup, path: str, linear: OpenLinear) -> None:
         """The transformed weight, its final clip, and the noise that rounding it adds."""
+        if self.current is None:  # a layer that is restored was recorded when it was decided
+            return
         layer, quantized = self.current, linear.quantizer(linear.weight)
         layer.add_noise(group.name, linear.weight, quantized)
         if path == shown_linear(group):
@@ -129,12 +130,12 @@ class Recorder(Observer):
         What noise is left without any is the weights'.
         """
         spec, reference = self.current.spec, self.current.reference
-        groups = {f"inputs of {group.name}": group.linears for group in spec.groups}
-        parts = {name: (paths, False) for name, paths in groups.items()} | {ATTENTION: ((), True)}
-        parts[EVERYTHING] = (tuple(path for group in spec.groups for path in group.linears), True)
+        parts = {f"inputs of {group.name}": Part(inputs=group.linears) for group in spec.groups}
+        parts[ATTENTION] = Part(heads=HEADS)
+        parts[EVERYTHING] = Part(inputs=tuple(path for group in spec.groups for path in group.linears), heads=HEADS)
         unrounded = []
-        for name, (paths, attention) in parts.items():
-            with rounding_off(layer, paths, spec.attention if attention else None):
+        for name, part in parts.items():
+            with left_unrounded(layer, spec, part):
                 noise = layer_output(layer, self.sample, kwargs) - reference
             unrounded.append({"part": name, "output_sqnr_db": sqnr_db(reference, noise)})
         return unrounded
@@ -178,26 +179,6 @@ class _Layer:
         points = torch.tensor(QUANTILES, dtype=torch.float64)
         sides = {side: torch.quantile(ratios, points).tolist() for side, ratios in (("low", low), ("high", high))}
         return {"start": torch.tensor(INITIAL_LOGIT).sigmoid().item(), "quantiles": list(QUANTILES), **sides}
-
-
-@contextmanager
-def rounding_off(layer: nn.Module, paths: tuple[str, ...], attention: str | None) -> Iterator[None]:
-    """Inside the block the inputs of the linears at `paths`, and q, k and v of `attention`, are not rounded."""
-    shared = list({id(each): each for each in (layer.get_submodule(path).group for path in paths)}.values())
-    quantizers = [each.quantizer for each in shared]
-    module = None if attention is None else layer.get_submodule(attention)
-    qkv = getattr(module, QUANTIZER, None)
-    try:
-        for each in shared:
-            each.quantizer = nn.Identity()
-        if qkv is not None:
-            setattr(module, QUANTIZER, None)
-        yield
-    finally:
-        for each, quantizer in zip(shared, quantizers, strict=True):
-            each.quantizer = quantizer
-        if qkv is not None:
-            setattr(module, QUANTIZER, qkv)
 
 
 def shown_linear(group: InputGroup) -> str:

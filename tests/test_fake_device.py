@@ -10,10 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from duquant.experts import unfuse_experts_
-from evaluation.perplexity import final_hidden, perplexity, score
+from evaluation.perplexity import final_hidden, perplexity, score, scores
+from evaluation.sensitivity import Variants
 from models import decoder_spec
 from quantize.observer import Observer
-from quantize.quantization import quantize_model
+from quantize.quantization import Quantization, quantize_model
 from quantize.settings import (
     BitSettings,
     ClipSettings,
@@ -25,6 +26,7 @@ from quantize.settings import (
 )
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
+from quantize.walk import layers_in_memory, walk
 from reporting.recorder import Recorder
 from tools.fake_device import FakeDevice, Traffic, fake_device
 from utils import io
@@ -335,3 +337,19 @@ def test_everything_is_put_back():
     after = torch.cuda.is_available(), FakeTensor.tolist, nn.functional.scaled_dot_product_attention
     assert after == before
     assert torch.ones(2).tolist() == [1, 1]
+
+
+@every_model
+def test_variants_stay_on_the_host_between_layers_and_leave_nothing_on_the_device(gpu, name, dtype):
+    model, windows = MODELS[name](dtype), random_tokens(6, TOKENS)
+    spec = decoder_spec(model.config)
+    variants = Variants(model, spec, windows, gpu.device)
+    peaks = channel_statistics(model, spec, random_tokens(SAMPLES, TOKENS), gpu.device).scales
+    samples = random_tokens(SAMPLES, TOKENS)
+    quantization = Quantization(model, spec, samples, peaks, settings(), gpu.device, None, [variants])
+    walk(layers_in_memory(model, spec, gpu.device), [quantization, variants], LAYERS)
+    assert len(variants.hidden) == 5 + GROUPS + LAYERS
+    states = [variants.quantized.hidden, *variants.hidden.values()]
+    assert {(each.device, each.dtype, each.shape) for each in states} == {(CPU, dtype, (6, TOKENS, 48))}
+    assert len(scores(model, spec, windows, states, gpu.device, states[0])) == len(states)
+    assert places(model) == {CPU}

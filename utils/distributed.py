@@ -4,7 +4,7 @@ What is on the host is exchanged with gloo, what is on a GPU with nccl.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -117,6 +117,11 @@ def sum_(tensors: Sequence[Tensor]) -> None:
 
 def make_equal_(model: nn.Module) -> None:
     """Give every process the main one's parameters and buffers, bit for bit."""
+    make_tensors_equal_(model.state_dict().values())
+
+
+def make_tensors_equal_(tensors: Iterable[Tensor]) -> None:
+    """Give every process the main one's content of these tensors, which are contiguous, bit for bit."""
     if world_size() > 1:
-        for tensor in model.state_dict().values():
+        for tensor in tensors:
             dist.broadcast(tensor.view(torch.uint8) if tensor.dtype is torch.int16 else tensor, 0)  # nccl has no int16

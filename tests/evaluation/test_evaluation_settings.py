@@ -20,6 +20,7 @@ NOT_FIGURES |= {"judge_base_url", "judge_model", "judge_api_key_env", "mtbench_r
 EVERY_FLAG = """
 --limit 3 --eval_batch_size 2 --multigpu --max_memory 0=1GiB cpu=2GiB
 --eval_ppl --test_dataset ptb,c4 other --eval_kl
+--sensitivity --sensitivity_windows 3
 --tasks piqa,boolq arc_easy --num_fewshot 2 --task_data_dir items --log_samples
 --eval_mmlu --mmlu_data_dir mmlu --mmlu_shots 1 2 --prompt a b --max_new_tokens 7
 --eval_mtbench --mtbench_questions q.jsonl --mtbench_references r.jsonl --mtbench_temperature category
@@ -61,6 +62,8 @@ def test_what_changes_no_figure_changes_only_the_whole_identity():
         ("--max_new_tokens 0", "--max_new_tokens 0: must be at least 1"),
         ("--max_memory 0=1GiB", "--max_memory is for --multigpu"),
         ("--eval_kl", "--eval_kl is measured with perplexity: add --eval_ppl"),
+        ("--sensitivity_windows 3", "--sensitivity_windows is for --sensitivity"),
+        ("--sensitivity --sensitivity_windows 0", "--sensitivity_windows 0: must be at least 1"),
         ("--task_data_dir d", "--task_data_dir is for --tasks"),
         ("--log_samples", "--log_samples is for --tasks"),
         ("--mmlu_data_dir d", "--mmlu_data_dir is for --eval_mmlu"),
@@ -78,7 +81,7 @@ def test_settings_that_cannot_be_are_refused(flags, words):
 
 def test_entries_have_keys_and_stages_of_their_own():
     keys = [key for entry in entries() for key in entry.EMPTY]
-    perplexity = ["perplexity", "perplexity_details", "bos_check"]
+    perplexity = ["perplexity", "perplexity_details", "bos_check", "sensitivity"]
     assert keys == [*perplexity, "zero_shot", "mmlu", "completions", "mt_bench"]
     assert len({entry.STAGE for entry in entries()}) == len(entries())
     assert [entry.FLAG for entry in parsed(*EVERY_FLAG.split()).asked()] == [entry.FLAG for entry in entries()]

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from evaluation.perplexity import Windows, score
+from evaluation.perplexity import Windows, score, scores
+from evaluation.sensitivity import Variants
 from experiment.estimate import (
     CONTEXT_BYTES,
     PROCESS_BYTES,
@@ -101,13 +102,21 @@ def visit_all(model, layers, settings, plan):
         [Windows(model, spec, random_windows(shape), CPU) for shape in shapes]
         for shapes in (plan.compared, plan.windows)
     )
+    if plan.joining:
+        behind = [Variants(model, spec, random_windows(plan.compared[0]), CPU)]
     first, peaks = [], None
     if plan.statistics:
         first = [Observation(model, spec, tokens, CPU)]
         peaks = first[0].statistics.scales
-    middle = [] if settings.bits.untouched else [Quantization(model, spec, tokens, peaks, settings, CPU)]
+    how = (peaks, settings, CPU, None, behind if plan.joining else ())
+    middle = [] if settings.bits.untouched else [Quantization(model, spec, tokens, *how)]
     walk(layers, [*first, *before, *middle, *behind], MEDIUM["num_hidden_layers"])
     del first, middle
+    if plan.joining:
+        states = [behind[0].quantized.hidden, *behind[0].hidden.values()]
+        assert len(states) * plan.compared[0][0] == sum(number for number, _ in plan.windows + plan.joining)
+        scores(model, spec, random_windows(plan.compared[0]), states, CPU, before[0].hidden)
+        return
     for index, shape in enumerate(plan.windows):
         teacher = before[index].hidden if plan.divergence else None
         score(model, spec, random_windows(shape), behind[index].hidden, CPU, teacher)
@@ -126,11 +135,13 @@ def needed(settings, plan):
 
 
 PLAN = Plan(torch.float32, False, (8, 256), ((4, 256),))
+VARIANTS = replace(PLAN, windows=((160, 256),), joining=((48, 256),))
 RUNS = {
     "weights show": (QUANT, replace(PLAN, calibration=(8, 32), windows=())),
     "samples show": (QUANT, PLAN),
     "windows show": (QUANT, replace(PLAN, calibration=(2, 256), windows=((8, 256), (24, 64)))),
     "both models": (QUANT, replace(PLAN, compared=((4, 256),), divergence=True)),
+    "variants": (QUANT, replace(VARIANTS, compared=((16, 256),), divergence=True)),
     "no statistics": (replace(QUANT, smooth=None), replace(PLAN, statistics=False)),
     "four samples": (replace(QUANT, probe=Probe.SAMPLE), PLAN),
     "hadamard": (replace(QUANT, transform=Transform.HADAMARD), replace(PLAN, windows=())),
@@ -148,7 +159,7 @@ def test_a_run_in_memory_allocates_nearly_what_was_estimated_and_no_more(setting
     assert 0.7 < peak / (needed(settings, plan).host - PROCESS_BYTES) <= 1
 
 
-@pytest.mark.parametrize("name", ["weights show", "samples show", "both models"])
+@pytest.mark.parametrize("name", ["weights show", "samples show", "both models", "variants"])
 def test_a_streamed_run_allocates_nearly_what_was_estimated_and_no_more(name, tmp_path):
     settings, plan = RUNS[name]
     medium_model().save_pretrained(tmp_path)
@@ -225,6 +236,8 @@ def test_what_is_not_done_takes_no_time():
     assert untouched.evaluation == saved.evaluation > 0
     compared = replace(PLAN, compared=PLAN.windows)
     assert work_of(*shapes, QUANT, compared).evaluation == 2 * saved.evaluation
+    joining = replace(PLAN, joining=PLAN.windows)
+    assert 1.5 < work_of(*shapes, QUANT, joining).evaluation / saved.evaluation < 2, "half of the layers, and the head"
     assert work_of(*shapes, QUANT, replace(PLAN, statistics=False)).statistics == 0
     assert work_of(*shapes, TRAINED, PLAN).training > 7 * work_of(*shapes, QUANT, PLAN).statistics * 0.99
 

@@ -90,7 +90,7 @@ def test_a_layer_that_is_restored_is_told_as_such():
     quantize([keeping])
     quantize([noting], finished={0: keeping.layers[0]})
     names = [name for name, _ in noting.told]
-    assert names[:4] == ["samples", "layer_restored", "layer_done", "layer_begins"]
+    assert names[:11] == ["samples", *["rounding"] * 7, "layer_restored", "layer_done", "layer_begins"]
     assert [what for name, what in noting.told if name == "layer_done"] == [(0, True), (1, False)]
 
 

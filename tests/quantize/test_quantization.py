@@ -22,10 +22,10 @@ from duquant.linear import GroupInput, QuantLinear
 from duquant.quantizer import NoClip
 from models import decoder_spec
 from quantize.layer import LayerInputs, decide
-from quantize.scales import group_peaks, smoothing_scales
 from quantize.observe import layer_calls
 from quantize.observer import LayerLog, describe_group
 from quantize.quantization import PROBE_SAMPLES, check_shapes, make_probe, other_blocks, quantize_model
+from quantize.scales import group_peaks, smoothing_scales
 from quantize.settings import (
     BitSettings,
     ClipSettings,

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, random_tokens, tiny_model
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from duquant.linear import QuantLinear
 from duquant.transform import DualTransform
 from models import decoder_spec
 from quantize.observe import capture_input, layer_calls, layer_output
@@ -36,7 +34,6 @@ from reporting.recorder import (
     bin_size,
     extreme,
     landscape,
-    rounding_off,
     sqnr_db,
     stages_of,
     token_error,
@@ -250,14 +247,3 @@ def test_noise_figures_are_those_of_the_textbook():
     assert sqnr_db(signal, noise) == pytest.approx(20 + 10 * math.log10(2))
     assert sqnr_db(signal, torch.zeros_like(signal)) is None
     assert token_error(signal, noise).tolist() == pytest.approx([0.1, 0.0])
-
-
-def test_rounding_is_off_inside_the_block_only(recorded):
-    layer = recorded[0].model.layers[0]
-    paths = [name for name, module in layer.named_modules() if isinstance(module, QuantLinear)]
-    before = [layer.get_submodule(path).group.quantizer for path in paths]
-    with rounding_off(layer, tuple(paths), "self_attn"):
-        assert all(isinstance(layer.get_submodule(path).group.quantizer, nn.Identity) for path in paths)
-        assert layer.self_attn.qkv_quantizer is None
-    assert [layer.get_submodule(path).group.quantizer for path in paths] == before
-    assert layer.self_attn.qkv_quantizer is not None

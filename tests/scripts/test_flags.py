@@ -28,7 +28,7 @@ FIRST = {
     "generate_act_scale_shift": f"{MODEL}\n{CALIBRATION}\n--scales-output-path s|--shifts-output-path t|--quiet",
 }
 ROLES = f"""--qbits 8|--kbits 8|--vbits 8|--act_group_size 64|--act_symmetric|--weight_symmetric|--lac_kv 0.9
---act_scales s|--act_shifts t
+--act_scales s|--act_shifts t|--sensitivity|--sensitivity --sensitivity_windows 3
 {BOS}"""
 PRESET = """--preset paper|--preset best_trained|--preset paper --no_smooth|--swc 0.8 --lac none|--no_stream
 --smooth --no-smooth --eval_ppl|--preset paper --swc none"""

@@ -15,11 +15,17 @@ from utils.settings import Changes, option, part
 
 RTN, SMOOTH = "rtn", "smooth"
 FULL_TITLE = "full precision"
-ROWS = (FULL, RTN, SMOOTH, *map(str, (Transform.HADAMARD, Transform.ROTATION, Transform.PERMUTATION)))
+ROWS = (
+    FULL,
+    RTN,
+    SMOOTH,
+    *map(str, (Transform.HADAMARD, Transform.TWO_HADAMARD, Transform.ROTATION, Transform.PERMUTATION)),
+)
 ROWS += tuple(map(str, (Transform.ROTATION_PERMUTATION, Transform.DUAL)))  # the order of every table
 
 PARTS = {
     Transform.HADAMARD: "Hadamard rotation",
+    Transform.TWO_HADAMARD: "two Hadamard rotations",
     Transform.ROTATION: "rotation",
     Transform.PERMUTATION: "permutation",
     Transform.ROTATION_PERMUTATION: "rotation + permutation",

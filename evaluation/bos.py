@@ -97,7 +97,7 @@ class BosCheck(Evaluation):
         """The model is in full precision, and the journal lacks the result."""
         return candidate.full and self.KEY not in candidate.journal
 
-    def passenger(self, model: nn.Module, allocate: Allocate) -> BothWays:
+    def passenger(self, model: nn.Module, candidate: Candidate, allocate: Allocate) -> BothWays:
         """The windows, before the first layer."""
         context = self.context
         batch = BatchSize.choose(self._batch, self.windows[1], context.device)

@@ -79,13 +79,15 @@ def test_a_state_builds_the_layer_that_deciding_it_left(name, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_codes_build_it_too_without_the_weights_they_were_made_of(name):
     before, _, layer, hidden, kwargs, spec = decided(CASES[name], torch.float32)
-    stored = LayerState()
+    stored = LayerState(stored=True)
     for group in spec.groups:
         transform = layer.get_submodule(group.linears[0]).group.transform
         stored.groups[group.name] = GroupState(transform.scale, transform.rotations, transform.permutations)
         for path in group.linears:
             linear = layer.get_submodule(path)
             stored.weights[path] = linear.weight_codes or linear.plain
+            if linear.bias is not None:
+                stored.biases[path] = linear.bias
             before.get_submodule(path).weight = nn.Parameter(torch.empty(linear.weight.shape, device="meta"))
     for path in ("input_layernorm", "post_attention_layernorm"):  # their gains have taken up scales
         setattr(before, path, layer.get_submodule(path))

@@ -131,7 +131,7 @@ class BosCheck(Evaluation):
     def _measure(self, model: nn.Module, walked: BothWays | None) -> BosEffect:
         spec, device = self.context.spec, self.context.device
         if walked is None:
-            walked, layers = self.passenger(model, in_memory), layers_in_memory(model, spec, device)
+            walked, layers = self.passenger(model, candidate, in_memory), layers_in_memory(model, spec, device)
             walk(layers, [walked], len(spec.decoder_layers(model)), self.name)
         ways = zip(self.tokens, (walked.without, walked.behind), strict=True)
         without, behind = (score(model, spec, tokens, way.hidden, device) for tokens, way in ways)

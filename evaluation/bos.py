@@ -110,7 +110,7 @@ class BosCheck(Evaluation):
         if not candidate.full:
             return
         if self.rides(candidate):
-            effect = self._measure(model, candidate.walked)
+            effect = self._measure(model, candidate)
             candidate.journal.keep(self.KEY, asdict(effect))
         else:
             effect = BosEffect(**candidate.journal.get(self.KEY))
@@ -128,8 +128,8 @@ class BosCheck(Evaluation):
             f"{effect.windows} windows as they are and {effect.perplexity_with_bos:.2f} behind BOS; {self.remedy}"
         )
 
-    def _measure(self, model: nn.Module, walked: BothWays | None) -> BosEffect:
-        spec, device = self.context.spec, self.context.device
+    def _measure(self, model: nn.Module, candidate: Candidate) -> BosEffect:
+        spec, device, walked = self.context.spec, self.context.device, candidate.walked
         if walked is None:
             walked, layers = self.passenger(model, candidate, in_memory), layers_in_memory(model, spec, device)
             walk(layers, [walked], len(spec.decoder_layers(model)), self.name)

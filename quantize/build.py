@@ -45,6 +45,25 @@ def build_(
         builder.round_(group, state)
 
 
+class FullPrecision:
+    """A decoder layer as it was before anything was done to it. What is done to layers makes new tensors and modules."""
+
+    def __init__(self, layer: nn.Module, spec: DecoderSpec):
+        self.layer, self.attention = layer, layer.get_submodule(spec.attention)
+        paths = {path for group in spec.groups for path in group.linears}
+        self.linears = {path: layer.get_submodule(path) for path in paths}
+        self.parameters = {name: (each, each.data) for name, each in layer.named_parameters()}
+
+    def restore_(self) -> None:
+        """Make it so again."""
+        attach_(self.attention, None)
+        for path, linear in self.linears.items():
+            parent, _, name = path.rpartition(".")
+            setattr(self.layer.get_submodule(parent), name, linear)
+        for parameter, data in self.parameters.values():
+            parameter.data = data
+
+
 class LayerBuilder:
     """Turns one decoder layer into a quantized one, in the order of its methods."""
 
@@ -97,12 +116,12 @@ class LayerBuilder:
             bias = None if linear.bias is None else linear.bias.detach()
             if state.stored:
                 bias = state.biases.get(path, bias)
-                self._replace_(path, QuantLinear(state.weights[path], number_format(self.scheme.weight), bias, shared))
+                self.replace_(path, QuantLinear(state.weights[path], number_format(self.scheme.weight), bias, shared))
                 continue
             weight = transform.transform_weight(linear.weight.detach())
-            learned = self.settings.training is not None
+            learned = self.settings.learns_weight_clips
             bias = shifted_bias(bias, weight, own.shift)
-            self._replace_(path, OpenLinear(weight, bias, self.scheme.weight, shared, learned))
+            self.replace_(path, OpenLinear(weight, bias, self.scheme.weight, shared, learned))
         return shared
 
     def round_(self, group: InputGroup, state: LayerState, moments: Moments | None = None) -> None:
@@ -121,11 +140,12 @@ class LayerBuilder:
             state.weights |= data_codes(linears, moments, self.settings.rounding)
         for path, linear in linears.items():
             if path not in state.weights:
-                self._replace_(path, linear.rounded(self.dtype))
+                self.replace_(path, linear.rounded(self.dtype))
                 continue
-            self._replace_(path, linear.with_codes(state.weights[path], self.dtype))
+            self.replace_(path, linear.with_codes(state.weights[path], self.dtype))
 
-    def _replace_(self, path: str, module: nn.Module) -> None:
+    def replace_(self, path: str, module: nn.Module) -> None:
+        """Put `module` at `path` of the layer."""
         parent, _, name = path.rpartition(".")
         setattr(self.layer.get_submodule(parent), name, module)
 

@@ -110,19 +110,28 @@ def rotate_values_(layer: nn.Module, spec: DecoderSpec, matrices: Tensor) -> Non
 
     attention(vM) = attention(v) M, and (aM)(W M⁻ᵀ)ᵀ = a Wᵀ for the columns W of each query head. Exact.
     """
-    rows, (heads, size) = value_rows(spec), matrices.shape[:2]
+    rows, matrices = value_rows(spec), matrices.double()
     value, output = layer.get_submodule(rows.path), layer.get_submodule(output_path(spec))
-    part = slice(rows.start, rows.start + heads * size)
     for parameter in (value.weight, value.bias):
         if parameter is not None:
-            wide = parameter.detach().double().clone()
-            wide[part] = torch.einsum(
-                "hd...,hde->he...", wide[part].unflatten(0, (heads, size)), matrices.double()
-            ).flatten(0, 1)
-            parameter.data = wide.to(parameter.dtype)
-    columns = output.weight.detach().double().unflatten(1, (heads, -1, size))
-    inverse = torch.linalg.inv(matrices.double()).transpose(1, 2)
-    output.weight.data = torch.einsum("ohqd,hde->ohqe", columns, inverse).flatten(1).to(output.weight.dtype)
+            moved = multiplied_rows(parameter.detach().double(), matrices, rows.start)
+            parameter.data = moved.to(parameter.dtype)
+    inverse = torch.linalg.inv(matrices).transpose(1, 2)
+    output.weight.data = multiplied_columns(output.weight.detach().double(), inverse).to(output.weight.dtype)
+
+
+def multiplied_rows(weight: Tensor, matrices: Tensor, start: int) -> Tensor:
+    """`weight` [O, …] whose rows from `start` on give the heads of v, each of them times its matrix [kv heads, D, D]."""
+    heads, size, _ = matrices.shape
+    before, part, behind = weight.tensor_split((start, start + heads * size))
+    moved = torch.einsum("hd...,hde->he...", part.unflatten(0, (heads, size)), matrices).flatten(0, 1)
+    return torch.cat([before, moved, behind])
+
+
+def multiplied_columns(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Rows [n, C], the query heads behind one another, each head times the matrix of its kv head [kv heads, D, D]."""
+    heads = rows.unflatten(1, (len(matrices), -1, matrices.shape[-1]))
+    return torch.einsum("nhqd,hde->nhqe", heads, matrices).flatten(1)
 
 
 def rotated_energy(outputs: Tensor, matrices: Tensor) -> Tensor:

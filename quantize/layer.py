@@ -12,9 +12,10 @@ from duquant.quantizer import make_quantizer
 from duquant.scheme import SEARCHED
 from duquant.tensors import widen
 from duquant.transform import DualTransform
-from quantize.build import LayerBuilder, absorbers, describe_folding
+from quantize.build import FullPrecision, LayerBuilder, absorbers, describe_folding
 from quantize.clipping import search_activation_ratio
-from quantize.heads import decide_heads, rotated_energy, value_matrices
+from quantize.heads import decide_heads, multiplied_columns, rotated_energy, value_matrices
+from quantize.learned import LearnedLayer, train_transform
 from quantize.observe import advance_, batches_of, capture_rows, layer_output, require_finite
 from quantize.observer import Observer
 from quantize.rounding import Moments, OpenLinear
@@ -127,22 +128,30 @@ def decide(
     for observer in observers:
         observer.layer_begins(layer, index, spec, inputs.kwargs)
     reference = layer_output(layer, inputs.probe, inputs.kwargs)
+    untouched = FullPrecision(layer, spec) if settings.learns_transform else None
     decision = Decision(layer, index, spec, inputs, settings, observers)
     targets = teacher_targets_(layer, inputs, settings)
+    samples = Samples(inputs.student, targets, inputs.total)
     decision.begin_(activation_peaks)
+    training = None
     for group in spec.groups:
         decision.decide_(group)
+        if not settings.learns_transform:
+            decision.open_(group)
         if settings.training is None:
             decision.round_(group)
-        for observer in observers:
-            observer.group_built(layer, group, inputs.kwargs, decision.builder.folded_scale(group))
-    training = None
-    if settings.training is not None:
-        samples = Samples(inputs.student, targets, inputs.total)
+            decision.tell_built(group)
+    if settings.learns_transform:
+        training = decision.learn_(samples, untouched)
+    elif settings.training is not None:
         training = train_clipping_(layer, samples, inputs.kwargs, settings.training)
         decision.state.clips = clip_logits(layer, spec)
-        for group in spec.groups:
-            decision.round_(group)
+    for group in spec.groups if settings.training is not None else ():
+        if settings.learns_transform:
+            decision.fit_(group)
+            decision.open_(group)
+        decision.round_(group)
+        decision.tell_built(group)
     inputs.advance_(layer)
     error = (inputs.probe - reference).float().norm() / reference.float().norm()
     added = {name: value for each in observers for name, value in each.layer_built(layer, inputs.kwargs).items()}
@@ -167,7 +176,7 @@ class Decision:
         self.builder = LayerBuilder(layer, spec, settings, inputs.probe.dtype, observers)
         self.generator, self.search_seconds = layer_generator(settings.seed, index), 0.0
         self.view = inputs.view(layer, spec, settings) if settings.views_layers else None
-        self.rows: GroupRows | None = None  # of the group that was decided last
+        self.rows: GroupRows | None = None  # of the group that is being decided
         self.shared: dict[str, GroupInput] = {}
 
     def begin_(self, activation_peaks: dict[str, Tensor] | None) -> None:
@@ -219,13 +228,42 @@ class Decision:
         clip = None if state.ratios is None else state.ratios[0].item()
         size = block_size(x.shape[-1], settings)
         self.reports.append(GroupReport(group.name, size, where, stages, search.steps, clip))
-        self.shared[group.name] = builder.open_(group, self.state)
+
+    def open_(self, group: InputGroup) -> None:
+        """Put what the group's transform makes of them in the place of its linears."""
+        self.shared[group.name] = self.builder.open_(group, self.state)
+
+    def tell_built(self, group: InputGroup) -> None:
+        """Say that the group's linears are replaced."""
+        for observer in self.observers:
+            observer.group_built(self.layer, group, self.inputs.kwargs, self.builder.folded_scale(group))
+
+    def learn_(self, samples: Samples, untouched: FullPrecision) -> TrainingReport:
+        """Train transforms, scales and clips from what was decided; begin the layer anew with what was learned."""
+        learned = LearnedLayer(self.layer, self.spec, self.state, self.builder)
+        report = train_transform(learned, samples, self.inputs.kwargs, self.settings.training)
+        self.state = learned.learned()
+        untouched.restore_()
+        self.builder = LayerBuilder(self.layer, self.spec, self.settings, self.builder.dtype, self.observers)
+        self.builder.rotate_values_(self.state)
+        self.builder.begin_(self.state, self.inputs.probe.device)
+        return report
+
+    def fit_(self, group: InputGroup) -> None:
+        """Measure the shift of the group's input anew, behind what is rounded upstream by now."""
+        if not self.settings.reads_rows:
+            return
+        self.rows, state = self.inputs.rows(self.layer, group), self.state.groups[group.name]
+        if self.settings.extras.channel_shift and self.settings.scheme.input.quantized:
+            transform = DualTransform(state.rotations, state.permutations, self.builder.online_scale(group))
+            self.state.groups[group.name] = replace(state, shift=mean_of(map(transform, self.rows.parts())))
 
     def round_(self, group: InputGroup) -> None:
         """Round the group's weights, by what samples give them if that is asked for; everything upstream is rounded."""
         moments = None
         if self.settings.rounds_by_data:
-            trained = self.settings.training is not None  # since the rows were read
+            # where clips were trained the rows were read before, with other weights upstream
+            trained = self.settings.training is not None and not self.settings.learns_transform
             rows = self.inputs.rows(self.layer, group) if trained else self.rows
             shared, name = self.shared[group.name], self.spec.linear_key(self.index, group.name)
             hessian = moment_of((x, x) for x in map(shared, rows.parts()))
@@ -245,8 +283,7 @@ class Decision:
         def aimed() -> Iterator[Tensor]:
             for x in parts_of(self.view.rows[group.name], rows.device):
                 if group.name == "o" and matrices is not None:
-                    heads = x.unflatten(-1, (len(matrices), -1, matrices.shape[-1]))
-                    x = torch.einsum("nhqd,hde->nhqe", heads, matrices).flatten(1)
+                    x = multiplied_columns(x, matrices)
                 y = shared.transform(x if folded is None else x / folded)
                 yield y if shared.shift is None else y - shared.shift
 

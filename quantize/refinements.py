@@ -25,6 +25,13 @@ class HeadTransform(StrEnum):
     BALANCED = "balanced"  # M and M⁻ᵀ for every kv head, between which q and k share their energy evenly
 
 
+class Trained(StrEnum):
+    """What is trained, layer by layer."""
+
+    CLIPS = "clips"  # the clipping of weights (`--lwc`)
+    TRANSFORM = "transform"  # rotations, scales and all clips, from where the search left them
+
+
 @dataclass(frozen=True)
 class RoundingSettings:
     """How weights are rounded once their ranges are known. `damping` and `target` are for GPTQ.

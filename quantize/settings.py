@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from duquant.scheme import UNQUANTIZED_BITS, Scheme, TensorScheme
-from quantize.refinements import SEARCH, ExtraSettings, HeadTransform, Ratio, Rounding, RoundingSettings
+from quantize.refinements import SEARCH, ExtraSettings, HeadTransform, Ratio, Rounding, RoundingSettings, Trained
 from utils.errors import InputError
 from utils.settings import NONE, Changes, option, part
 
@@ -213,18 +213,25 @@ class ClipSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How `--lwc` trains the clip logits of one layer.
+    """What is trained in one layer, and how. `train` None is what `--lwc` says: the clip logits of weights.
 
-    `augmented` adds the loss against the full-precision layer run on the quantized network's input; `offload` keeps the
+    `learning_rate` and `weight_decay` are those of clip logits alone; the other rates are for `--train transform`, which
+    ends with all of them at 0. `augmented` adds the loss against the full-precision layer run on the quantized network's input; `offload` keeps the
     samples on the host and moves them batch by batch.
     """
 
-    TITLE: ClassVar[str] = "learned weight clipping"
+    TITLE: ClassVar[str] = "training"
 
+    train: Trained | None = option(
+        None, "what is trained: the clipping of weights (as --lwc), or rotations, scales and all clips", tag=""
+    )
     epochs: int = option(20, "passes over the calibration samples per layer", tag="epochs")
     learning_rate: float = option(1e-2, "learning rate", flag="lwc_lr", tag="lr")
     weight_decay: float = option(0.0, "weight decay", flag="wd", tag="wd")
     batch_size: int = option(1, "samples per step", tag="batch")
+    rotation_rate: float = option(1e-2, "learning rate of rotations", flag="rotation_lr", tag="rotation_lr")
+    scale_rate: float = option(5e-3, "learning rate of smoothing scales", flag="scale_lr", tag="scale_lr")
+    clip_rate: float = option(2e-2, "learning rate of clips beside rotations", flag="clip_lr", tag="clip_lr")
     augmented: bool = option(
         False, "also compare with the full-precision layer on the quantized input", flag="aug_loss", tag="aug_loss"
     )
@@ -236,6 +243,11 @@ class TrainingSettings:
     )
 
     def __post_init__(self) -> None:
+        if self.train is Trained.CLIPS:  # one setting has one name
+            object.__setattr__(self, "train", None)
+        for flag, rate in (("rotation", self.rotation_rate), ("scale", self.scale_rate), ("clip", self.clip_rate)):
+            if rate <= 0:
+                raise InputError(f"--{flag}_lr {rate:g}: must be positive")
         if self.epochs < 0:
             raise InputError(f"--epochs {self.epochs}: must not be negative")
         if self.learning_rate <= 0:
@@ -367,18 +379,32 @@ class QuantSettings:
     rounding: RoundingSettings = part(RoundingSettings)
     extras: ExtraSettings = part(ExtraSettings)
     training: TrainingSettings | None = part(
-        TrainingSettings, switch="lwc", help="train the clipping of weights, layer by layer", tag="lwc"
+        TrainingSettings,
+        switch="lwc",
+        help="train the clipping of weights, layer by layer (--train clips)",
+        tag="lwc",
+        implied_by="train",
     )
     seed: int = seed_option()
 
     def __post_init__(self) -> None:
         check_seed("--seed", self.seed)
-        if self.training is not None and self.clip.weight_ratio is not None:
+        if self.training is not None and not self.learns_transform and self.clip.weight_ratio is not None:
             raise InputError("--lwc learns the clipping that --swc fixes: give one of them")
         if self.probe_tokens < 1:
             raise InputError(f"--probe_tokens {self.probe_tokens}: must be at least 1")
         if self.extras.head_transform is HeadTransform.BALANCED and not self.transform.rotates:
             raise InputError(f"--head_transform balanced: nothing is rotated with --transform {self.transform}")
+
+    @property
+    def learns_transform(self) -> bool:
+        """Whether rotations, scales and clips are trained together."""
+        return self.training is not None and self.training.train is Trained.TRANSFORM
+
+    @property
+    def learns_weight_clips(self) -> bool:
+        """Whether ranges of weights are rounded under clips that were trained."""
+        return self.training is not None and self.clip.weight_ratio is None
 
     @property
     def rounds_by_data(self) -> bool:

@@ -61,12 +61,21 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def part(cls: type, *, switch: str | None = None, help: str = "", on: bool = False, tag: str | None = None) -> Any:
+def part(
+    cls: type,
+    *,
+    switch: str | None = None,
+    help: str = "",
+    on: bool = False,
+    tag: str | None = None,
+    implied_by: str | None = None,
+) -> Any:
     """A field that holds further settings of class `cls`; with a `switch` they are there only where that flag is given.
 
     `on`: they are there by default, and the help tells of `--no_<switch>`. `tag`: the switch in a folder's name.
+    `implied_by`: a setting of `cls` without default; where it has a value, that says as much as the switch.
     """
-    metadata = {"part": cls, "switch": switch, "help": help, "on": on, "tag": tag}
+    metadata = {"part": cls, "switch": switch, "help": help, "on": on, "tag": tag, "implied_by": implied_by}
     return dataclasses.field(default=None if switch and not on else cls(), metadata=metadata)
 
 
@@ -210,9 +219,11 @@ def from_flags(cls: type[Settings], flags: argparse.Namespace) -> Settings:
     values = {}
     for field in dataclasses.fields(cls):
         if "part" in field.metadata:
-            switch = field.metadata["switch"]
+            switch, implied_by = field.metadata["switch"], field.metadata["implied_by"]
             inner = from_flags(field.metadata["part"], flags)  # a value that cannot be is refused even if it is idle
-            values[field.name] = inner if switch is None or getattr(flags, switch, field.metadata["on"]) else None
+            implied = implied_by is not None and getattr(flags, implied_by, None) is not None
+            on = switch is None or implied or getattr(flags, switch, field.metadata["on"])
+            values[field.name] = inner if on else None
         else:
             value = getattr(flags, destination(_name(field)), field.default)
             values[field.name] = tuple(value) if isinstance(value, list) else value

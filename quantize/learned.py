@@ -1,0 +1,384 @@
+"""The learned dual transformation: rotations, scales and clips of one layer, trained from where the search left them.
+
+What is learned is multiplied into what was there: R̂ exp(A − Aᵀ), Λ exp(δ), and ratios of the ranges. Everything stays an
+exact reparametrisation while it is trained, and is read out as plain rotations, scales and ratios (`learned_state`).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from duquant.attention import HEAD_ROLES, QUANTIZER, AttentionQuantizer, attach_, by_head
+from duquant.formats import number_format
+from duquant.scheme import Scheme, TensorScheme
+from duquant.transform import DualTransform, rotate_blocks
+from quantize.build import LayerBuilder
+from quantize.fake import fake_quantize
+from quantize.heads import multiplied_columns, multiplied_rows, output_path, value_rows
+from quantize.observe import layer_output
+from quantize.settings import TrainingSettings
+from quantize.spec import DecoderSpec, InputGroup
+from quantize.state import GroupState, LayerState
+from quantize.training import Samples, TrainingReport, add_up_, copies, mean_or_none, placed, restore_
+from utils.distributed import own_batches, sum_
+from utils.log import meter
+
+WEIGHT_RATIO = 0.9  # where clips of weights begin: near what a search finds
+LARGEST_START = 0.99  # ratios are sigmoids, which never reach 1
+
+
+def rotation_of(skew: Tensor) -> Tensor:
+    """exp(A − Aᵀ) of matrices [..., B, B]: orthogonal, and the identity at A = 0."""
+    return torch.linalg.matrix_exp(skew - skew.transpose(-1, -2))
+
+
+Turn = Callable[[Tensor], Tensor]
+
+
+class LearnedRatios(nn.Module):
+    """Both ends of ranges multiplied by sigmoids of trainable logits of one shape."""
+
+    def __init__(self, low: Tensor, high: Tensor):
+        super().__init__()
+        self.low, self.high = (nn.Parameter(each.clamp(max=LARGEST_START).logit()) for each in (low, high))
+
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """Of the lower and of the upper end."""
+        return self.low.sigmoid(), self.high.sigmoid()
+
+
+class LearnedQuantizer(nn.Module):
+    """Fake quantization of vectors under learned ratios of their ranges; straight-through."""
+
+    def __init__(self, scheme: TensorScheme, low: Tensor, high: Tensor):
+        super().__init__()
+        self.scheme, self.clip = scheme, LearnedRatios(low, high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as `x` [..., C]."""
+        size = self.scheme.group_size
+        vectors = x if size is None else x.unflatten(-1, (-1, size))
+        return fake_quantize(vectors, *self.clip.ratios(), number_format(self.scheme)).view(x.shape)
+
+
+def learned_quantizer(scheme: TensorScheme, ratios: Tensor | None, shape: tuple[int, ...] = (1,)) -> nn.Module:
+    """That of a tensor, from the `ratios` [2] that were searched or else from the scheme's; the identity at 16 bits."""
+    if not scheme.quantized:
+        return nn.Identity()
+    fixed = scheme.clip if isinstance(scheme.clip, float) else 1.0
+    low, high = (fixed, fixed) if ratios is None else ratios.tolist()
+    return LearnedQuantizer(scheme, torch.full(shape, low), torch.full(shape, high))
+
+
+class LearnedGroup(nn.Module):
+    """Q_x(T((x − m) Λ⁻¹)) and T(W Λ), with what is learned of T, Λ and Q_x; the mean m of x goes with the weight.
+
+    While a step lasts, all linears of the group are given one result, and matrices are made once (`begin_step_`).
+    `turn` multiplies rows by what is learned of v's heads, where the group reads them.
+    """
+
+    def __init__(self, state: GroupState, online: Tensor | None, scheme: TensorScheme, turn: Turn | None):
+        super().__init__()
+        self.state, self.online, self.turn = state, online, turn
+        self.skews = nn.Parameter(torch.zeros_like(state.rotations))
+        self.log_scale = nn.Parameter(torch.zeros(state.permutations.shape[-1], device=state.rotations.device))
+        self.quantizer = learned_quantizer(scheme, state.ratios).to(state.rotations.device)
+        self.mean = None
+        if state.shift is not None:
+            self.mean = DualTransform(state.rotations, state.permutations, online).inverse(state.shift[None])
+        self.begin_step_()
+
+    def begin_step_(self) -> None:
+        """Forget what was made of the parameters as they were."""
+        self._matrices, self._seen, self._result = None, None, None
+
+    def rotations(self) -> Tensor:
+        """The rotations now [n+1, B, B]."""
+        if self._matrices is None:
+            self._matrices = self.state.rotations @ rotation_of(self.skews)
+        return self._matrices
+
+    def scale(self) -> Tensor:
+        """What x is divided by and W multiplied with here [C]: Λ, or what is learned of it where Λ is upstream."""
+        return self.log_scale.exp() if self.online is None else self.online * self.log_scale.exp()
+
+    def shift(self) -> Tensor | None:
+        """The mean m [1, C] of x."""
+        return self.mean if self.turn is None or self.mean is None else self.turn(self.mean)
+
+    def orthogonal(self, x: Tensor) -> Tensor:
+        """T(x) along the last axis, without Λ."""
+        for index, rotation in enumerate(self.rotations()):
+            x = rotate_blocks(x, rotation)
+            if index < len(self.state.permutations):
+                x = x[..., self.state.permutations[index]]
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] → [..., C]."""
+        if self._seen is not x:
+            shift = self.shift()
+            wide = (x.float() if shift is None else x.float() - shift) / self.scale()
+            self._seen, self._result = x, self.quantizer(self.orthogonal(wide)).to(x.dtype)
+        return self._result
+
+    def learned(self) -> GroupState:
+        """What was learned, as plain tensors; the shift is to be measured anew."""
+        scale = None if self.state.scale is None else self.state.scale * self.log_scale.exp()
+        rotations = (self.state.rotations.double() @ rotation_of(self.skews.double())).float()
+        return replace(self.state, scale=scale, rotations=rotations, ratios=ratios_of(self.quantizer), shift=None)
+
+
+class LearnedLinear(nn.Module):
+    """y = x̂ · Q_w(T(W Λ))ᵀ + W m + b, everything made anew in each step from W [O, C].
+
+    `turn` multiplies weight and bias by what is learned of v's heads, where the linear makes or reads them.
+    """
+
+    def __init__(self, linear: nn.Module, group: LearnedGroup, scheme: TensorScheme, turn: Turn | None):
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach(), persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
+        self.group, self.turn = group, turn
+        outputs, channels = linear.weight.shape
+        ranges = channels // (scheme.group_size or channels)
+        shape = (outputs, 1) if ranges == 1 else (outputs, ranges, 1)
+        self.quantizer = learned_quantizer(scheme, torch.tensor([WEIGHT_RATIO] * 2), shape).to(linear.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] → [..., O], in the dtype of `x`."""
+        group, reads = self.group, self.group.turn is not None
+        weight = self.weight if self.turn is None else self.turn(self.weight)
+        bias = self.bias if self.turn is None or self.bias is None or reads else self.turn(self.bias)
+        rounded = self.quantizer(group.orthogonal(weight * group.scale()))
+        shift = group.shift()
+        if shift is not None:
+            moved = (shift @ weight.T)[0]
+            bias = moved if bias is None else bias + moved
+        return F.linear(group(x), rounded.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def ratios_of(quantizer: nn.Module) -> Tensor | None:
+    """The ratios (low, high) [2] that an activation's quantizer has learned; None if it rounds nothing."""
+    return torch.cat(quantizer.clip.ratios()).detach() if isinstance(quantizer, LearnedQuantizer) else None
+
+
+class LearnedHeads(nn.Module):
+    """What is learned of q, k and v: rotations behind the matrices that were there, clips; rotations of v's heads."""
+
+    def __init__(self, quantizer: AttentionQuantizer, scheme: Scheme, kv_heads: int, head_dim: int, state: LayerState):
+        super().__init__()
+        self.base, device = quantizer, next(iter(state.groups.values())).rotations.device
+        self.skew = nn.Parameter(torch.zeros(kv_heads, head_dim, head_dim, device=device))
+        self.value_skew = nn.Parameter(torch.zeros(kv_heads, head_dim, head_dim, device=device))
+        self.rotates, self.rotates_values = quantizer.matrix is not None, state.values is not None
+        for role in HEAD_ROLES:
+            found = state.attention.get(f"{role}.clip.ratios")
+            setattr(self, role, learned_quantizer(getattr(scheme, role), found).to(device))
+        self.means = {role: state.attention.get(f"{role}.mean") for role in HEAD_ROLES}
+
+    def matrices(self) -> tuple[Tensor, Tensor] | None:
+        """M and M⁻ᵀ now [kv heads, D, D]."""
+        if not self.rotates:
+            return None
+        key = self.base.matrix if self.base.key_matrix is None else self.base.key_matrix
+        turn = rotation_of(self.skew)
+        return self.base.matrix @ turn, key @ turn
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `AttentionQuantizer`."""
+        first, second = self.matrices() or (None, None)
+        key_mean, value_mean = self.means["key"], self.means["value"]
+        if key_mean is not None:
+            key_mean = key_mean @ rotation_of(self.skew)
+        if value_mean is not None:
+            value_mean = value_mean @ rotation_of(self.value_skew)
+        return (
+            self.query(by_head(query.float(), first)).to(query.dtype),
+            self._centered(self.key, by_head(key.float(), second), key_mean).to(key.dtype),
+            self._centered(self.value, value.float(), value_mean).to(value.dtype),
+        )
+
+    @staticmethod
+    def _centered(quantizer: nn.Module, x: Tensor, mean: Tensor | None) -> Tensor:
+        return quantizer(x) if mean is None else quantizer(x - mean) + mean
+
+    def value_turn(self) -> Tensor:
+        """What is learned of v's heads [kv heads, D, D]."""
+        return rotation_of(self.value_skew)
+
+    def put_(self, state: LayerState) -> None:
+        """Put what was learned into `state`, as plain tensors."""
+        if self.rotates:
+            turn = rotation_of(self.skew.double())
+            key = self.base.matrix if self.base.key_matrix is None else self.base.key_matrix
+            state.attention["matrix"] = (self.base.matrix.double() @ turn).float()
+            state.attention["key_matrix"] = (key.double() @ turn).float()
+            if self.means["key"] is not None:
+                state.attention["key.mean"] = (self.means["key"].double() @ turn).float()
+        if self.rotates_values:
+            turn = rotation_of(self.value_skew.double())
+            state.values = (state.values.double() @ turn).float()
+            if self.means["value"] is not None:
+                state.attention["value.mean"] = (self.means["value"].double() @ turn).float()
+        ratios = {f"{role}.clip.ratios": ratios_of(getattr(self, role)) for role in HEAD_ROLES}
+        state.attention |= {name: each for name, each in ratios.items() if each is not None}
+
+
+class LearnedLayer:
+    """A decoder layer in which everything that can be learned is; the layer is scaled and not rounded yet.
+
+    `rate` of learning by parameter: rotations, scales, clips.
+    """
+
+    def __init__(self, layer: nn.Module, spec: DecoderSpec, state: LayerState, builder: LayerBuilder):
+        self.layer, self.spec, self.state = layer, spec, state
+        attention, rows = layer.get_submodule(spec.attention), value_rows(spec)
+        quantizer = getattr(attention, QUANTIZER)
+        kv_heads = attention.config.num_key_value_heads
+        self.heads = LearnedHeads(quantizer, builder.scheme, kv_heads, attention.head_dim, state)
+        turns = state.values is not None
+        self.groups: dict[str, LearnedGroup] = {}
+        self.linears: dict[str, LearnedLinear] = {}
+        self.keeps_clips = builder.settings.learns_weight_clips and builder.scheme.weight.quantized
+        for group in spec.groups:
+            reads = turns and group.name == "o"
+            columns = (lambda x: multiplied_columns(x, self.heads.value_turn())) if reads else None
+            online = builder.online_scale(group)
+            learned = LearnedGroup(state.groups[group.name], online, builder.scheme.input, columns)
+            self.groups[group.name] = learned
+            for path in group.linears:
+                gives = turns and path == rows.path
+                turn = (lambda x: multiplied_rows(x, self.heads.value_turn(), rows.start)) if gives else columns
+                own = LearnedLinear(layer.get_submodule(path), learned, builder.scheme.weight, turn)
+                builder.replace_(path, own)
+                self.linears[path] = own
+        attach_(attention, self.heads)
+
+    def rates(self, config: TrainingSettings) -> list[dict]:
+        """Parameters with their learning rates, as an optimizer takes them. Each is there once."""
+        groups = list(self.groups.values())
+        scales = [each.log_scale for each in groups if each.state.scale is not None]
+        rotations = [each.skews for each in groups if each.skews.numel()]
+        rotations += [self.heads.skew] * self.heads.rotates + [self.heads.value_skew] * self.heads.rotates_values
+        clips = [
+            each for module in self.layer.modules() if isinstance(module, LearnedRatios) for each in module.parameters()
+        ]
+        rates = ((rotations, config.rotation_rate), (scales, config.scale_rate), (clips, config.clip_rate))
+        found = [{"params": parameters, "lr": rate} for parameters, rate in rates if parameters]
+        for parameter in (each for group in found for each in group["params"]):
+            parameter.requires_grad_(True)
+        return found
+
+    def begin_step_(self) -> None:
+        """The parameters have changed, or the sample will."""
+        for group in self.groups.values():
+            group.begin_step_()
+
+    def learned(self) -> LayerState:
+        """What was learned, as plain tensors."""
+        groups = {name: group.learned() for name, group in self.groups.items()}
+        state = replace(self.state, groups=groups, attention=dict(self.state.attention), clips={})
+        for path, linear in self.linears.items() if self.keeps_clips else ():
+            state.clips[path] = (linear.quantizer.clip.low.detach(), linear.quantizer.clip.high.detach())
+        self.heads.put_(state)
+        return state
+
+
+def train_transform(learned: LearnedLayer, samples: Samples, kwargs: dict, config: TrainingSettings) -> TrainingReport:
+    """Train everything of `learned` so that the layer's output on the student's inputs follows the targets.
+
+    The loss is ‖ŷ − y‖²/‖y‖² of every token, their mean: a norm follows that takes the length away, and without it the
+    few tokens with massive activations would be all that counts. Adam, its rates falling to 0 along a cosine. Of the
+    start, the best epoch and the end what is kept has the least loss over all samples. A step whose loss or gradient is
+    not finite is left out.
+    """
+    started, layer = time.perf_counter(), learned.layer
+    device, dtype = next(layer.parameters()).device, samples.inputs.dtype
+    samples = placed(samples, device, config.offload)
+    rates = learned.rates(config)
+    parameters = [each for rate in rates for each in rate["params"]]
+    before, values = rest_loss(learned, samples, kwargs, config), copies(parameters)
+    if not parameters or not config.epochs:
+        return TrainingReport(before, before, (), (), 0, time.perf_counter() - started)
+    optimizer = torch.optim.Adam(rates, betas=(0.9, 0.95))
+    steps = config.epochs * len(own_batches(samples.total, config.batch_size))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    losses, norms, left_out, best = [], [], 0, (math.inf, values, -1)
+    with meter(config.epochs, "training", "epoch", inner=True) as bar:
+        for epoch in range(config.epochs):
+            done = [
+                step_(learned, batch, kwargs, parameters, optimizer, scaler, schedule)
+                for batch in samples.batches(config.batch_size, device)
+            ]
+            finite = [each for each in done if all(map(math.isfinite, each))]
+            left_out += len(done) - len(finite)
+            losses.append(mean_or_none([loss for loss, _ in finite]))
+            norms.append(mean_or_none([norm for _, norm in finite]))
+            if finite and losses[-1] < best[0]:
+                best = (losses[-1], copies(parameters), epoch)
+            bar.set_postfix_str(f"loss {losses[-1]:.3e}" if finite else "no finite loss")
+            bar.update()
+    after, kept = before, values
+    for candidate in [best[1]] if best[2] == config.epochs - 1 else [best[1], copies(parameters)]:
+        restore_(parameters, candidate)
+        loss = rest_loss(learned, samples, kwargs, config)
+        if loss <= after:
+            after, kept = loss, candidate
+    restore_(parameters, kept)
+    learned.begin_step_()
+    return TrainingReport(before, after, tuple(losses), tuple(norms), left_out, time.perf_counter() - started)
+
+
+def token_distance(output: Tensor, targets: list[Tensor]) -> Tensor:
+    """Mean over tokens of ‖ŷ − y‖²/‖y‖², summed over the targets, in float32."""
+    errors = [
+        (output.float() - each.float()).square().sum(-1) / each.float().square().sum(-1).clamp(min=1e-12)
+        for each in targets
+    ]
+    return torch.stack([each.mean() for each in errors]).sum()
+
+
+def step_(learned, batch, kwargs, parameters, optimizer, scaler, schedule) -> tuple[float, float]:
+    """One optimizer step: (loss, gradient norm) before it; none is made if one of them is not finite."""
+    optimizer.zero_grad()
+    learned.begin_step_()
+    loss = torch.zeros((), device=batch.inputs.device)
+    if batch.share > 0:
+        with torch.enable_grad():
+            loss = batch.share * token_distance(layer_output(learned.layer, batch.inputs, kwargs), batch.targets)
+            scaler.scale(loss).backward()
+        loss = loss.detach()
+    else:
+        scaler.scale(loss)
+    add_up_(loss, parameters)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    found = tuple(torch.stack([loss, norm]).tolist())
+    if all(map(math.isfinite, found)):
+        scaler.step(optimizer)
+    scaler.update()
+    schedule.step()
+    return found
+
+
+@torch.no_grad()
+def rest_loss(learned: LearnedLayer, samples: Samples, kwargs: dict, config: TrainingSettings) -> float:
+    """The loss over all samples with the parameters as they are."""
+    device = next(learned.layer.parameters()).device
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    batches = own_batches(samples.total, config.batch_size)
+    for batch, (_, whole) in zip(samples.batches(config.batch_size, device), batches, strict=True):
+        learned.begin_step_()
+        if batch.share > 0:
+            loss = token_distance(layer_output(learned.layer, batch.inputs, kwargs), batch.targets)
+            total += loss.double() * batch.share * whole
+    sum_([total])
+    return total.item() / samples.total

@@ -23,13 +23,16 @@ def output_group(config: PretrainedConfig, value: str, start: int = 0) -> InputG
     """
     heads = config.num_attention_heads // config.num_key_value_heads
     rows = Rows(value, start) if heads == 1 else SharedRows(value, start, heads, head_dim(config))
-    return InputGroup("o", ("self_attn.o_proj",), "self_attn.o_proj", (rows,))
+    return InputGroup("o", ("self_attn.o_proj",), "self_attn.o_proj", (rows,), closes="self_attn")
 
 
 def mlp_groups(norm: Norm | None) -> tuple[InputGroup, InputGroup]:
     """{gate, up} behind `norm`, and {down}."""
     gate, up, down = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
-    return (InputGroup("gate_up", (gate, up), up, behind(norm)), InputGroup("down", (down,), down, (Rows(up),)))
+    return (
+        InputGroup("gate_up", (gate, up), up, behind(norm)),
+        InputGroup("down", (down,), down, (Rows(up),), closes="mlp"),
+    )
 
 
 def behind(norm: Norm | None) -> tuple[Absorber, ...]:

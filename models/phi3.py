@@ -20,6 +20,6 @@ def phi3_spec(config: PretrainedConfig) -> DecoderSpec:
             InputGroup("qkv", (qkv,), qkv, (Norm("input_layernorm"),)),
             output_group(config, qkv, value_start),
             InputGroup("gate_up", (gate_up,), gate_up, (Norm("post_attention_layernorm"),)),
-            InputGroup("down", (down,), down, (Rows(gate_up, config.intermediate_size),)),
+            InputGroup("down", (down,), down, (Rows(gate_up, config.intermediate_size),), closes="mlp"),
         ),
     )

@@ -46,7 +46,7 @@ def build_(
 
 
 class FullPrecision:
-    """A decoder layer as it was before anything was done to it. What is done to layers makes new tensors and modules."""
+    """A decoder layer as it was before anything was done to it, which makes new tensors and new modules only."""
 
     def __init__(self, layer: nn.Module, spec: DecoderSpec):
         self.layer, self.attention = layer, layer.get_submodule(spec.attention)

@@ -121,7 +121,7 @@ def rotate_values_(layer: nn.Module, spec: DecoderSpec, matrices: Tensor) -> Non
 
 
 def multiplied_rows(weight: Tensor, matrices: Tensor, start: int) -> Tensor:
-    """`weight` [O, …] whose rows from `start` on give the heads of v, each of them times its matrix [kv heads, D, D]."""
+    """`weight` [O, …] whose rows from `start` on give the heads of v, each times its matrix [kv heads, D, D]."""
     heads, size, _ = matrices.shape
     before, part, behind = weight.tensor_split((start, start + heads * size))
     moved = torch.einsum("hd...,hde->he...", part.unflatten(0, (heads, size)), matrices).flatten(0, 1)

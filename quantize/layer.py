@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from duquant.linear import GroupInput
+from duquant.linear import GroupInput, expanded
 from duquant.quantizer import make_quantizer
 from duquant.scheme import SEARCHED
 from duquant.tensors import widen
@@ -19,7 +19,7 @@ from quantize.learned import LearnedLayer, train_transform
 from quantize.observe import advance_, batches_of, capture_rows, layer_output, require_finite
 from quantize.observer import Observer
 from quantize.rounding import Moments, OpenLinear
-from quantize.samples import GroupRows, LayerView, mean_of, moment_of, parts_of, viewed
+from quantize.samples import GroupRows, KnownOutputs, LayerView, mean_of, moment_of, parts_of, viewed
 from quantize.scales import group_peaks, smoothing_scales
 from quantize.settings import Probe, QuantSettings, SmoothMeasure, SmoothSettings, Transform
 from quantize.spec import DecoderSpec, InputGroup
@@ -60,17 +60,26 @@ class LayerInputs:
             advance_(layer, self.student, self.kwargs, self.probe.device)
 
     def view(self, layer: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> LayerView:
-        """What the samples show of `layer`, in full precision: those of the teacher where its rows are aimed at."""
-        aims = settings.aims_at_teacher
-        hidden = self.teacher if aims else self.student
-        with viewed(layer, spec, self.total * hidden.shape[1], settings.extras.channel_shift, aims) as view:
+        """What the samples show of `layer`, in full precision: the teacher's, if any, which then are behind it."""
+        hidden = self.student if self.teacher is None else self.teacher
+        centered, keeps = settings.extras.channel_shift, settings.aims_at_teacher
+        with viewed(layer, spec, self.total * hidden.shape[1], centered, keeps) as view:
             for batch in batches_of(hidden):
-                layer_output(layer, batch.to(self.probe.device), self.kwargs)
+                output = layer_output(layer, batch.to(self.probe.device), self.kwargs)
+                if self.teacher is not None:
+                    batch.copy_(output)
         return view
 
-    def rows(self, layer: nn.Module, group: InputGroup) -> GroupRows:
+    def rows(self, layer: nn.Module, group: InputGroup, known: KnownOutputs | None = None) -> GroupRows:
         """What `layer`, as it is now, gives the linears of a group of the quantized network's samples."""
-        return GroupRows(layer, group, self.student, self.kwargs, self.probe.device, self.allocate)
+        return GroupRows(layer, group, self.student, self.kwargs, self.probe.device, self.allocate, known)
+
+    def finish_(self, layer: nn.Module, known: KnownOutputs) -> None:
+        """`advance_` with what is known already of the layer's outputs."""
+        self.probe = layer_output(layer, self.probe, self.kwargs)
+        with expanded(layer):
+            for batch in known.batches(layer, self.student, self.probe.device):
+                batch.copy_(layer_output(layer, batch.to(self.probe.device), self.kwargs))
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,10 @@ def decide(
             decision.open_(group)
         decision.round_(group)
         decision.tell_built(group)
-    inputs.advance_(layer)
+    if decision.known.outputs:
+        inputs.finish_(layer, decision.known)
+    else:
+        inputs.advance_(layer)
     error = (inputs.probe - reference).float().norm() / reference.float().norm()
     added = {name: value for each in observers for name, value in each.layer_built(layer, inputs.kwargs).items()}
     figures = (error.item(), tuple(decision.reports), training, added, decision.search_seconds)
@@ -178,6 +190,7 @@ class Decision:
         self.view = inputs.view(layer, spec, settings) if settings.views_layers else None
         self.rows: GroupRows | None = None  # of the group that is being decided
         self.shared: dict[str, GroupInput] = {}
+        self.known = KnownOutputs(spec.attention, inputs.allocate)
 
     def begin_(self, activation_peaks: dict[str, Tensor] | None) -> None:
         """Decide what is done to heads, and the smoothing scales; fold them."""
@@ -209,7 +222,7 @@ class Decision:
     def decide_(self, group: InputGroup) -> None:
         """Search the group's transform, fit what rounds its input, and open its linears."""
         builder, settings, inputs = self.builder, self.settings, self.inputs
-        self.rows = inputs.rows(self.layer, group) if settings.reads_rows else None
+        self.rows = inputs.rows(self.layer, group, self.known) if settings.reads_rows else None
         x = capture_rows(self.layer, group.inputs, inputs.probe, inputs.kwargs)
         require_finite(x, self.spec.linear_key(self.index, group.linears[0]))
         online, folded = builder.online_scale(group), builder.folded_scale(group)
@@ -253,7 +266,8 @@ class Decision:
         """Measure the shift of the group's input anew, behind what is rounded upstream by now."""
         if not self.settings.reads_rows:
             return
-        self.rows, state = self.inputs.rows(self.layer, group), self.state.groups[group.name]
+        self.rows = self.inputs.rows(self.layer, group, self.known)
+        state = self.state.groups[group.name]
         if self.settings.extras.channel_shift and self.settings.scheme.input.quantized:
             transform = DualTransform(state.rotations, state.permutations, self.builder.online_scale(group))
             self.state.groups[group.name] = replace(state, shift=mean_of(map(transform, self.rows.parts())))
@@ -264,20 +278,23 @@ class Decision:
         if self.settings.rounds_by_data:
             # where clips were trained the rows were read before, with other weights upstream
             trained = self.settings.training is not None and not self.settings.learns_transform
-            rows = self.inputs.rows(self.layer, group) if trained else self.rows
-            shared, name = self.shared[group.name], self.spec.linear_key(self.index, group.name)
-            hessian = moment_of((x, x) for x in map(shared, rows.parts()))
-            moments = Moments(name, hessian, self._cross(group, rows, shared))
-        self.rows = None
+            self.rows = self.inputs.rows(self.layer, group, self.known) if trained else self.rows
+            moments = self._moments(group)
         self.builder.round_(group, self.state, moments)
+        if self.rows is not None and group.closes is not None:
+            self.known.close_(self.layer, group, self.rows, tuple(self.inputs.student.shape[:2]))
+        self.rows = None
 
-    def _cross(self, group: InputGroup, rows: GroupRows, shared: GroupInput) -> Tensor | None:
-        """Σ t x̂ᵀ / n [C, C] with t what the full-precision network would give the group, transformed and shifted.
+    def _moments(self, group: InputGroup) -> Moments:
+        """What samples give the group's linears, and beside it what the full-precision network would give them.
 
-        None where that is not aimed at, or is of other tokens: experts are given their own in each network.
+        The latter, transformed and shifted alike, only where it is aimed at; not of experts, which are given other
+        tokens in each network.
         """
+        rows, shared = self.rows, self.shared[group.name]
+        name, given = self.spec.linear_key(self.index, group.name), map(shared, rows.parts())
         if not self.settings.aims_at_teacher or len(group.inputs) > 1:
-            return None
+            return Moments(name, moment_of((x,) for x in given))
         folded, matrices = self.builder.folded_scale(group), self.state.values
 
         def aimed() -> Iterator[Tensor]:
@@ -287,7 +304,8 @@ class Decision:
                 y = shared.transform(x if folded is None else x / folded)
                 yield y if shared.shift is None else y - shared.shift
 
-        return moment_of(zip(aimed(), map(shared, rows.parts()), strict=True))
+        both = moment_of(zip(given, aimed(), strict=True))
+        return Moments(name, *both.tensor_split(2))
 
 
 def fit_input(state: GroupState, rows: GroupRows, transform: DualTransform, settings: QuantSettings) -> GroupState:
@@ -311,7 +329,8 @@ def teacher_targets_(layer: nn.Module, inputs: LayerInputs, settings: QuantSetti
     The first target is the teacher's output. With `--aug_loss` the second is the full-precision layer's output on the
     student's input.
     """
-    inputs.advance_teacher_(layer)
+    if not settings.views_layers:  # else they went behind it while it was looked at
+        inputs.advance_teacher_(layer)
     if settings.training is None:
         return ()
     if not settings.training.augmented:

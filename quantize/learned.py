@@ -1,13 +1,13 @@
 """The learned dual transformation: rotations, scales and clips of one layer, trained from where the search left them.
 
-What is learned is multiplied into what was there: R̂ exp(A − Aᵀ), Λ exp(δ), and ratios of the ranges. Everything stays an
-exact reparametrisation while it is trained, and is read out as plain rotations, scales and ratios (`learned_state`).
+What is learned is multiplied into what was there: R̂ exp(A − Aᵀ), Λ exp(δ), and ratios of the ranges. Everything stays
+an exact reparametrisation while it is trained, and is read out as plain rotations, scales and ratios. Ours; the losses
+and the order of things are those of `quantize.training`.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,10 +20,10 @@ from duquant.scheme import Scheme, TensorScheme
 from duquant.transform import DualTransform, rotate_blocks
 from quantize.build import LayerBuilder
 from quantize.fake import fake_quantize
-from quantize.heads import multiplied_columns, multiplied_rows, output_path, value_rows
+from quantize.heads import multiplied_columns, multiplied_rows, value_rows
 from quantize.observe import layer_output
 from quantize.settings import TrainingSettings
-from quantize.spec import DecoderSpec, InputGroup
+from quantize.spec import DecoderSpec
 from quantize.state import GroupState, LayerState
 from quantize.training import Samples, TrainingReport, add_up_, copies, mean_or_none, placed, restore_
 from utils.distributed import own_batches, sum_

@@ -1,6 +1,6 @@
 """Looking into a model: what enters its layers, what enters a linear, and running one layer at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -110,6 +110,23 @@ def layer_output(layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+@contextmanager
+def known_outputs(layer: nn.Module, outputs: Mapping[str, Tensor], attention: str) -> Iterator[None]:
+    """Inside the block the modules of `layer` at these paths give what is known [batch, T, C], and do not run.
+
+    The one at `attention` gives a pair, as attention does, whose second part (the weights) is None.
+    """
+    modules = {path: layer.get_submodule(path) for path in outputs}
+    for path, module in modules.items():
+        known = (outputs[path], None) if path == attention else outputs[path]
+        module.forward = lambda *args, _known=known, **kwargs: _known
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward
+
+
 class _InputReached(Exception):
     """Carries the captured input out of a forward pass."""
 
@@ -167,6 +184,12 @@ def require_finite(x: Tensor, name: str) -> None:
         )
 
 
+def parts_of_samples(samples: Tensor) -> list[slice]:
+    """What cuts `samples` [N, T, …] into parts of at most `TOKENS_PER_FORWARD` tokens (but at least one sample)."""
+    size = max(1, TOKENS_PER_FORWARD // samples.shape[1]) if len(samples) else 1
+    return [slice(start, start + size) for start in range(0, len(samples), size)]
+
+
 def batches_of(samples: Tensor) -> Iterator[Tensor]:
-    """Views of `samples` [N, T, …] with at most `TOKENS_PER_FORWARD` tokens each (but at least one sample)."""
-    return iter(samples.split(max(1, TOKENS_PER_FORWARD // samples.shape[1]))) if len(samples) else iter(())
+    """Views of `samples` [N, T, …], one for each of its parts."""
+    return (samples[part] for part in parts_of_samples(samples))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from duquant.attention import attach_
 from duquant.linear import expanded
 from duquant.tensors import widen
-from quantize.observe import batches_of, capture_rows
+from quantize.observe import capture_rows, known_outputs, parts_of_samples
 from quantize.spec import DecoderSpec, InputGroup
 from utils.distributed import gather, sum_, world_size
 from utils.memory import Allocate
@@ -112,6 +112,33 @@ def viewed(
         view.heads[name] = torch.cat(gather(torch.cat(kept))).to(device)
 
 
+class KnownOutputs:
+    """What modules of a partly quantized layer, whose inputs will not change any more, give for the student's samples.
+
+    `attention`: the path of the layer's attention, whose output is a pair.
+    """
+
+    def __init__(self, attention: str, allocate: Allocate):
+        self.attention, self.allocate, self.outputs = attention, allocate, {}
+
+    def close_(self, layer: nn.Module, group: InputGroup, rows: "GroupRows", samples: tuple[int, int]) -> None:
+        """Keep what the module gives that the group closes; `rows` enter its linear, of `samples`: N of T tokens."""
+        linear, output = layer.get_submodule(group.linears[0]), None
+        inputs = rows.rows.view(*samples, -1)
+        for part in parts_of_samples(inputs):
+            own = linear(inputs[part].to(rows.device))
+            output = self.allocate((*samples, own.shape[-1]), own.dtype) if output is None else output
+            output[part] = own
+        self.outputs[group.closes] = output
+
+    def batches(self, layer: nn.Module, hidden: Tensor, device: torch.device) -> Iterator[Tensor]:
+        """Views of `hidden` [N, T, C], in order; while one is used, the modules of `layer` give what is known."""
+        for part in parts_of_samples(hidden):
+            known = {path: output[part].to(device) for path, output in self.outputs.items()}
+            with known_outputs(layer, known, self.attention):
+                yield hidden[part]
+
+
 class GroupRows:
     """The rows [n, C] that enter a group of a layer as it is now, from this process's samples [N, T, C] of `hidden`.
 
@@ -126,10 +153,12 @@ class GroupRows:
         kwargs: dict,
         device: torch.device,
         allocate: Allocate,
+        known: "KnownOutputs | None" = None,
     ):
         self.device, pieces, filled = device, [], 0
+        known = known or KnownOutputs("", allocate)
         with expanded(layer):
-            for batch in batches_of(hidden):
+            for batch in known.batches(layer, hidden, device):
                 x = capture_rows(layer, group.inputs, batch.to(device), kwargs).flatten(0, -2)
                 if len(group.inputs) > 1:  # how many rows an expert is given is not known before
                     pieces.append(x.cpu())
@@ -177,9 +206,12 @@ def mean_of(parts: Iterable[Tensor]) -> Tensor:
     return _mean((part.double().sum(dim=0), len(part)) for part in parts).float()
 
 
-def moment_of(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Σ a bᵀ / n [C, C], float64, over pairs of rows of all processes, given some (a, b) [n, C] at a time."""
-    return _mean(((a.T @ b).double(), len(a)) for a, b in parts)
+def moment_of(parts: Iterable[tuple[Tensor, ...]]) -> Tensor:
+    """Σ bᵀb / n and, of pairs, Σ aᵀb / n, joined [C or 2C, C], float64, over the rows of all processes.
+
+    Some (b,) or (b, a) [n, C] are given at a time.
+    """
+    return _mean((torch.cat([each.T @ rows[0] for each in rows]).double(), len(rows[0])) for rows in parts)
 
 
 def _mean(sums: Iterable[tuple[Tensor, int]]) -> Tensor:

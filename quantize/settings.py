@@ -215,9 +215,9 @@ class ClipSettings:
 class TrainingSettings:
     """What is trained in one layer, and how. `train` None is what `--lwc` says: the clip logits of weights.
 
-    `learning_rate` and `weight_decay` are those of clip logits alone; the other rates are for `--train transform`, which
-    ends with all of them at 0. `augmented` adds the loss against the full-precision layer run on the quantized network's input; `offload` keeps the
-    samples on the host and moves them batch by batch.
+    `learning_rate` and `weight_decay` are those of clip logits alone; the other rates are for `--train transform`, and
+    fall to 0. `augmented` adds the loss against the full-precision layer run on the quantized
+    network's input; `offload` keeps the samples on the host and moves them batch by batch.
     """
 
     TITLE: ClassVar[str] = "training"

@@ -78,6 +78,7 @@ class InputGroup:
     without any the scale stays online, and the activation is divided before the linears. `readers` are other modules
     with a weight [O, C] that read what was divided: their columns are multiplied by s, and they are not quantized.
     `observed` are the modules whose inputs, as rows, are the group's activation: by default the first linear alone.
+    `closes`: the module whose output is that of the group's only linear, so that it need not run once that is known.
     """
 
     name: str
@@ -86,6 +87,7 @@ class InputGroup:
     absorbers: tuple[Absorber, ...] = ()
     readers: tuple[str, ...] = ()
     observed: tuple[str, ...] = ()
+    closes: str | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:

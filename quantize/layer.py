@@ -229,6 +229,7 @@ class Decision:
             rows = self.inputs.rows(self.layer, group) if trained else self.rows
             shared, name = self.shared[group.name], self.spec.linear_key(self.index, group.name)
             hessian = moment_of((x, x) for x in map(shared, rows.parts()))
+            require_finite(hessian, self.spec.linear_key(self.index, group.linears[0]))
             moments = Moments(name, hessian, self._cross(group, rows, shared))
         self.rows = None
         self.builder.round_(group, self.state, moments)

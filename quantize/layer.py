@@ -247,7 +247,7 @@ class Decision:
             for x in parts_of(self.view.rows[group.name], rows.device):
                 if group.name == "o" and matrices is not None:
                     heads = x.unflatten(-1, (len(matrices), -1, matrices.shape[-1]))
-                    x = torch.einsum("nhqd,hde->nhqe", heads, matrices).flatten(1)
+                    x = torch.einsum("nhqd,hde->nhqe", heads, matrices.to(heads.dtype)).flatten(1)
                 y = shared.transform(x if folded is None else x / folded)
                 yield y if shared.shift is None else y - shared.shift
 

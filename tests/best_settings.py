@@ -33,10 +33,10 @@ FLAGS = (
 )
 
 
-def best(bits: int = 4, gqa: GqaSmooth = GqaSmooth.ONLINE, **changes) -> QuantSettings:
+def best(number: int = 4, gqa: GqaSmooth = GqaSmooth.ONLINE, **changes) -> QuantSettings:
     """Energies, peaks, searched clips, GPTQ half-way to the full-precision output, shifts and balanced heads."""
     usual = QuantSettings(
-        bits=BitSettings(bits, bits),
+        bits=BitSettings(number, number),
         clip=ClipSettings("search", "search"),
         smooth=SmoothSettings(0.5, gqa=gqa, measure=SmoothMeasure.ENERGY),
         rotation=RotationSettings(block_size=16, steps=4),

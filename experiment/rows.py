@@ -9,6 +9,7 @@ from evaluation.base import FULL
 from evaluation.settings import EvaluationSettings
 from experiment.options import CalibrationSettings, ModelSettings, StatisticsFiles, TrackSettings
 from experiment.presets import PresetSettings
+from quantize.refinements import HeadTransform
 from quantize.settings import BitSettings, QuantSettings, SmoothSettings, TrainingSettings, Transform, check_seed
 from utils.errors import InputError
 from utils.settings import Changes, option, part
@@ -162,16 +163,18 @@ def plan_rows(
 
 def row_config(name: str, quant: QuantSettings) -> QuantSettings:
     """The settings of one row: those of `quant` but for what the row is about."""
+    transform = Transform.NONE if name in (FULL, RTN, SMOOTH) else Transform(name)
+    extras = quant.extras if transform.rotates else replace(quant.extras, head_transform=HeadTransform.HADAMARD)
+    quant = replace(quant, transform=transform, extras=extras)  # heads are balanced where they are rotated
     if name == FULL:
-        return replace(quant, bits=BitSettings(16, 16), transform=Transform.NONE, smooth=None)
-    if name == RTN:
-        return replace(quant, transform=Transform.NONE, smooth=None)
-    return replace(quant, transform=Transform.NONE if name == SMOOTH else Transform(name))
+        return replace(quant, bits=BitSettings(16, 16), smooth=None)
+    return replace(quant, smooth=None) if name == RTN else quant
 
 
 def depends_on_seed(quant: QuantSettings) -> bool:
     """Whether calibration samples or random rotations enter: without any of these, rounding is all there is."""
-    return not quant.bits.untouched and bool(quant.smooth or quant.training or quant.transform is not Transform.NONE)
+    decided = quant.smooth or quant.needs_samples or quant.transform is not Transform.NONE
+    return not quant.bits.untouched and bool(decided)
 
 
 def method_name(quant: QuantSettings) -> str:

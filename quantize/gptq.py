@@ -41,9 +41,10 @@ def gptq(
 
 
 def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
-    """U [C, C], upper triangular with UᵀU = (H + λI)⁻¹ and λ = damping · mean diag H, in float64; always finite.
+    """U [C, C], upper triangular with UᵀU = (H/m + damping · I)⁻¹ and m = mean diag H, in float64; always finite.
 
-    Where that is not positive definite, λ grows until it is, and the log says so. A Hessian of zeros counts as I.
+    Where that is not positive definite, the damping grows until it is, and the log says so. A Hessian of zeros counts
+    as I. The factor m of the inverse is left out: rounding needs ratios within a row of U alone.
     """
     hessian = hessian.double()
     mean = hessian.diagonal().mean()

@@ -280,6 +280,7 @@ class Decision:
             trained = self.settings.training is not None and not self.settings.learns_transform
             self.rows = self.inputs.rows(self.layer, group, self.known) if trained else self.rows
             moments = self._moments(group)
+            require_finite(moments.hessian, moments.name)
         self.builder.round_(group, self.state, moments)
         if self.rows is not None and group.closes is not None:
             self.known.close_(self.layer, group, self.rows, tuple(self.inputs.student.shape[:2]))
@@ -300,7 +301,7 @@ class Decision:
         def aimed() -> Iterator[Tensor]:
             for x in parts_of(self.view.rows[group.name], rows.device):
                 if group.name == "o" and matrices is not None:
-                    x = multiplied_columns(x, matrices)
+                    x = multiplied_columns(x, matrices.to(x.dtype))
                 y = shared.transform(x if folded is None else x / folded)
                 yield y if shared.shift is None else y - shared.shift
 

@@ -1,12 +1,14 @@
 """Reading `duquant_parameters.pth`, the checkpoint of the paper's own code."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from quantize.build import absorbers
-from quantize.settings import QuantSettings, Transform
+from quantize.refinements import SEARCH, HeadTransform, Rounding
+from quantize.settings import Probe, QuantSettings, SmoothMeasure, Transform
 from quantize.spec import DecoderSpec, InputGroup, SharedRows
 from quantize.state import FinishedLayer, GroupState, LayerState
 from utils.errors import InputError
@@ -24,8 +26,11 @@ def read_original(path: Path, model: nn.Module, spec: DecoderSpec, config: Quant
     """All layers of a `duquant_parameters.pth`, by index; there are no figures in it.
 
     Rotations and scales are half precision there and are applied as they are. The file is read with
-    `weights_only=True`. Raises InputError if it cannot be read, or is not of this model and these settings.
+    `weights_only=True`. Raises InputError if it cannot be read, or is not of this model and these settings, or if these
+    need what is not in such a file.
     """
+    if beyond := beyond_the_paper(config):
+        raise InputError(f"--resume {path}: is of the paper's code, which knows nothing of {', '.join(beyond)}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -41,6 +46,21 @@ def read_original(path: Path, model: nn.Module, spec: DecoderSpec, config: Quant
     except InputError as error:
         raise InputError(f"--resume {path}: {error}") from None
     return {index: FinishedLayer(state, {}) for index, state in enumerate(states)}
+
+
+def beyond_the_paper(config: QuantSettings) -> tuple[str, ...]:
+    """The flags of settings that samples decide and that such a file says nothing of."""
+    extras, energy = config.extras, config.smooth is not None and config.smooth.measure is SmoothMeasure.ENERGY
+    asked = {
+        "--smooth_measure energy": energy,
+        "--probe peaks": config.probe is Probe.PEAKS,
+        "--rounding gptq": config.rounding.rounding is Rounding.GPTQ,
+        "--swc search": config.clip.weight_ratio == SEARCH,
+        "--lac search": config.clip.activation_ratio == SEARCH,
+        "--head_transform balanced": extras.head_transform is HeadTransform.BALANCED,
+        **{f"--{each.name}": True for each in fields(extras) if getattr(extras, each.name) is True},
+    }
+    return tuple(flag for flag, wanted in asked.items() if wanted)
 
 
 def layer_state(saved: dict[str, Tensor], layer: nn.Module, spec: DecoderSpec, config: QuantSettings) -> LayerState:

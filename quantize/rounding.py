@@ -16,6 +16,7 @@ from quantize.refinements import Rounding, RoundingSettings
 from quantize.training import LearnedClip
 
 RIDGE = 0.1  # of the Hessian's mean diagonal: what holds the asymmetric target back
+TINY = 1e-30  # in place of that mean where a group is given nothing but zeros
 
 
 class OpenLinear(nn.Module):
@@ -119,7 +120,7 @@ class Moments:
         target of 0 leaves W, 1 goes all the way. Source: asymmetric calibration (GPTAQ).
         """
         identity = torch.eye(len(self.hessian), dtype=torch.float64, device=self.hessian.device)
-        ridge = RIDGE * self.hessian.diagonal().mean() * identity
+        ridge = RIDGE * self.hessian.diagonal().mean().clamp(min=TINY) * identity
         wide = weight.double()
         best = torch.linalg.solve(self.hessian + ridge, (wide @ (self.cross + ridge)).T).T
         return (wide + settings.target * (best - wide)).to(weight.dtype)

@@ -47,7 +47,8 @@ class _GroupWatch:
         if self.rows is not None:
             self.rows.append(x.cpu())
         x = widen(x)
-        lengths = x.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        lengths = x.norm(dim=1, keepdim=True)
+        lengths = lengths.masked_fill(lengths < 1e-12, torch.inf)  # a token of zeros has no direction, and no weight
         unit = x / lengths
         sums = [lengths.pow(-2).sum(), (unit / lengths).sum(dim=0), unit.square().sum(dim=0)]
         if self.head_dim is not None:
@@ -66,7 +67,8 @@ class _HeadWatch(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for name, x in (("query", query), ("key", key), ("value", value)):
-            tokens = x.detach()[:, :, self.stride // 2 :: self.stride].transpose(1, 2).flatten(0, 1)
+            stride = min(self.stride, x.shape[2])  # of a sample that is shorter, one token
+            tokens = x.detach()[:, :, stride // 2 :: stride].transpose(1, 2).flatten(0, 1)
             self.kept[name].append(tokens.float().cpu())
         return query, key, value
 
@@ -101,6 +103,7 @@ def viewed(
     for name, watch in watches.items():
         parts = [part for part in gather(watch.sums and [each.cpu() for each in watch.sums]) if part is not None]
         weight, first, second, *moments = (torch.stack(each).sum(dim=0).to(device) for each in zip(*parts, strict=True))
+        weight = weight.clamp(min=torch.finfo(weight.dtype).tiny)  # of zeros alone
         mean = first / weight if centered else torch.zeros_like(first)
         view.energies[name] = (second / weight - mean.square()).clamp(min=0).sqrt().float()
         for moment in moments:

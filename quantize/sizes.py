@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from duquant.formats import number_format
-from duquant.scheme import TensorScheme
+from duquant.scheme import SEARCHED, TensorScheme
 from quantize.build import absorbers
+from quantize.refinements import HeadTransform
 from quantize.settings import QuantSettings
 from quantize.spec import DecoderSpec, InputGroup
 
@@ -38,11 +39,12 @@ def hidden_bytes(tokens: int, model: nn.Module, dtype: torch.dtype) -> int:
 def sample_copies(settings: QuantSettings, statistics: bool) -> int:
     """How often the calibration samples' hidden states travel through the layers at the same time.
 
-    Once for the `statistics`, if they are computed; once to make the probe, and with training as teacher and student.
+    Once for the `statistics`, if they are computed; once to make the probe, and as what the quantized network is given
+    where samples decide anything; once more in the full-precision network, where that is aimed at.
     """
     if settings.bits.untouched:
         return 0
-    return statistics + (1 if settings.training is None else 2)
+    return statistics + 1 + settings.needs_teacher
 
 
 def groups_of(model: nn.Module, spec: DecoderSpec) -> Iterator[tuple[InputGroup, list[nn.Module]]]:
@@ -102,20 +104,51 @@ def online_bytes(group: InputGroup, width: int, settings: QuantSettings, number:
     return number * width if smoothed and not absorbers(group, settings.smooth) else 0
 
 
+def input_extras(width: int, settings: QuantSettings, number: int = HALF) -> int:
+    """What rounds a group's input beside its transform: the shift of its channels, and the clip's two ratios."""
+    scheme = settings.scheme.input
+    if not scheme.quantized:
+        return 0
+    return number * (width * settings.extras.channel_shift + 2 * (scheme.clip == SEARCHED))
+
+
+def added_biases(members: Iterable[nn.Module], settings: QuantSettings) -> int:
+    """Numbers in the biases that linears without one are given by the shift of their input."""
+    if not (settings.extras.channel_shift and settings.scheme.input.quantized):
+        return 0
+    return sum(len(linear.weight) for linear in members if linear.bias is None)
+
+
+def head_numbers(layer: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> int:
+    """Numbers in what is kept of q, k and v: their matrices, means and clip ratios."""
+    attention, scheme, extras = layer.get_submodule(spec.attention), settings.scheme, settings.extras
+    heads, size = attention.config.num_key_value_heads, attention.head_dim
+    balanced = extras.head_transform is HeadTransform.BALANCED and scheme.rotate_heads
+    means = extras.key_mean * scheme.key.quantized + extras.value_mean * scheme.value.quantized
+    roles = (scheme.query, scheme.key, scheme.value)
+    ratios = 2 * sum(role.quantized and role.clip == SEARCHED for role in roles)
+    return heads * (2 * balanced * size**2 + means * size) + ratios
+
+
 def memory_footprint(model: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> dict[str, float]:
     """Bytes of `model` packed at its bits, against all of it in float16.
 
-    `linears`: quantized weights (`packed_bytes`). `transforms`: rotations and online scales in float16, permutations in
-    int32. `rest`: everything else in float16. `ratio` is float16 over quantized. The model holds whole bytes and
-    float32 while it runs, which is more (`quantized_bytes`).
+    `linears`: quantized weights (`packed_bytes`). `transforms`: rotations, online scales, shifts and what is done to
+    heads in float16, permutations in int32. `rest`: everything else in float16. `ratio` is float16 over quantized. The
+    model holds whole bytes and float32 while it runs, which is more (`quantized_bytes`).
     """
-    everything, linears, transforms, quantized = count(model.parameters()), 0, 0, 0
+    everything, linears, transforms, quantized, added = count(model.parameters()), 0, 0, 0, 0
     for group, members in groups_of(model, spec):
         width = members[0].in_features
         quantized += count(linear.weight for linear in members)
         linears += sum(packed_bytes(*linear.weight.shape, settings.scheme.weight) for linear in members)
         transforms += transform_bytes(width, settings) + online_bytes(group, width, settings)
-    rest = HALF * (everything - quantized)
+        transforms += input_extras(width, settings)
+        added += added_biases(members, settings)
+    if not settings.bits.untouched:
+        layers = enumerate(spec.decoder_layers(model))
+        transforms += HALF * sum(head_numbers(layer, spec.at(index), settings) for index, layer in layers)
+    rest = HALF * (everything - quantized + added)
     total = linears + transforms + rest
     parts = {"quantized_bytes": total, "linears_bytes": linears, "transforms_bytes": transforms, "rest_bytes": rest}
     return {"float16_bytes": HALF * everything, **parts, "ratio": HALF * everything / total}
@@ -123,12 +156,13 @@ def memory_footprint(model: nn.Module, spec: DecoderSpec, settings: QuantSetting
 
 def quantized_layer_bytes(layer: nn.Module, spec: DecoderSpec, settings: QuantSettings, dtype: torch.dtype) -> int:
     """A quantized layer, whose spec is `spec`, as it is held and saved: codes, transforms, and the rest in `dtype`."""
-    total = model_bytes(layer, dtype)
+    total = model_bytes(layer, dtype) + WIDE * head_numbers(layer, spec, settings) * (not settings.bits.untouched)
     for group, members in layer_groups(layer, spec):
         width = members[0].in_features
         total -= dtype.itemsize * count(linear.weight for linear in members)
         total += sum(codes_bytes(*linear.weight.shape, settings.scheme.weight, dtype) for linear in members)
         total += transform_bytes(width, settings, WIDE, HELD_INDEX) + online_bytes(group, width, settings, WIDE)
+        total += input_extras(width, settings, WIDE) + dtype.itemsize * added_biases(members, settings)
     return total
 
 
@@ -141,12 +175,19 @@ def quantized_bytes(model: nn.Module, spec: DecoderSpec, settings: QuantSettings
 
 
 def state_bytes(layer: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> int:
-    """The tensors of a layer's state as a checkpoint keeps them: float32, permutations in int32."""
-    total = 0
+    """The tensors of a layer's state as a checkpoint keeps them: float32, permutations in int32, codes as they are."""
+    total = WIDE * head_numbers(layer, spec, settings)
+    if settings.extras.value_rotation:
+        attention = layer.get_submodule(spec.attention)
+        total += WIDE * attention.config.num_key_value_heads * attention.head_dim**2
     for _, members in layer_groups(layer, spec):
         width = members[0].in_features
         total += transform_bytes(width, settings, WIDE, INDEX)
         total += WIDE * width if settings.smooth is not None else 0
+        total += input_extras(width, settings, WIDE)
+        if settings.rounds_by_data:
+            shapes, scheme = [linear.weight.shape for linear in members], settings.scheme.weight
+            total += sum(codes_bytes(*shape, scheme, torch.float32) for shape in shapes)
         if settings.training is not None:  # two logits a range
             total += 2 * WIDE * sum(ranges(*linear.weight.shape, settings.scheme.weight) for linear in members)
     return total

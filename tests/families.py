@@ -91,12 +91,14 @@ def settings(bits: int = 4, gqa: GqaSmooth = GqaSmooth.ONLINE, **changes) -> Qua
     return QuantSettings(**{**usual, "smooth": SmoothSettings(0.6, gqa=gqa), **changes})
 
 
-def quantize(model: nn.Module, config: QuantSettings, finished=None) -> tuple[nn.Module, dict[int, FinishedLayer]]:
+def quantize(
+    model: nn.Module, config: QuantSettings, finished=None, tokens: Tensor = TOKENS
+) -> tuple[nn.Module, dict[int, FinishedLayer]]:
     """A quantized copy, and those of its layers that were decided now."""
     model, decided = copy.deepcopy(model), Decided()
     spec = decoder_spec(model.config)
-    peaks = channel_statistics(model, spec, TOKENS, CPU).scales
-    quantize_model(model, spec, TOKENS, peaks, config, CPU, finished, [decided])
+    peaks = channel_statistics(model, spec, tokens, CPU).scales
+    quantize_model(model, spec, tokens, peaks, config, CPU, finished, [decided])
     return model, decided.layers
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from best_settings import EXTRAS, best
 from conftest import random_tokens, tiny_model
 from safetensors.torch import load_file
 from torch import nn
@@ -16,6 +17,7 @@ from models.load import ModelSource, load_config, load_model
 from quantize.observer import Observer
 from quantize.original import SCALES, read_original
 from quantize.quantization import quantize_model
+from quantize.refinements import Rounding, RoundingSettings
 from quantize.settings import (
     BitSettings,
     ClipSettings,
@@ -249,6 +251,27 @@ def test_the_golden_checkpoint_gives_the_perplexity_of_its_readme(golden_dir, sh
     quantize_model(model, spec, tokens["calibration"].long(), None, quant, CPU, finished)
     found = perplexity(model, spec, tokens["test"].long(), CPU).perplexity
     assert found == pytest.approx(GOLDEN_PERPLEXITY, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        (
+            best(),
+            "--smooth_measure energy, --probe peaks, --rounding gptq, --swc search, --lac search, --head_transform "
+            "balanced, --channel_shift, --key_mean",
+        ),
+        (settings(clip=ClipSettings("search")), "--lac search"),
+        (settings(rounding=RoundingSettings(Rounding.GPTQ)), "--rounding gptq"),
+        (settings(extras=EXTRAS["value rotation"]), "--value_rotation"),
+    ],
+    ids=["best", "clip", "gptq", "values"],
+)
+def test_settings_that_need_samples_are_refused_by_their_flags(config, flags, made, tmp_path):
+    path = write(tmp_path, made[2])
+    with pytest.raises(InputError) as refused:
+        read_original(path, tiny_model(), made[1], config)
+    assert str(refused.value) == f"--resume {path}: is of the paper's code, which knows nothing of {flags}"
 
 
 def test_scales_of_single_query_heads_are_not_folded_into_a_kv_head(made, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from best_settings import EXTRAS, best
 from conftest import random_tokens, tiny_config, tiny_model
 
 from models import decoder_spec
@@ -12,8 +13,10 @@ from models.load import load_skeleton
 from models.saved import ModelWriter
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
+from quantize.refinements import Rounding, RoundingSettings
 from quantize.settings import (
     BitSettings,
+    ClipSettings,
     GqaSmooth,
     QuantSettings,
     RotationSettings,
@@ -96,6 +99,11 @@ def test_the_footprint_counts_codes_scales_zero_points_transforms_and_the_rest()
         memory_footprint(model, spec, replace(QUANT, smooth=SmoothSettings(gqa=gqa)))["transforms_bytes"]
         for gqa in GqaSmooth
     )
+    shifted = memory_footprint(model, spec, replace(plain, extras=EXTRAS["channel shift"]))
+    assert shifted["transforms_bytes"] - found["transforms_bytes"] == 2 * 2 * (48 + 96 + 48 + 80)
+    assert shifted["rest_bytes"] - found["rest_bytes"] == 2 * 2 * ROWS
+    balanced = memory_footprint(model, spec, replace(plain, extras=EXTRAS["balanced heads"]))
+    assert balanced["transforms_bytes"] - found["transforms_bytes"] == 2 * 2 * 2 * 2 * 16 * 16
     assert (online - found["transforms_bytes"], folded) == (2 * 2 * 96, found["transforms_bytes"])
 
 
@@ -131,6 +139,14 @@ CASES = {
     "ten bits": replace(QUANT, bits=BitSettings(10, 4)),
     "weights left alone": replace(QUANT, bits=BitSettings(16, 4)),
     "trained": TRAINED,
+    "best": best(),
+    "best, ten bits": best(10, GqaSmooth.FOLD, extras=EXTRAS["all"]),
+    "best, groups": best(bits=BitSettings(3, 4, group_size=16)),
+    "best, trained": best(clip=ClipSettings("search"), training=TrainingSettings(epochs=0)),
+    "shift, weights alone": replace(QUANT, bits=BitSettings(4, 16), extras=EXTRAS["all"]),
+    "means and clips": replace(QUANT, clip=ClipSettings("search"), extras=EXTRAS["key mean"]),
+    "values": replace(QUANT, transform=Transform.NONE, extras=EXTRAS["value rotation"], smooth=None),
+    "gptq of inputs alone": best(bits=BitSettings(16, 4)),
     "trained groups": replace(TRAINED, bits=BitSettings(4, 4, group_size=16)),
     "trained without weights": replace(TRAINED, bits=BitSettings(16, 4)),
 }
@@ -176,7 +192,11 @@ def test_nothing_is_kept_of_a_model_that_is_not_quantized():
     )
 
 
-@pytest.mark.parametrize("settings", [QUANT, TRAINED], ids=["searched", "trained"])
+@pytest.mark.parametrize(
+    "settings",
+    [QUANT, TRAINED, best(), replace(best(), rounding=RoundingSettings(Rounding.GPTQ))],
+    ids=["searched", "trained", "best", "best without target"],
+)
 def test_hidden_states_of_samples_are_allocated_as_often_as_counted(settings):
     model, (skeleton, spec) = tiny_model(), tiny()
     tokens, asked = random_tokens(4, 16), []

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from best_settings import EXTRAS, best
 from families import CASES, CPU, TOKENS, logits, make_model, quantize, relative_error, settings
 from torch import nn
 
@@ -14,11 +15,16 @@ from models import decoder_spec
 from quantize.observe import layer_calls, layer_output
 from quantize.observer import Observer
 from quantize.quantization import quantize_model
-from quantize.settings import BitSettings, QuantSettings, TrainingSettings, Transform
+from quantize.settings import BitSettings, ClipSettings, QuantSettings, TrainingSettings, Transform
 from quantize.statistics import channel_statistics
 from quantize.unrounded import HEADS, ROLES, Part, left_unrounded, rounded_part
 
-METHODS = {"smoothed": settings(), "trained": settings(smooth=None, training=TrainingSettings(epochs=1))}
+METHODS = {
+    "smoothed": settings(),
+    "trained": settings(smooth=None, training=TrainingSettings(epochs=1)),
+    "best": best(),
+    "best, everything": best(extras=EXTRAS["all"], clip=ClipSettings("search"), training=TrainingSettings(epochs=1)),
+}
 
 
 class Weights(Observer):

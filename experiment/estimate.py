@@ -186,12 +186,15 @@ def rows_bytes(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, 
 
 
 def heads_bytes(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> int:
-    """The q, k and v of some tokens that a layer is looked at by, in float32 (see `quantize.samples`)."""
+    """The q, k and v of some tokens that a layer is looked at by, in float32, in pieces and as one.
+
+    See `quantize.samples`.
+    """
     if not (plan.quantizes(settings) and settings.views_layers):
         return 0
     attention = spec.decoder_layers(skeleton)[0].get_submodule(spec.attention)
     heads = attention.config.num_attention_heads + 2 * attention.config.num_key_value_heads
-    return WIDE * min(prod(plan.calibration), HEAD_TOKENS) * heads * attention.head_dim
+    return 2 * WIDE * min(prod(plan.calibration), HEAD_TOKENS) * heads * attention.head_dim
 
 
 def rounding_bytes(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> int:

@@ -12,7 +12,7 @@ from typing import ClassVar
 from duquant.scheme import UNQUANTIZED_BITS, Scheme, TensorScheme
 from quantize.refinements import SEARCH, ExtraSettings, HeadTransform, Ratio, Rounding, RoundingSettings
 from utils.errors import InputError
-from utils.settings import Changes, option, part
+from utils.settings import NONE, Changes, option, part
 
 USUAL_BLOCK = 128  # the paper's block size
 AUTO_BLOCK_LIMIT = 128  # what `--block_size auto` does not exceed
@@ -94,7 +94,9 @@ class Probe(StrEnum):
 
 
 def clip_ratio(text: str) -> Ratio:
-    """What `--lac` and `--swc` say: a number, or SEARCH."""
+    """What `--lac` and `--swc` say: a number, SEARCH, or `none`, which takes out what a preset has."""
+    if text == NONE:
+        return None
     try:
         return text if text == SEARCH else float(text)
     except ValueError:

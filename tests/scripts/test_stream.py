@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from best_settings import FLAGS as BEST
 from conftest import random_tokens, tiny_model
 from safetensors.torch import load_file, save_file
 from script_cases import assert_refused, kill_at, layer_content, results_of, save_sharded, the_run
@@ -60,6 +61,7 @@ CASES = {
     "trained": (LEARNED, {}),
     "without smoothing": (("--group_size", 16), {}),
     "half-precision weights": ((*SMOOTH, "--dtype", "float16"), {"dtype": torch.float16}),
+    "best": (BEST, {}),
     "tied embeddings": (SMOOTH, {"tie_word_embeddings": True}),
     "eager attention": ((*SMOOTH, "--attn_implementation", "eager"), {}),
     "a few samples": ((*SMOOTH, "--probe", "sample", "--eval_batch_size", 2), {}),

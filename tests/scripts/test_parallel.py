@@ -103,6 +103,13 @@ def test_what_samples_decide_is_decided_by_those_of_all_processes(usual, tmp_pat
     assert found[1] == pytest.approx(found[0], rel=0.1)
 
 
+def test_a_process_without_samples_to_decide_by_is_refused(usual, tmp_path):
+    trained = ("--swc", "none", "--lwc", "--epochs", 1, "--batch_size", 1)
+    done = launch(tmp_path, *usual, *best_settings.FLAGS, *trained)
+    assert done.returncode != 0
+    assert "--batch_size 1: leaves some of the 2 processes without samples" in done.stderr
+
+
 DIE = """
 import os, sys
 if os.environ.get("RANK") == "1":

@@ -16,6 +16,7 @@ from quantize.greedy import greedy_rotation
 from quantize.observe import TOKENS_PER_FORWARD
 from quantize.quantization import PROBE_SAMPLES
 from quantize.rotation import random_orthogonal, step_rotation
+from quantize.samples import HEAD_TOKENS, ROWS_AT_ONCE
 from quantize.settings import Probe, QuantSettings, RotationSettings, Transform
 from quantize.sizes import (
     WIDE,
@@ -40,6 +41,8 @@ TRAINING_ACTIVATIONS = 10  # float32 copies of the widest activation that autogr
 TRAINING_COPIES = (
     6  # of a layer's float32 weights: what autograd keeps of their rounding (4), and what the heap keeps of it
 )
+SQUARES = 8  # of a group's width, in float64, while its Hessian is factorised
+GROUP_COPIES = 8  # of a group's weights in float32, while they are rounded by their inputs
 
 MEASURED_STEPS = 8
 MEASURED_BLOCK = 512  # above it a step is nothing but matrix products, and takes too long to try
@@ -115,6 +118,8 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pl
     quantized = quantized_bytes(skeleton, spec, settings, plan.held)
     held = quantized if plan.saved else model  # before the first layer is quantized
     begun, walking = travelling_bytes(skeleton, settings, plan)
+    walking += rows_bytes(skeleton, spec, settings, plan)
+    walking += 0 if plan.on_gpu else heads_bytes(skeleton, spec, settings, plan)
     layer, logits = layer_work(skeleton, spec, settings, plan), logits_bytes(skeleton, plan)
     process = PROCESS_BYTES + (CONTEXT_BYTES if plan.on_gpu else 0)
     # on a CPU the layer that is worked on is one of the model's
@@ -147,19 +152,62 @@ def tokens_of(windows: Windows) -> int:
 def travelling_bytes(skeleton: nn.Module, settings: QuantSettings, plan: Plan) -> tuple[int, int]:
     """Hidden states that are there before the first layer, and the most that go through the layers at once.
 
-    The first may live in files (see `utils.memory`). Without training one copy of the samples is only there until the
-    probe is made. With it there are more: the second target of `--aug_loss`, and pinned copies of inputs and targets
-    where training reads them from the host (see `quantize.training.placed`).
+    The first may live in files (see `utils.memory`). Where samples decide nothing one copy of them is only there until
+    the probe is made. With training there are more: the second target of `--aug_loss`, and pinned copies of inputs and
+    targets where training reads them from the host (see `quantize.training.placed`).
     """
     samples = prod(plan.calibration) if plan.quantizes(settings) else 0
     tokens = sample_copies(settings, plan.statistics) * samples
     tokens += tokens_of(plan.windows + plan.joining + plan.compared)
-    more = -1
+    more = 0 if settings.needs_samples else -1
     if settings.training is not None:
         more = settings.training.augmented
         more += (2 + settings.training.augmented) * (plan.on_gpu and settings.training.offload)
     begun, walking = (hidden_bytes(number, skeleton, plan.held) for number in (tokens, tokens + more * samples))
     return begun, walking
+
+
+def rows_bytes(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> int:
+    """What the samples give the linears of a layer, on the host: of the widest group, and of all for the target.
+
+    See `quantize.samples`: rows of several inputs (experts) are put together, as those for the target are, in a copy.
+    """
+    if not (plan.quantizes(settings) and settings.reads_rows):
+        return 0
+    most = 0
+    for index, layer in enumerate(spec.decoder_layers(skeleton)):
+        widths, inputs = [], []
+        for group in spec.at(index).groups:
+            inputs.append(len(group.inputs))
+            widths.append(inputs[-1] * layer.get_submodule(group.linears[0]).in_features)
+        now = max(width * (1 + (number > 1)) for width, number in zip(widths, inputs, strict=True))
+        most = max(most, now + (sum(widths) if settings.aims_at_teacher else 0))
+    return plan.held.itemsize * prod(plan.calibration) * most
+
+
+def heads_bytes(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> int:
+    """The q, k and v of some tokens that a layer is looked at by, in float32, in pieces and as one.
+
+    See `quantize.samples`.
+    """
+    if not (plan.quantizes(settings) and settings.views_layers):
+        return 0
+    attention = spec.decoder_layers(skeleton)[0].get_submodule(spec.attention)
+    heads = attention.config.num_attention_heads + 2 * attention.config.num_key_value_heads
+    return 2 * WIDE * min(prod(plan.calibration), HEAD_TOKENS) * heads * attention.head_dim
+
+
+def rounding_bytes(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> int:
+    """What rounding a group of linears by their inputs needs beside the layer, at the worst moment.
+
+    Squares of its width in float64: the Hessian and what factorising it makes; and copies of its weights, in float64
+    while a target is aimed at (see `quantize.gptq` and `quantize.rounding`).
+    """
+    most = 0
+    for _, members in groups_of(skeleton, spec):
+        squares = 2 * WIDE * SQUARES * members[0].in_features ** 2
+        most = max(most, squares + WIDE * GROUP_COPIES * count(linear.weight for linear in members))
+    return most if settings.rounds_by_data else 0
 
 
 def layer_work(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> int:
@@ -178,7 +226,7 @@ def layer_work(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, 
         own = codes + held * largest if plan.saved else floats
         return own + activation_bytes(batch(plan.windows), width, held, plan.saved and rounded)
     probe, samples = probe_tokens(settings, plan), (plan.calibration,)
-    observed = plan.compared + samples * (plan.statistics or settings.training is not None)
+    observed = plan.compared + samples * (plan.statistics or settings.needs_samples)
     moments = [
         floats + activation_bytes(batch(observed), width, held, rounded=False),
         wide + max(WEIGHT_COPIES * WIDE * largest, SEARCH_COPIES * WIDE * probe * width),
@@ -186,18 +234,26 @@ def layer_work(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, 
         codes + floats + activation_bytes(probe, width, held, rounded),  # decoded once, for everything that is advanced
         codes + held * largest + activation_bytes(batch(plan.windows), width, held, rounded),
     ]
+    if settings.needs_samples:
+        moments.append(codes + floats + activation_bytes(batch(samples), width, held, rounded))
+    if settings.reads_rows:
+        part = min(prod(plan.calibration), ROWS_AT_ONCE)
+        moments.append(wide + activation_bytes(part, width, WIDE, rounded))
+        heads = heads_bytes(skeleton, spec, settings, plan) * plan.on_gpu
+        moments.append(wide + heads + rounding_bytes(skeleton, spec, settings))
     if plan.joining:  # the weights before they were rounded are kept beside what the codes are decoded to
         moments.append(codes + 2 * floats + activation_bytes(batch(plan.windows), width, held, rounded))
     if settings.training is not None:
         sample = settings.training.batch_size * plan.calibration[1]
         moments.append((1 + TRAINING_COPIES) * wide + TRAINING_ACTIVATIONS * WIDE * sample * width)
-        moments.append(codes + floats + activation_bytes(batch(samples), width, held, rounded))
     return max(moments)
 
 
 def probe_tokens(settings: QuantSettings, plan: Plan) -> int:
     """Tokens of the activation that is searched on (see `quantize.quantization.make_probe`)."""
     samples, length = plan.calibration
+    if settings.probe is Probe.PEAKS:
+        return min(settings.probe_tokens, samples * length)
     return length * min(samples, PROBE_SAMPLES if settings.probe is Probe.SAMPLE else 1)
 
 

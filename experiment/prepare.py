@@ -72,6 +72,10 @@ def prepare(settings: RunSettings) -> Prepared:
         check_shapes(setup.skeleton, setup.spec, quant)
     if 0 < setup.calibration[0] < world_size():
         raise InputError(f"--nsamples {setup.calibration[0]}: fewer than the {world_size()} processes that share them")
+    looks = (quant.views_layers or quant.reads_rows) and setup.calibration[0] > 0
+    if looks and quant.training is not None and quant.training.batch_size < world_size():
+        batch = f"--batch_size {quant.training.batch_size}"
+        raise InputError(f"{batch}: leaves some of the {world_size()} processes without samples to decide by")
     if settings.evaluation.sensitivity.asked and quant.bits.untouched:
         raise InputError("--sensitivity: 16-bit weights and activations leave nothing to spend bits on; drop the flag")
     if settings.report.report:

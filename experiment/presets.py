@@ -16,11 +16,28 @@ SEARCH = {"max_rotation_step": 256, "permutation_times": 1}
 PAPER = {**W4A4, "smooth": True, "alpha": 0.6, "lac": 0.9, "swc": 0.8, **SEARCH}
 PAPER_LWC = {**W4A4, "smooth": True, "alpha": 0.5, "lac": 0.9, "lwc": True, "epochs": 20, **SEARCH}
 
+BEST = {
+    **W4A4,
+    "smooth": True,
+    "alpha": 0.5,
+    "smooth_measure": "energy",
+    "lac": "search",
+    "swc": "search",
+    "rounding": "gptq",
+    "gptq_target": 0.5,
+    "channel_shift": True,
+    "key_mean": True,
+    "value_rotation": True,
+    "head_transform": "balanced",
+    "transform": "two_hadamard",
+}
+BEST_TRAINED = {**BEST, "train": "transform", "epochs": 4}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "paper_lwc": PAPER_LWC,
-    "best": {**PAPER},
-    "best_trained": {**PAPER_LWC},
+    "best": BEST,
+    "best_trained": BEST_TRAINED,
 }
 ABOUT = {  # a line each, for --help
     "paper": "W4A4 as in the paper",

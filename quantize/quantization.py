@@ -123,7 +123,8 @@ class Flow:
         self.kwargs, self.device = calls.kwargs, device
         teacher = student = None
         if settings.needs_samples:
-            batch_size = settings.training.batch_size if settings.training is not None else 1
+            # of every batch that is trained on, else of all samples, each process has its part
+            batch_size = settings.training.batch_size if settings.training is not None else len(tokens)
             student = own_part_of(calls.hidden, batch_size, allocate)
         if settings.needs_teacher:
             teacher = student

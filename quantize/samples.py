@@ -111,6 +111,7 @@ def viewed(
             view.outputs = moment / weight - heads[:, :, None] * heads[:, None, :]
         if watch.rows is not None:
             view.rows[name] = torch.cat(watch.rows)
+            watch.rows.clear()  # or all of them would be there twice
     for name, kept in heads_watch.kept.items():
         view.heads[name] = torch.cat(gather(torch.cat(kept))).to(device)
 

@@ -94,7 +94,7 @@ class Probe(StrEnum):
 
 
 def clip_ratio(text: str) -> Ratio:
-    """What `--lac` and `--swc` say: a number, SEARCH, or the word for no clipping."""
+    """What `--lac` and `--swc` say: a number, SEARCH, or `none`, which takes out what a preset has."""
     if text == NONE:
         return None
     try:

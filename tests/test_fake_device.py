@@ -1,9 +1,11 @@
 """What only a GPU can show, without one: the real walk on fake tensors, where they are, and what waits for what."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from best_settings import EXTRAS, best
 from conftest import VOCABULARY, random_tokens, tiny_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,6 +17,7 @@ from evaluation.sensitivity import Variants
 from models import decoder_spec
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
+from quantize.refinements import RoundingSettings
 from quantize.settings import (
     BitSettings,
     ClipSettings,
@@ -141,6 +144,33 @@ def test_a_quantized_model_is_on_the_host_in_its_own_dtype(gpu, name, dtype, tra
     assert {tensor.device for tensor in tensors} == {CPU}
     assert bool(kept[0].state.clips) == trained
     assert traffic.launches > 10 * traffic.waits
+
+
+BEST = {
+    "best": best(),
+    "everything": best(gqa=GqaSmooth.FOLD, extras=EXTRAS["all"]),
+    "nearest, no target": best(rounding=RoundingSettings(), extras=EXTRAS["value rotation"]),
+    "peaks of values": replace(best(extras=EXTRAS["value rotation"]), smooth=SmoothSettings()),
+    "trained": best(clip=ClipSettings("search"), training=TrainingSettings(epochs=1), extras=EXTRAS["all"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "way"),
+    [*((name, HALF, "everything") for name in MODELS), *(("llama with GQA", BFLOAT, way) for way in BEST)],
+)
+def test_what_samples_decide_is_decided_on_the_device_and_kept_on_the_host(gpu, name, dtype, way):
+    model = MODELS[name](dtype)
+    _, kept = quantize(model, gpu, BEST[way])
+    assert places(model) == {CPU}
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    tensors = [tensor for layer in kept.values() for tensor in layer.state.tensors().values()]
+    assert {tensor.device for tensor in tensors} == {CPU}
+    assert kept[0].state.weights
+    kept = {index: FinishedLayer(layer.state.to(CPU), layer.figures) for index, layer in kept.items()}
+    model = MODELS[name](dtype)
+    quantize(model, gpu, BEST[way], finished={0: kept[0]})
+    assert places(model) == {CPU}
 
 
 def test_scales_that_heads_share_are_folded_on_the_device(gpu):

@@ -7,6 +7,7 @@ from math import prod
 
 import pytest
 import torch
+from best_settings import EXTRAS, best
 from conftest import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,8 +33,10 @@ from models.shards import open_shards
 from models.streaming import LayerReader, load_shell
 from quantize import transforms
 from quantize.quantization import Quantization
+from quantize.refinements import Rounding, RoundingSettings
 from quantize.settings import (
     BitSettings,
+    ClipSettings,
     Probe,
     QuantSettings,
     RotationSettings,
@@ -148,6 +151,12 @@ RUNS = {
     "activations left alone": (replace(QUANT, bits=BitSettings(4, 16)), PLAN),
     "trained": (TRAINED, replace(PLAN, calibration=(8, 64))),
     "trained twice": (replace(TRAINED, training=TrainingSettings(epochs=1, augmented=True)), PLAN),
+    "best": (best(), PLAN),
+    "best, few samples": (best(), replace(PLAN, calibration=(2, 64), windows=())),
+    "best without target": (best(rounding=RoundingSettings(Rounding.GPTQ)), replace(PLAN, windows=())),
+    "means alone": (replace(QUANT, extras=EXTRAS["key mean"]), PLAN),
+    "shift alone": (replace(QUANT, extras=EXTRAS["channel shift"]), PLAN),
+    "best, trained": (best(clip=ClipSettings("search"), training=TrainingSettings(epochs=1)), PLAN),
     "16 bits": (replace(QUANT, bits=BitSettings(16, 16)), Plan(torch.float32, False, (0, 256), ((8, 256),), (), False)),
 }
 

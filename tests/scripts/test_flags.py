@@ -30,12 +30,15 @@ FIRST = {
 ROLES = f"""--qbits 8|--kbits 8|--vbits 8|--act_group_size 64|--act_symmetric|--weight_symmetric|--lac_kv 0.9
 --act_scales s|--act_shifts t|--sensitivity|--sensitivity --sensitivity_windows 3
 {BOS}"""
+BEYOND = """--rounding gptq|--rounding gptq --gptq_damping 0.1|--gptq_target 0.5|--swc search|--lac search
+--smooth_measure energy|--channel_shift|--key_mean|--value_mean|--value_rotation|--head_transform balanced
+--probe peaks|--probe peaks --probe_tokens 64|--transform two_hadamard"""
 PRESET = """--preset paper|--preset best_trained|--preset paper --no_smooth|--swc 0.8 --lac none|--no_stream
 --smooth --no-smooth --eval_ppl|--preset paper --swc none"""
 COMPARED = "--preset paper|--no-smooth|--lwc --no_lwc --swc 0.8"
 LATER = {
-    "main": f"{ROLES}\n{PRESET}",
-    "compare": f"{ROLES}\n{COMPARED}",
+    "main": f"{ROLES}\n{PRESET}\n{BEYOND}",
+    "compare": f"{ROLES}\n{COMPARED}\n" + BEYOND.removesuffix("|--transform two_hadamard"),
     "generate_act_scale_shift": f"--scales_output_path s|--shifts_output_path t|{BOS}",
 }
 REQUIRED = {"compare": "--model other", "report": "run", "generate_act_scale_shift": "--model other"}

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import best_settings
 import pytest
 import torch
 from conftest import ROOT, run_script
@@ -77,6 +78,36 @@ def test_only_one_process_writes_and_speaks(both):
         "layer_000.safetensors",
         "layer_001.safetensors",
     ]
+
+
+BEST = (*best_settings.FLAGS, "--eval_ppl", "--net", "tiny", "--save_dir", "ck")
+
+
+def test_what_samples_decide_is_decided_by_those_of_all_processes(usual, tmp_path):
+    """Sums have another order, and codes near the middle of two values may go either way, no more."""
+    folders = alone, shared = [tmp_path / name for name in ("alone", "shared")]
+    for folder in folders:
+        folder.mkdir()
+    done = run_script("main.py", *usual, *BEST, folder=alone)
+    assert done.returncode == 0, done.stderr
+    done = launch(shared, *usual, *BEST)
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(folder / "ck/layers/layer_000.safetensors") for folder in folders)
+    assert first.keys() == second.keys()
+    for name in first:
+        if name.endswith(("shift", "mean", "groups.qkv.scale", "groups.qkv.rotations")):
+            torch.testing.assert_close(second[name], first[name], rtol=1e-3, atol=1e-4)
+    same = (first["weights.self_attn.q_proj.values"] == second["weights.self_attn.q_proj.values"]).float().mean()
+    assert same > 0.95
+    found = [results_of(folder)["perplexity"]["tokens"] for folder in folders]
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+
+
+def test_a_process_without_samples_to_decide_by_is_refused(usual, tmp_path):
+    trained = ("--swc", "none", "--lwc", "--epochs", 1, "--batch_size", 1)
+    done = launch(tmp_path, *usual, *best_settings.FLAGS, *trained)
+    assert done.returncode != 0
+    assert "--batch_size 1: leaves some of the 2 processes without samples" in done.stderr
 
 
 DIE = """

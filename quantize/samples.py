@@ -45,7 +45,9 @@ class _GroupWatch:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().flatten(0, -2)
         if self.rows is not None:
-            self.rows.append(x.cpu())
+            self.rows.append(
+                x.to("cpu", copy=True)
+            )  # a layer without a norm in front is given what will be written over
         x = widen(x)
         lengths = x.norm(dim=1, keepdim=True)
         lengths = lengths.masked_fill(lengths < 1e-12, torch.inf)  # a token of zeros has no direction, and no weight

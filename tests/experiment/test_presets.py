@@ -150,4 +150,4 @@ def test_whatever_a_preset_switches_on_can_be_taken_out(name, said):
     for each, value in PRESETS[name].items():
         off = way_off(RunSettings, each)
         if value is True or off is not None:
-            assert not flat(said(f"--preset {name} {off}"))[each]
+            assert not flat(said(f"--preset {name} {off}")).get(each)

@@ -195,9 +195,12 @@ def test_some_rows_are_spread_over_all_of_them():
 def test_means_and_moments_are_of_all_parts_together():
     a, b = (torch.randn(100, 5, generator=torch.Generator().manual_seed(seed)) + seed for seed in (1, 2))
     torch.testing.assert_close(mean_of(parts_of(a, CPU)), a.mean(dim=0))
-    found = moment_of(zip(parts_of(a, CPU), parts_of(b, CPU), strict=True))
+    found = moment_of(zip(parts_of(b, CPU), parts_of(a, CPU), strict=True))
     assert found.dtype == torch.float64
-    torch.testing.assert_close(found, a.double().T @ b.double() / 100, rtol=1e-5, atol=1e-6)
+    own, cross = found.tensor_split(2)
+    torch.testing.assert_close(own, b.double().T @ b.double() / 100, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cross, a.double().T @ b.double() / 100, rtol=1e-5, atol=1e-6)
+    assert torch.equal(moment_of((part,) for part in parts_of(b, CPU)), own)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -39,6 +39,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": BEST,
     "best_trained": BEST_TRAINED,
 }
+ABLATION: dict[str, dict[str, Any]] = {  # `best` with one thing done otherwise: what each part buys
+    "best_without_gptq": {"rounding": "nearest", "gptq_target": 0.0},
+    "best_without_target": {"gptq_target": 0.0},
+    "best_without_swc": {"swc": 0.9},
+    "best_without_lac": {"lac": 0.9},
+    "best_without_shift": {"channel_shift": False},
+    "best_without_key_mean": {"key_mean": False},
+    "best_without_value_rotation": {"value_rotation": False},
+    "best_without_balance": {"head_transform": "hadamard"},
+    "best_without_energy": {"smooth_measure": "peak", "alpha": 0.6},
+    "best_with_value_mean": {"value_mean": True},
+    "best_hadamard": {"transform": "hadamard"},
+    "best_dual": {"transform": "dual"},
+}
 ABOUT = {  # a line each, for --help
     "paper": "W4A4 as in the paper",
     "paper_lwc": "W4A4 as in the paper, clipping trained",

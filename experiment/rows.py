@@ -8,21 +8,19 @@ from typing import ClassVar
 from evaluation.base import FULL
 from evaluation.settings import EvaluationSettings
 from experiment.options import CalibrationSettings, ModelSettings, StatisticsFiles, TrackSettings
-from experiment.presets import PresetSettings
-from quantize.refinements import HeadTransform
+from experiment.presets import ABLATION, BEST, PRESETS, PresetSettings
+from quantize.refinements import HeadTransform, Rounding
 from quantize.settings import BitSettings, QuantSettings, SmoothSettings, TrainingSettings, Transform, check_seed
 from utils.errors import InputError
-from utils.settings import Changes, option, part
+from utils.settings import Changes, from_flat, option, part
 
 RTN, SMOOTH = "rtn", "smooth"
 FULL_TITLE = "full precision"
-ROWS = (
-    FULL,
-    RTN,
-    SMOOTH,
-    *map(str, (Transform.HADAMARD, Transform.TWO_HADAMARD, Transform.ROTATION, Transform.PERMUTATION)),
-)
-ROWS += tuple(map(str, (Transform.ROTATION_PERMUTATION, Transform.DUAL)))  # the order of every table
+PLAIN = (FULL, RTN, SMOOTH, *map(str, (Transform.HADAMARD, Transform.ROTATION, Transform.PERMUTATION)))
+PLAIN += tuple(map(str, (Transform.ROTATION_PERMUTATION, Transform.DUAL)))
+WHOLE = {**PRESETS, **{name: BEST | changes for name, changes in ABLATION.items()}}  # rows with settings of their own
+GROUPS = {"ablation": (FULL, "paper", "best", *ABLATION)}  # rows by one name
+ROWS = (*PLAIN, str(Transform.TWO_HADAMARD), *WHOLE)  # the order of every table
 
 PARTS = {
     Transform.HADAMARD: "Hadamard rotation",
@@ -62,9 +60,11 @@ class ComparisonSettings:
 
     rows: tuple[str, ...] | None = option(
         None,
-        "which rows (default: all); full is the full-precision model",
+        "which rows (default: from full to dual); full is the full-precision model; presets, and best with one part "
+        "done otherwise, take bits and seeds from the other flags and nothing else; ablation: full, paper and all of "
+        "the latter",
         changes=Changes.NOTHING,
-        choices=ROWS,
+        choices=(*ROWS, *GROUPS),
     )
     seeds: tuple[int, ...] | None = option(
         None,
@@ -98,11 +98,13 @@ class CompareSettings:
 
     @property
     def row_names(self) -> tuple[str, ...]:
-        """The rows that are wanted, by default all there can be. Raises InputError for one that cannot be."""
+        """The rows that are wanted, by default all plain ones. Raises InputError for one that cannot be."""
         rows, smooths = self.comparison.rows, self.quant.smooth is not None
         if not smooths and SMOOTH in (rows or ()):
             raise InputError("--rows smooth is the row that only smooths: drop it or --no_smooth")
-        return rows or tuple(row for row in ROWS if smooths or row != SMOOTH)
+        if rows:
+            return tuple(each for row in rows for each in GROUPS.get(row, (row,)))
+        return tuple(row for row in PLAIN if smooths or row != SMOOTH)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -121,12 +123,12 @@ class Row:
     @property
     def title(self) -> str:
         """What it is called in tables."""
-        return method_name(self.quant)
+        return self.name if self.name in WHOLE else method_name(self.quant)
 
     @property
     def full_title(self) -> str:
         """The same with the bit widths."""
-        return full_title(self.quant)
+        return f"{self.name} {self.bits}" if self.name in WHOLE else full_title(self.quant)
 
     @property
     def key(self) -> str:
@@ -145,13 +147,14 @@ def plan_rows(
     """The rows called `names`, in the order of the table, each with every seed that matters to it.
 
     `quant` has the quantizers and, if anything is to be smoothed, the smoothing. With `training` every quantized row is
-    followed by the same one with learned weight clipping in place of `--swc`.
+    followed by the same one with learned weight clipping in place of `--swc`, but for those that have settings of their
+    own.
     """
     rows = []
     for name in (name for name in ROWS if name in names):
         config = row_config(name, quant)
         configs = {name: config}
-        if training is not None and name != FULL:
+        if training is not None and name != FULL and name not in WHOLE:
             configs[f"{name}_lwc"] = replace(config, training=training, clip=replace(config.clip, weight_ratio=None))
         for key, each in configs.items():
             if depends_on_seed(each):
@@ -162,7 +165,9 @@ def plan_rows(
 
 
 def row_config(name: str, quant: QuantSettings) -> QuantSettings:
-    """The settings of one row: those of `quant` but for what the row is about."""
+    """The settings of one row: those of `quant` but for what the row is about, or its own at the bits of `quant`."""
+    if name in WHOLE:
+        return replace(from_flat(QuantSettings, WHOLE[name]), bits=quant.bits)
     transform = Transform.NONE if name in (FULL, RTN, SMOOTH) else Transform(name)
     extras = quant.extras if transform.rotates else replace(quant.extras, head_transform=HeadTransform.HADAMARD)
     quant = replace(quant, transform=transform, extras=extras)  # heads are balanced where they are rotated
@@ -187,6 +192,10 @@ def method_name(quant: QuantSettings) -> str:
         name = "DuQuant" if quant.smooth else "DuQuant without smoothing"
     else:
         name = f"smoothing + {PARTS[quant.transform]}" if quant.smooth else PARTS[quant.transform]
+    if quant.rounding.rounding is Rounding.GPTQ:
+        name = f"{name} + GPTQ"
+    if quant.learns_transform:
+        return f"{name}, trained"
     return f"{name} + LWC" if quant.training is not None else name
 
 

@@ -63,7 +63,7 @@ def describe_training(training: dict | None) -> str:
     if training is None:
         return ""
     told = (
-        f", clipping loss {training['loss_before']:.3e} → {training['loss_after']:.3e} in {training['seconds']:.1f} s"
+        f", training loss {training['loss_before']:.3e} → {training['loss_after']:.3e} in {training['seconds']:.1f} s"
     )
     norms = training["gradient_norms"]
     if norms and norms[-1] is not None:

@@ -206,6 +206,17 @@ def start_flags_from(parser: argparse.ArgumentParser, cls: type, values: Mapping
     parser.set_defaults(**{name: value for name, value in typed.items() if name in there})
 
 
+def from_flat(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """The settings that have these `values` (setting's or switch's name → plain value), and else their defaults.
+
+    Raises ValueError for a name that is no setting, and what the class raises for values that cannot be.
+    """
+    parser = argparse.ArgumentParser()
+    add_flags(parser, cls)
+    start_flags_from(parser, cls, values)
+    return from_flags(cls, parser.parse_args([]))
+
+
 def way_off(cls: type, name: str) -> str | None:
     """What turns off the setting or switch of that name on the command line; None if only another value does."""
     kind = _kinds(cls)[name]

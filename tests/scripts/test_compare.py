@@ -347,7 +347,7 @@ def test_an_evaluation_that_fails_leaves_its_row_unfinished_and_is_all_that_is_t
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--rows", "best"), "--rows"),
+        (("--rows", "bset"), "--rows"),
         (("--seeds", -1), "--seeds -1: must be between 0 and"),
         (("--wbits", 16, "--abits", 16), "nothing is quantized"),
         (("--no_smooth", "--rows", "smooth"), "--rows smooth is the row that only smooths"),

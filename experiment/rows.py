@@ -192,10 +192,11 @@ def row_config(name: str, quant: QuantSettings) -> QuantSettings:
         return preset_quant(PRESETS["best"] | VARIANTS[name].changes, quant)
     if name in PRESETS:
         return preset_quant(PRESETS[name], quant)
-    if name in (FULL, RTN):  # each weight and activation by itself: of all settings those of the quantizers
-        bits = BitSettings(16, 16) if name == FULL else quant.bits
+    if name == FULL:
+        return QuantSettings(BitSettings(16, 16), transform=Transform.NONE, seed=quant.seed)
+    if name == RTN:  # each weight and activation by itself: of all settings those of the quantizers
         plain = {"smooth": None, "rounding": RoundingSettings(), "extras": ExtraSettings(), "probe": Probe.MEAN}
-        return replace(quant, bits=bits, transform=Transform.NONE, **plain)
+        return replace(quant, transform=Transform.NONE, **plain)
     transform = Transform.NONE if name == SMOOTH else Transform(name)
     extras = quant.extras if transform.rotates else replace(quant.extras, head_transform=HeadTransform.HADAMARD)
     probe = Probe.MEAN if transform is Transform.NONE else quant.probe  # where nothing is searched

@@ -102,7 +102,7 @@ def test_rows_have_the_transforms_they_are_named_after(whole):
         for name, [row] in rows_of(whole[0]).items()
     }
     smoothed = ["input", "smoothed"]
-    two = [*smoothed, "Hadamard 1", "permutation", "Hadamard 2"]
+    two = [*smoothed, "Hadamard 1", "permutation 1", "Hadamard 2"]
     assert stages == {
         "full": None,
         "rtn": ["input"],

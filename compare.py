@@ -1,9 +1,9 @@
 """Compare ways to quantize one model, or runs that are finished.
 
-With --model: round-to-nearest, smoothing, a Hadamard rotation, the parts of DuQuant and all of it, with the same
-quantizers, data and seeds, beside the full-precision model. Leaves table.md, table.csv, comparison.png and .svg,
-results.json and log.txt in a folder in OUTPUT_DIR that is named after the settings; every finished row is kept in
-rows/ there, and the same command, started again, computes what is missing.
+With --model: round-to-nearest, smoothing, Hadamard rotations, the parts of DuQuant and all of it, with the same
+quantizers, data and seeds, beside the full-precision model and whole presets at the same bits. Leaves table.md,
+table.csv, comparison.png and .svg, results.json and log.txt in a folder in OUTPUT_DIR that is named after the settings;
+every finished row is kept in rows/ there, and the same command, started again, computes what is missing.
 
 With folders of runs of main.py: their figures side by side, and every setting that differs.
 """
@@ -19,6 +19,7 @@ from utils.settings import add_flags
 EXAMPLES = """examples:
   python compare.py --model meta-llama/Llama-2-7b-hf --preset paper --eval_ppl
   python compare.py --model DIR --rows full rtn smooth dual --seeds 2 3 4 --abits 4 --eval_ppl
+  python compare.py --model DIR --preset best --rows ablation --eval_ppl
   python compare.py output/RUN_A output/RUN_B
 """
 

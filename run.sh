@@ -19,4 +19,4 @@ if [ -n "${MODEL:-}" ]; then
 elif [[ " $* " == *" --report"* ]]; then
     exec "$PYTHON" main.py "${bundled[@]}" "${settings[@]}" "$@"
 fi
-exec "$PYTHON" compare.py "${bundled[@]}" "${settings[@]}" --rows full rtn smooth hadamard dual "$@"
+exec "$PYTHON" compare.py "${bundled[@]}" "${settings[@]}" --rows full rtn smooth hadamard dual best "$@"

@@ -23,7 +23,7 @@ from experiment.tracking import Tracker, check_tracking, open_tracker
 from models.load import model_fingerprint
 from quantize.observer import LayerLog
 from quantize.quantization import check_shapes, other_blocks
-from quantize.settings import Transform
+from quantize.settings import SmoothMeasure, Transform
 from quantize.statistics import load_scales
 from quantize.walk import layers_in_memory
 from reporting.picture import draw
@@ -144,12 +144,14 @@ def row_identity(row: Row, setups: dict[int, Setup], statistics: str) -> dict[st
     made = flat(quant, Changes.LAYERS)
     if row.seed is None:
         del made["seed"]
-    for name in flat(quant.rotation) | {"probe": None} if quant.transform is Transform.NONE else ():
+    idle = (*flat(quant.rotation), "probe", "probe_tokens") if quant.transform is Transform.NONE else ()
+    for name in idle:
         del made[name]
     identity: dict[str, object] = {"quantization": made}
     if row.seed is not None:
         identity["calibration"] = data_fingerprint(setups[row.seed].tokens)
-    return identity | ({"activation statistics": statistics} if quant.smooth else {})
+    by_peaks = quant.smooth is not None and quant.smooth.measure is SmoothMeasure.PEAK
+    return identity | ({"activation statistics": statistics} if by_peaks else {})
 
 
 def read_row(comparison: Comparison, row: Row) -> dict | None:

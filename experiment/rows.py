@@ -8,19 +8,33 @@ from typing import ClassVar
 from evaluation.base import FULL
 from evaluation.settings import EvaluationSettings
 from experiment.options import CalibrationSettings, ModelSettings, StatisticsFiles, TrackSettings
-from experiment.presets import ABLATION, BEST, PRESETS, PresetSettings
-from quantize.refinements import HeadTransform, Rounding
-from quantize.settings import BitSettings, QuantSettings, SmoothSettings, TrainingSettings, Transform, check_seed
+from experiment.presets import PRESETS, VARIANTS, PresetSettings, preset_of, preset_quant
+from quantize.refinements import SEARCH, ExtraSettings, HeadTransform, Rounding, RoundingSettings
+from quantize.settings import (
+    BitSettings,
+    Probe,
+    QuantSettings,
+    SmoothMeasure,
+    SmoothSettings,
+    TrainingSettings,
+    Transform,
+    check_seed,
+)
 from utils.errors import InputError
-from utils.settings import Changes, from_flat, option, part
+from utils.settings import Changes, option, part
 
 RTN, SMOOTH = "rtn", "smooth"
 FULL_TITLE = "full precision"
-PLAIN = (FULL, RTN, SMOOTH, *map(str, (Transform.HADAMARD, Transform.ROTATION, Transform.PERMUTATION)))
-PLAIN += tuple(map(str, (Transform.ROTATION_PERMUTATION, Transform.DUAL)))
-WHOLE = {**PRESETS, **{name: BEST | changes for name, changes in ABLATION.items()}}  # rows with settings of their own
-GROUPS = {"ablation": (FULL, "paper", "best", *ABLATION)}  # rows by one name
-ROWS = (*PLAIN, str(Transform.TWO_HADAMARD), *WHOLE)  # the order of every table
+TRANSFORM_ROWS = (  # the shared settings with this transform
+    *(Transform.HADAMARD, Transform.TWO_HADAMARD, Transform.ROTATION, Transform.PERMUTATION),
+    *(Transform.ROTATION_PERMUTATION, Transform.DUAL),
+)
+PLAIN_ROWS = (FULL, RTN, SMOOTH, *map(str, TRANSFORM_ROWS))
+ROWS = (*PLAIN_ROWS, *PRESETS, *VARIANTS)  # the order of every table
+GROUPS = {  # rows by one name
+    "usual": (*PLAIN_ROWS, "best"),
+    "ablation": (FULL, "paper", "best", *VARIANTS),
+}
 
 PARTS = {
     Transform.HADAMARD: "Hadamard rotation",
@@ -60,11 +74,16 @@ class ComparisonSettings:
 
     rows: tuple[str, ...] | None = option(
         None,
-        "which rows (default: from full to dual); full is the full-precision model; presets, and best with one part "
-        "done otherwise, take bits and seeds from the other flags and nothing else; ablation: full, paper and all of "
-        "the latter",
+        "which rows, by default usual:\n"
+        f"  {', '.join(PLAIN_ROWS)}: full precision, round-to-nearest, smoothing alone, and the settings given with "
+        "each transform\n"
+        f"  {', '.join(PRESETS)}: that preset, whatever is given, but for settings of bits and the block size\n"
+        f"  {', '.join(VARIANTS)}: the preset best but for one part\n"
+        "  usual: the first line and best\n"
+        "  ablation: full, paper, best, and best but for each part",
         changes=Changes.NOTHING,
         choices=(*ROWS, *GROUPS),
+        metavar="ROW",
     )
     seeds: tuple[int, ...] | None = option(
         None,
@@ -98,13 +117,15 @@ class CompareSettings:
 
     @property
     def row_names(self) -> tuple[str, ...]:
-        """The rows that are wanted, by default all plain ones. Raises InputError for one that cannot be."""
-        rows, smooths = self.comparison.rows, self.quant.smooth is not None
-        if not smooths and SMOOTH in (rows or ()):
+        """The rows that are wanted, each once, without one of a group that cannot be.
+
+        Raises InputError for one that was named and cannot be.
+        """
+        asked, smooths = self.comparison.rows or ("usual",), self.quant.smooth is not None
+        if not smooths and SMOOTH in asked:
             raise InputError("--rows smooth is the row that only smooths: drop it or --no_smooth")
-        if rows:
-            return tuple(each for row in rows for each in GROUPS.get(row, (row,)))
-        return tuple(row for row in PLAIN if smooths or row != SMOOTH)
+        names = dict.fromkeys(row for name in asked for row in GROUPS.get(name, (name,)))
+        return tuple(row for row in names if smooths or row != SMOOTH)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -122,13 +143,15 @@ class Row:
 
     @property
     def title(self) -> str:
-        """What it is called in tables."""
-        return self.name if self.name in WHOLE else method_name(self.quant)
+        """What it is called in tables: by its preset, or by what is done."""
+        if self.name in VARIANTS:
+            return VARIANTS[self.name].title
+        return f"preset {self.name}" if self.name in PRESETS else describe_method(self.quant)
 
     @property
     def full_title(self) -> str:
         """The same with the bit widths."""
-        return f"{self.name} {self.bits}" if self.name in WHOLE else full_title(self.quant)
+        return self.title if self.quant.bits.untouched else f"{self.title} {self.bits}"
 
     @property
     def key(self) -> str:
@@ -146,15 +169,14 @@ def plan_rows(
 ) -> tuple[Row, ...]:
     """The rows called `names`, in the order of the table, each with every seed that matters to it.
 
-    `quant` has the quantizers and, if anything is to be smoothed, the smoothing. With `training` every quantized row is
-    followed by the same one with learned weight clipping in place of `--swc`, but for those that have settings of their
-    own.
+    `quant` has the quantizers and, if anything is to be smoothed, the smoothing. With `training` every quantized row
+    that is not a preset is followed by the same one with learned weight clipping in place of `--swc`.
     """
     rows = []
     for name in (name for name in ROWS if name in names):
         config = row_config(name, quant)
         configs = {name: config}
-        if training is not None and name != FULL and name not in WHOLE:
+        if training is not None and name in PLAIN_ROWS and name != FULL:
             configs[f"{name}_lwc"] = replace(config, training=training, clip=replace(config.clip, weight_ratio=None))
         for key, each in configs.items():
             if depends_on_seed(each):
@@ -165,15 +187,20 @@ def plan_rows(
 
 
 def row_config(name: str, quant: QuantSettings) -> QuantSettings:
-    """The settings of one row: those of `quant` but for what the row is about, or its own at the bits of `quant`."""
-    if name in WHOLE:
-        return replace(from_flat(QuantSettings, WHOLE[name]), bits=quant.bits)
-    transform = Transform.NONE if name in (FULL, RTN, SMOOTH) else Transform(name)
-    extras = quant.extras if transform.rotates else replace(quant.extras, head_transform=HeadTransform.HADAMARD)
-    quant = replace(quant, transform=transform, extras=extras)  # heads are balanced where they are rotated
+    """The settings of one row: a preset's, or those of `quant` but for what the row is about."""
+    if name in VARIANTS:
+        return preset_quant(PRESETS["best"] | VARIANTS[name].changes, quant)
+    if name in PRESETS:
+        return preset_quant(PRESETS[name], quant)
     if name == FULL:
-        return replace(quant, bits=BitSettings(16, 16), smooth=None)
-    return replace(quant, smooth=None) if name == RTN else quant
+        return QuantSettings(BitSettings(16, 16), transform=Transform.NONE, seed=quant.seed)
+    if name == RTN:  # each weight and activation by itself: of all settings those of the quantizers
+        plain = {"smooth": None, "rounding": RoundingSettings(), "extras": ExtraSettings(), "probe": Probe.MEAN}
+        return replace(quant, transform=Transform.NONE, **plain)
+    transform = Transform.NONE if name == SMOOTH else Transform(name)
+    extras = quant.extras if transform.rotates else replace(quant.extras, head_transform=HeadTransform.HADAMARD)
+    probe = Probe.MEAN if transform is Transform.NONE else quant.probe  # where nothing is searched
+    return replace(quant, transform=transform, extras=extras, probe=probe)  # heads are balanced where they are rotated
 
 
 def depends_on_seed(quant: QuantSettings) -> bool:
@@ -183,20 +210,45 @@ def depends_on_seed(quant: QuantSettings) -> bool:
 
 
 def method_name(quant: QuantSettings) -> str:
-    """What these settings are called in a table."""
+    """What these settings are called in a table: by the preset that goes beyond the paper, or by what is done."""
+    preset = preset_of(quant)
+    return f"preset {preset}" if preset and not quant.bits.untouched else describe_method(quant)
+
+
+def describe_method(quant: QuantSettings) -> str:
+    """What is done: smoothing and transform, what goes beyond the paper, and training."""
     if quant.bits.untouched:
         return FULL_TITLE
-    if quant.transform is Transform.NONE:
-        name = "smoothing only" if quant.smooth else "round-to-nearest"
-    elif quant.transform is Transform.DUAL:
-        name = "DuQuant" if quant.smooth else "DuQuant without smoothing"
+    beyond = refinements(quant)
+    smoothing = "energy smoothing" if quant.smooth and quant.smooth.measure is SmoothMeasure.ENERGY else "smoothing"
+    if quant.transform is Transform.DUAL:
+        parts = ["DuQuant" if quant.smooth else "DuQuant without smoothing"]
+        parts += [smoothing] if smoothing != "smoothing" else []
+    elif quant.transform is Transform.NONE and not quant.smooth:
+        parts = [] if "GPTQ" in beyond else ["round-to-nearest"]
+    elif quant.transform is Transform.NONE:
+        parts = [smoothing if beyond else f"{smoothing} only"]
     else:
-        name = f"smoothing + {PARTS[quant.transform]}" if quant.smooth else PARTS[quant.transform]
-    if quant.rounding.rounding is Rounding.GPTQ:
-        name = f"{name} + GPTQ"
+        parts = [smoothing] if quant.smooth else []
+        parts.append(PARTS[quant.transform])
+    parts += [", ".join(beyond)] if beyond else []
     if quant.learns_transform:
-        return f"{name}, trained"
-    return f"{name} + LWC" if quant.training is not None else name
+        return f"{' + '.join(parts)}, trained"
+    return " + ".join([*parts, *(["LWC"] if quant.training is not None else [])])
+
+
+def refinements(quant: QuantSettings) -> list[str]:
+    """Short names of what goes beyond the paper, smoothing aside."""
+    extras, clip = quant.extras, quant.clip
+    shifts = extras.channel_shift or extras.key_mean or extras.value_mean
+    heads = extras.value_rotation or extras.head_transform is HeadTransform.BALANCED
+    named = {
+        "GPTQ": quant.rounding.rounding is Rounding.GPTQ,
+        "searched clips": SEARCH in (clip.activation_ratio, clip.weight_ratio),
+        "shifts": shifts,
+        "heads": heads,
+    }
+    return [name for name, there in named.items() if there]
 
 
 def full_title(quant: QuantSettings) -> str:

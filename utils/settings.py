@@ -197,24 +197,8 @@ def start_flags_from(parser: argparse.ArgumentParser, cls: type, values: Mapping
     What has no flag there keeps its own. Raises ValueError for a name that is no setting of `cls`, and for a value that
     is not of its type.
     """
-    kinds = _kinds(cls)
-    unknown = sorted(set(values) - set(kinds))
-    if unknown:
-        raise ValueError(f"{unknown[0]} is no setting of {cls.__name__}")
     there = {action.dest for action in parser._actions}
-    typed = {destination(name): _typed(kinds[name], value) for name, value in values.items()}
-    parser.set_defaults(**{name: value for name, value in typed.items() if name in there})
-
-
-def from_flat(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """The settings that have these `values` (setting's or switch's name → plain value), and else their defaults.
-
-    Raises ValueError for a name that is no setting, and what the class raises for values that cannot be.
-    """
-    parser = argparse.ArgumentParser()
-    add_flags(parser, cls)
-    start_flags_from(parser, cls, values)
-    return from_flags(cls, parser.parse_args([]))
+    parser.set_defaults(**{name: value for name, value in _by_destination(cls, values).items() if name in there})
 
 
 def way_off(cls: type, name: str) -> str | None:
@@ -239,6 +223,24 @@ def from_flags(cls: type[Settings], flags: argparse.Namespace) -> Settings:
             value = getattr(flags, destination(_name(field)), field.default)
             values[field.name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
+
+
+def from_flat(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """The settings with these `values` (setting's or switch's name → plain value, as `flat` gives them).
+
+    What is not named has its default. Raises what `start_flags_from` raises, and what the class raises for values that
+    cannot be.
+    """
+    return from_flags(cls, argparse.Namespace(**_by_destination(cls, values)))
+
+
+def _by_destination(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Where argparse keeps a setting or switch → its value, of plain `values` by name."""
+    kinds = _kinds(cls)
+    unknown = sorted(set(values) - set(kinds))
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no setting of {cls.__name__}")
+    return {destination(name): _typed(kinds[name], value) for name, value in values.items()}
 
 
 def _add(parser: argparse.ArgumentParser, group: Any, cls: type, leave_out: Sequence[str], held: Any) -> None:

@@ -15,16 +15,20 @@ from safetensors.torch import save_file
 from script_cases import FAIL_ONCE, assert_refused, kill_at, results_of, snapshot, the_run
 from starter import shared_starter
 
+from experiment.presets import VARIANTS
+
 TINY = ("--block_size", 16, "--max_rotation_step", 20, "--wbits", 4, "--abits", 4, "--lac", 0.95, "--net", "tiny")
 ROWS = {
     "full": "full precision",
     "rtn": "round-to-nearest",
     "smooth": "smoothing only",
     "hadamard": "smoothing + Hadamard rotation",
+    "two_hadamard": "smoothing + two Hadamard rotations",
     "rotation": "smoothing + rotation",
     "permutation": "smoothing + permutation",
     "rotation_permutation": "smoothing + rotation + permutation",
     "dual": "DuQuant",
+    "best": "preset best",
 }
 
 
@@ -85,10 +89,10 @@ def test_every_row_is_measured_in_the_order_of_the_table(whole):
     rows = results_in(table_in(whole[0]))["rows"]
     assert {row["row"]: row["title"] for row in rows} == ROWS
     assert [row["row"] for row in rows] == list(ROWS)
-    assert [row["bits"] for row in rows] == ["–", *["W4A4"] * 7]
+    assert [row["bits"] for row in rows] == ["–", *["W4A4"] * (len(ROWS) - 1)]
     assert len({row["perplexity"]["tokens"] for row in rows}) == len(rows), "no two rows do the same"
     table = [line.split("|")[1].strip() for line in whole[1].stdout.splitlines() if line.startswith("| ")]
-    assert table == ["", ":" + "-" * 33, *ROWS.values()]
+    assert table == ["", ":" + "-" * (max(map(len, ROWS.values())) - 1), *ROWS.values()]
     assert results_in(table_in(whole[0]))["error"] is None
 
 
@@ -98,15 +102,18 @@ def test_rows_have_the_transforms_they_are_named_after(whole):
         for name, [row] in rows_of(whole[0]).items()
     }
     smoothed = ["input", "smoothed"]
+    two = [*smoothed, "Hadamard 1", "permutation 1", "Hadamard 2"]
     assert stages == {
         "full": None,
         "rtn": ["input"],
         "smooth": smoothed,
         "hadamard": [*smoothed, "Hadamard"],
+        "two_hadamard": two,
         "rotation": [*smoothed, "rotation 1"],
         "permutation": [*smoothed, "permutation 1"],
         "rotation_permutation": [*smoothed, "rotation 1", "permutation 1"],
         "dual": [*smoothed, "rotation 1", "permutation 1", "rotation 2"],
+        "best": two,
     }
 
 
@@ -117,6 +124,16 @@ def test_rows_are_bit_for_bit_what_main_finds(whole, runs):
     assert rows["dual"][0]["perplexity_details"] == ours["perplexity_details"]
     assert rows["dual"][0]["layers"] == ours["layers"]
     assert ours["perplexity_details"]["tokens"]["divergence"] > 0
+
+
+def test_a_row_that_is_a_preset_is_what_main_finds_with_it_whatever_else_is_given(whole, usual, tmp_path):
+    block_size, data = TINY[:2], usual[: -len(TINY) - 1]
+    alone = run_script("main.py", *data, "--preset", "best", *block_size, "--eval_ppl", "--eval_kl", folder=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    ours, [row] = results_of(tmp_path), rows_of(whole[0])["best"]
+    assert row["perplexity_details"] == ours["perplexity_details"]
+    assert row["layers"] == ours["layers"]
+    assert ours["method"] == row["title"] == "preset best"
 
 
 def test_the_activation_statistics_are_computed_once(whole):
@@ -266,6 +283,34 @@ def test_seeds_give_mean_and_sample_deviation_where_a_row_depends_on_them(usual,
     assert results_of(tmp_path, "tiny_w4a4_[!c]*")["perplexity"] == rows["dual"][2]["perplexity"]
 
 
+def test_the_ablation_measures_best_but_for_each_part_at_the_bits_given_and_goes_on_where_it_was(usual, tmp_path):
+    flags = ("--rows", "ablation", "--wbits", 3, "--seed", 7)
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = the_run(tmp_path / "output", "tiny_w3a4_compare*")
+    rows = results_in(folder)["rows"]
+    assert [row["row"] for row in rows] == ["full", "paper", "best", *VARIANTS]
+    assert [row["title"] for row in rows[3:]] == [each.title for each in VARIANTS.values()]
+    assert {(row["bits"], row["seed"]) for row in rows[1:]} == {("W3A4", 7)}
+    assert len({row["perplexity"]["tokens"] for row in rows}) == len(rows), "every part does something"
+    (folder / "rows/best_without_gptq_seed7.json").unlink()
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("from an earlier run") == len(rows) - 1
+    assert [row["perplexity"] for row in results_in(folder)["rows"]] == [row["perplexity"] for row in rows]
+
+
+def test_a_row_of_a_preset_that_was_another_then_is_refused(usual, tmp_path):
+    flags = ("--rows", "best_without_lac")
+    assert run_script("compare.py", *usual, *flags, folder=tmp_path).returncode == 0
+    path = table_in(tmp_path) / "rows/best_without_lac_seed2.json"
+    saved = json.loads(path.read_text())
+    saved["identity"]["quantization.alpha"] = 0.4
+    path.write_text(json.dumps(saved))
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path)
+    assert_refused(done, "quantization.alpha was 0.4, is 0.5")
+
+
 def test_lwc_adds_a_row_to_every_quantized_one(usual, tmp_path):
     flags = ("--swc", 0.9, "--lwc", "--epochs", 1, "--rows", "full", "rtn", "dual")
     done = run_script("compare.py", *usual, *flags, folder=tmp_path)
@@ -347,7 +392,7 @@ def test_an_evaluation_that_fails_leaves_its_row_unfinished_and_is_all_that_is_t
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--rows", "bset"), "--rows"),
+        (("--rows", "finest"), "--rows"),
         (("--seeds", -1), "--seeds -1: must be between 0 and"),
         (("--wbits", 16, "--abits", 16), "nothing is quantized"),
         (("--no_smooth", "--rows", "smooth"), "--rows smooth is the row that only smooths"),

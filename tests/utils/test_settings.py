@@ -18,6 +18,7 @@ from utils.settings import (
     folder_name,
     from_dict,
     from_flags,
+    from_flat,
     identity,
     option,
     options,
@@ -259,6 +260,22 @@ def test_flat_settings_go_by_their_flags_and_leave_out_what_is_off():
         "straw": False,
     }
     assert set(flat(Order())) == {"fruit", "number", "names", "where", "gift", "squeeze", "straw", "length"}
+
+
+@pytest.mark.parametrize("settings", [FULL, Order(), Order(straw=Straw(9))], ids=["full", "default", "straw"])
+def test_flat_settings_give_the_same_settings_back(settings):
+    assert from_flat(Order, flat(settings)) == settings
+
+
+def test_what_flat_values_do_not_name_has_its_default_and_what_is_off_is_left_out():
+    assert from_flat(Order, {"fruit": "pear", "sugar": 0.25}) == Order(Fruit.PEAR)
+    assert from_flat(Order, {"sugar": 0.25, "squeeze": True}) == Order(juice=Juice(0.25))
+
+
+@pytest.mark.parametrize("values", [{"colour": "red"}, {"fruit": "plum"}, {"number": -1}, {"count": 3}], ids=str)
+def test_flat_values_that_cannot_be_are_refused(values):
+    with pytest.raises(ValueError, match=r"is no setting of Order|plum|negative"):
+        from_flat(Order, values)
 
 
 def test_flat_settings_can_be_those_that_change_at_least_so_much():

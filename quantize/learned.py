@@ -25,7 +25,7 @@ from quantize.observe import layer_output
 from quantize.settings import TrainingSettings
 from quantize.spec import DecoderSpec
 from quantize.state import GroupState, LayerState
-from quantize.training import Samples, TrainingReport, add_up_, copies, mean_or_none, placed, restore_
+from quantize.training import Batch, Samples, TrainingReport, add_up_, copies, mean_or_none, placed, restore_
 from utils.distributed import own_batches, sum_
 from utils.log import meter
 
@@ -346,7 +346,15 @@ def token_distance(output: Tensor, targets: list[Tensor]) -> Tensor:
     return torch.stack([each.mean() for each in errors]).sum()
 
 
-def step_(learned, batch, kwargs, parameters, optimizer, scaler, schedule) -> tuple[float, float]:
+def step_(
+    learned: LearnedLayer,
+    batch: Batch,
+    kwargs: dict,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> tuple[float, float]:
     """One optimizer step: (loss, gradient norm) before it; none is made if one of them is not finite."""
     optimizer.zero_grad()
     learned.begin_step_()

@@ -21,7 +21,7 @@ ENERGY = {"smooth": True, "alpha": 0.5, "smooth_measure": "energy"}
 BY_SAMPLES = {"lac": "search", "swc": "search", "rounding": "gptq", "gptq_target": 0.5}
 EXACT = {"channel_shift": True, "key_mean": True, "value_rotation": True, "head_transform": "balanced"}
 BEST = {**W4A4, **ENERGY, "transform": "two_hadamard", **BY_SAMPLES, **EXACT}
-TRAINING = {"train": "transform", "epochs": 4}  # what `best_trained` has beside BEST
+TRAINING = {"train": "transform", "epochs": 8, "scale_lr": 0.02, "clip_lr": 0.05}  # what `best_trained` has beside BEST
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": PAPER,

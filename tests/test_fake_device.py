@@ -17,7 +17,7 @@ from evaluation.sensitivity import Variants
 from models import decoder_spec
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
-from quantize.refinements import RoundingSettings
+from quantize.refinements import RoundingSettings, Trained
 from quantize.settings import (
     BitSettings,
     ClipSettings,
@@ -151,7 +151,8 @@ BEST = {
     "everything": best(gqa=GqaSmooth.FOLD, extras=EXTRAS["all"]),
     "nearest, no target": best(rounding=RoundingSettings(), extras=EXTRAS["value rotation"]),
     "peaks of values": replace(best(extras=EXTRAS["value rotation"]), smooth=SmoothSettings()),
-    "trained": best(clip=ClipSettings("search"), training=TrainingSettings(epochs=1), extras=EXTRAS["all"]),
+    "clips trained": best(clip=ClipSettings("search"), training=TrainingSettings(epochs=1), extras=EXTRAS["all"]),
+    "transform trained": best(training=TrainingSettings(Trained.TRANSFORM, epochs=1), extras=EXTRAS["all"]),
 }
 
 

@@ -103,6 +103,23 @@ def test_what_samples_decide_is_decided_by_those_of_all_processes(usual, tmp_pat
     assert found[1] == pytest.approx(found[0], rel=0.1)
 
 
+def test_a_transform_is_trained_by_all_processes_as_by_one(usual, tmp_path):
+    """In the first layer, that is: a code that goes the other way there changes everything behind it."""
+    flags = (*usual, *BEST, "--value_rotation", "--train", "transform", "--epochs", 2, "--batch_size", 2)
+    folders = alone, shared = [tmp_path / name for name in ("alone", "shared")]
+    for folder in folders:
+        folder.mkdir()
+    done = run_script("main.py", *flags, folder=alone)
+    assert done.returncode == 0, done.stderr
+    done = launch(shared, *flags)
+    assert done.returncode == 0, done.stderr
+    first, second = ([layer["training"] for layer in results_of(folder)["layers"]] for folder in folders)
+    for training in (*first, *second):
+        assert training["loss_after"] < training["loss_before"]
+    for key in ("loss_before", "loss_after"):
+        assert second[0][key] == pytest.approx(first[0][key], rel=0.05)
+
+
 def test_a_process_without_samples_to_decide_by_is_refused(usual, tmp_path):
     trained = ("--swc", "none", "--lwc", "--epochs", 1, "--batch_size", 1)
     done = launch(tmp_path, *usual, *best_settings.FLAGS, *trained)

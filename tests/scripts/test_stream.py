@@ -21,6 +21,7 @@ FLAGS = ("--wbits", 4, "--abits", 4, "--lac", 0.95, "--block_size", 16, "--max_r
 MEASURED = ("--eval_ppl", "--eval_kl")
 SMOOTH = ("--smooth", "--swc", 0.9)
 LEARNED = ("--smooth", "--lwc", "--epochs", 2, "--aug_loss")
+TRANSFORM = (*BEST, "--value_rotation", "--train", "transform", "--epochs", 2)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,7 @@ CASES = {
     "without smoothing": (("--group_size", 16), {}),
     "half-precision weights": ((*SMOOTH, "--dtype", "float16"), {"dtype": torch.float16}),
     "best": (BEST, {}),
+    "transform trained": (TRANSFORM, {}),
     "tied embeddings": (SMOOTH, {"tie_word_embeddings": True}),
     "eager attention": ((*SMOOTH, "--attn_implementation", "eager"), {}),
     "a few samples": ((*SMOOTH, "--probe", "sample", "--eval_batch_size", 2), {}),
@@ -121,7 +123,7 @@ def test_statistics_from_a_file_are_used(sharded, data, tmp_path):
     assert results["perplexity_details"] == results_of(tmp_path / "whole")["perplexity_details"]
 
 
-@pytest.mark.parametrize("kind", [SMOOTH, LEARNED], ids=["searched", "trained"])
+@pytest.mark.parametrize("kind", [SMOOTH, LEARNED, TRANSFORM], ids=["searched", "clips", "transform"])
 def test_an_interrupted_streamed_run_resumes_to_the_same_bits_streamed_or_not(kind, sharded, data, tmp_path):
     flags = ("--model", sharded, *data, *FLAGS, "--max_rotation_step", 200, *kind, *MEASURED)
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from duquant.scheme import TensorScheme
-from experiment.estimate import Estimate, Plan, estimate, measure_rates, probe_tokens, stage_seconds, work_of
+from experiment.estimate import Estimate, Plan, estimate, probe_tokens
 from experiment.prepare import Prepared
 from experiment.setup import Setup
+from experiment.work import measure_rates, stage_seconds, work_of
 from quantize.build import absorbers, describe_folding
 from quantize.quantization import other_blocks
 from quantize.settings import QuantSettings, Transform

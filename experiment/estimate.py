@@ -1,23 +1,20 @@
-"""What a run will need, from the model's shapes alone: memory, disk, and time at the rates that this machine has now.
+"""What a run will need, from the model's shapes alone: memory and disk.
 
 Bytes everywhere. The sums follow the code that allocates; tests hold them against what it really allocates, and
 benchmarks/RESULTS.md against the peaks of real runs. A mixture's experts are counted as if every token went to all of
 them. A skeleton is the model on the meta device.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import nn
 
-from quantize.greedy import greedy_rotation
 from quantize.observe import TOKENS_PER_FORWARD
 from quantize.quantization import PROBE_SAMPLES
-from quantize.rotation import random_orthogonal, step_rotation
 from quantize.samples import HEAD_TOKENS, ROWS_AT_ONCE
-from quantize.settings import Probe, QuantSettings, RotationSettings, Transform
+from quantize.settings import Probe, QuantSettings, Transform
 from quantize.sizes import (
     WIDE,
     checkpoint_bytes,
@@ -30,7 +27,6 @@ from quantize.sizes import (
     sample_copies,
 )
 from quantize.spec import DecoderSpec
-from utils.capacity import best_seconds, copy_rate, product_rate
 
 PROCESS_BYTES = 10**9  # Python with torch and transformers, and what the allocator keeps
 CONTEXT_BYTES = 10**9  # CUDA's context: on the device, and about as much on the host
@@ -38,15 +34,10 @@ WEIGHT_COPIES = 3  # of the largest linear, while it is transformed and rounded
 SEARCH_COPIES = 5  # of the probe, while it is searched
 ROUNDING_COPIES = 5  # of a linear's input, while it is transformed and rounded, and of what stands beside it
 TRAINING_ACTIVATIONS = 10  # float32 copies of the widest activation that autograd keeps of a sample
-TRAINING_COPIES = (
-    6  # of a layer's float32 weights: what autograd keeps of their rounding (4), and what the heap keeps of it
-)
+TRAINING_COPIES = 6  # of a layer's float32 weights: what autograd keeps of their rounding (4), and the heap of it
+LEARNED_COPIES = 6  # more of them, beside one for every rotation, where the transform is trained
 SQUARES = 8  # of a group's width, in float64, while its Hessian is factorised
 GROUP_COPIES = 8  # of a group's weights in float32, while they are rounded by their inputs
-
-MEASURED_STEPS = 8
-MEASURED_BLOCK = 512  # above it a step is nothing but matrix products, and takes too long to try
-OVERHEAD = 1.5  # what is no matrix product (norms, attention's softmax, rounding), seen on a CPU
 
 Windows = tuple[tuple[int, int], ...]  # (number, tokens each)
 
@@ -245,7 +236,10 @@ def layer_work(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, 
         moments.append(codes + 2 * floats + activation_bytes(batch(plan.windows), width, held, rounded))
     if settings.training is not None:
         sample = settings.training.batch_size * plan.calibration[1]
-        moments.append((1 + TRAINING_COPIES) * wide + TRAINING_ACTIVATIONS * WIDE * sample * width)
+        copies = TRAINING_COPIES
+        if settings.learns_transform:
+            copies += LEARNED_COPIES + settings.transform.rotations(settings.rotation.permutation_times)
+        moments.append((1 + copies) * wide + TRAINING_ACTIVATIONS * WIDE * sample * width)
     return max(moments)
 
 
@@ -275,120 +269,3 @@ def logits_bytes(skeleton: nn.Module, plan: Plan) -> int:
     longest = max((length for _, length in plan.windows), default=0)
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
     return longest * vocabulary * (plan.held.itemsize + 2 * WIDE) * (2 if plan.divergence else 1)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run computes: multiplications and additions by stage, `layers` being the probe's passes and the weights.
-
-    `steps`: width of the probe → greedy steps over the whole run. `moved`: bytes between host and GPU.
-    """
-
-    statistics: float
-    layers: float
-    training: float
-    evaluation: float
-    steps: dict[int, int]
-    moved: float
-
-
-def work_of(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> Work:
-    """What a run has to compute."""
-    samples, length = plan.calibration
-    quantizes, learned = plan.quantizes(settings), settings.training
-    once = samples * length * forward_operations(skeleton, spec, length)
-    tests = plan.windows + plan.compared
-    probe, times = probe_tokens(settings, plan), settings.rotation.permutation_times
-    operations, steps = 0.0, {}
-    for index, layer in enumerate(spec.decoder_layers(skeleton)):
-        before = 0
-        for group in spec.at(index).groups:
-            members = [layer.get_submodule(path) for path in group.linears]
-            width, size = members[0].in_features, count(linear.weight for linear in members)
-            # the probe runs up to every group, and twice through the layer; every weight is rotated
-            rotated = settings.transform.rotations(times) * settings.rotation.block_size_for(width)
-            operations += 2 * probe * (before + 2 * size) + 2 * rotated * size
-            steps[width] = steps.get(width, 0) + settings.transform.searches(times) * settings.rotation.steps
-            before += size
-    layers = len(spec.decoder_layers(skeleton))
-    floats = sum(model_bytes(layer, plan.held) for layer in spec.decoder_layers(skeleton))
-    _, walking = travelling_bytes(skeleton, settings, plan)
-    return Work(
-        statistics=once if quantizes and plan.statistics else 0.0,
-        layers=operations if quantizes else 0.0,
-        # forward and twice that backward; teacher, student, loss before and after
-        training=(3 * learned.epochs + 4) * once if quantizes and learned is not None else 0.0,
-        evaluation=sum(n * t * forward_operations(skeleton, spec, t, head=True) for n, t in tests)
-        + sum(n * t * joining_operations(skeleton, spec, t) for n, t in plan.joining),
-        steps={width: number for width, number in steps.items() if number} if quantizes else {},
-        moved=2.0 * (floats + layers * walking) if plan.on_gpu else 0.0,
-    )
-
-
-def forward_operations(skeleton: nn.Module, spec: DecoderSpec, length: int, head: bool = False) -> float:
-    """Operations per token of a forward pass of sequences of `length`: the linears, attention, and the `head`."""
-    linears = sum(count(linear.weight for linear in members) for _, members in groups_of(skeleton, spec))
-    attention = sum(
-        2 * length * layer.get_submodule(spec.at(index).groups[1].linears[0]).in_features
-        for index, layer in enumerate(spec.decoder_layers(skeleton))
-    )
-    return 2.0 * (linears + attention + (skeleton.get_input_embeddings().weight.numel() if head else 0))
-
-
-def joining_operations(skeleton: nn.Module, spec: DecoderSpec, length: int) -> float:
-    """`forward_operations` with the head and half of the layers: what variants need that join at each of them."""
-    return forward_operations(skeleton, spec, length, head=True) - forward_operations(skeleton, spec, length) / 2
-
-
-@dataclass(frozen=True)
-class Rates:
-    """`operations` of a matrix product per second; seconds of a greedy `step`, all rows active, by the probe's width;
-    bytes `copied` per second between host and GPU (infinite without one).
-    """
-
-    operations: float
-    step: dict[int, float]
-    copied: float = float("inf")
-
-
-def measure_rates(
-    device: torch.device, dtype: torch.dtype, widths: Iterable[int], tokens: int, rotation: RotationSettings
-) -> Rates:
-    """The `Rates` of `device` for weights in `dtype`, and probes [`tokens`, width] of the `widths`: a second's work."""
-    operations = product_rate(device, dtype)
-    steps = {}
-    for width in widths:
-        block = rotation.block_size_for(width)
-        if block <= MEASURED_BLOCK:
-            steps[width] = _step_seconds(device, tokens, width, rotation)
-        else:  # the rows', and that of the rotation itself, in float64
-            steps[width] = (2 * tokens * width * block + 2 * 2 * block**3) / operations
-    return Rates(operations, steps, copy_rate(device))
-
-
-def _step_seconds(device: torch.device, tokens: int, width: int, rotation: RotationSettings) -> float:
-    """Of one greedy step: the difference of two short searches, so that what comes before the steps is left out."""
-    block = rotation.block_size_for(width)
-    probe = torch.randn(tokens, width, device=device)
-    step = step_rotation(random_orthogonal(block, torch.Generator().manual_seed(0)), rotation.order)
-    short, long = (
-        best_seconds(lambda count=count: greedy_rotation(probe, step, count, rotation.rule, lazy=False), device)
-        for count in (1, 1 + MEASURED_STEPS)
-    )
-    return max(long - short, 0.0) / MEASURED_STEPS
-
-
-def stage_seconds(work: Work, rates: Rates) -> dict[str, float]:
-    """Seconds by stage. The search's are those with all rows active: outliers make it several times faster."""
-
-    def products(operations: float) -> float:
-        return OVERHEAD * operations / rates.operations
-
-    return {
-        "activation statistics": products(work.statistics),
-        "search, at most": sum(rates.step[width] * steps for width, steps in work.steps.items()),
-        "probe and weights": products(work.layers),
-        "training the clipping": products(work.training),
-        "evaluation": products(work.evaluation),
-        "copying to the GPU and back": work.moved / rates.copied,
-    }

@@ -9,10 +9,9 @@ import pytest
 import torch
 from best_settings import EXTRAS, best
 from conftest import tiny_config
+from medium_model import MEDIUM, medium_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaForCausalLM
 
 from evaluation.perplexity import Windows, score, scores
 from evaluation.sensitivity import Variants
@@ -20,20 +19,14 @@ from experiment.estimate import (
     CONTEXT_BYTES,
     PROCESS_BYTES,
     Plan,
-    Rates,
     estimate,
-    forward_operations,
-    measure_rates,
-    stage_seconds,
-    work_of,
 )
 from models import decoder_spec
 from models.load import ModelSource, load_skeleton
 from models.shards import open_shards
 from models.streaming import LayerReader, load_shell
-from quantize import transforms
 from quantize.quantization import Quantization
-from quantize.refinements import Rounding, RoundingSettings
+from quantize.refinements import Rounding, RoundingSettings, Trained
 from quantize.settings import (
     BitSettings,
     ClipSettings,
@@ -50,15 +43,6 @@ from quantize.walk import layers_in_memory, walk
 CPU = torch.device("cpu")
 QUANT = QuantSettings(BitSettings(4, 4), smooth=SmoothSettings(0.5), rotation=RotationSettings(64, steps=2))
 TRAINED = replace(QUANT, training=TrainingSettings(epochs=1))
-MEDIUM = {  # wide enough that what is not counted (masks, positions, figures) does not show
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "max_position_embeddings": 1024,
-    "num_hidden_layers": 3,
-}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -87,11 +71,6 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.see(tensor)
         return output
-
-
-def medium_model(**changes):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(tiny_config(**MEDIUM, **changes)).eval().requires_grad_(False)
 
 
 def random_windows(shape):
@@ -137,6 +116,7 @@ def needed(settings, plan):
     return estimate(load_skeleton(config), decoder_spec(config), settings, plan)
 
 
+LEARNED = best(training=TrainingSettings(Trained.TRANSFORM, epochs=1), extras=EXTRAS["all"])
 PLAN = Plan(torch.float32, False, (8, 256), ((4, 256),))
 VARIANTS = replace(PLAN, windows=((160, 256),), joining=((48, 256),))
 RUNS = {
@@ -157,6 +137,9 @@ RUNS = {
     "means alone": (replace(QUANT, extras=EXTRAS["key mean"]), PLAN),
     "shift alone": (replace(QUANT, extras=EXTRAS["channel shift"]), PLAN),
     "best, trained": (best(clip=ClipSettings("search"), training=TrainingSettings(epochs=1)), PLAN),
+    "transform trained": (LEARNED, PLAN),
+    "transform trained, weights show": (LEARNED, replace(PLAN, calibration=(8, 32), windows=())),
+    "transform trained, two Hadamards": (replace(LEARNED, transform=Transform.TWO_HADAMARD), PLAN),
     "16 bits": (replace(QUANT, bits=BitSettings(16, 16)), Plan(torch.float32, False, (0, 256), ((8, 256),), (), False)),
 }
 
@@ -207,67 +190,3 @@ def test_a_model_that_is_quantized_already_is_held_as_codes():
     assert saved.quantized == made.quantized
     assert saved.host - PROCESS_BYTES < made.host - PROCESS_BYTES - (made.weights - made.quantized)
     assert needed(QUANT, replace(PLAN, calibration=(0, 256), windows=(), saved=True)).hidden == 0
-
-
-def test_operations_are_those_that_torch_counts():
-    model, length = medium_model(attn_implementation="eager"), 64  # the counter knows no fused attention
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
-    config = tiny_config(**MEDIUM)
-    found = forward_operations(load_skeleton(config), decoder_spec(config), length, head=True)
-    assert found * length == pytest.approx(counter.get_total_flops(), rel=1e-3)
-
-
-@pytest.mark.parametrize("times", [0, 2])
-@pytest.mark.parametrize("transform", Transform)
-def test_greedy_steps_are_those_that_are_searched(transform, times, monkeypatch):
-    settings = replace(QUANT, transform=transform, rotation=RotationSettings(16, 2, times))
-    searched, search = {}, transforms.greedy_rotation
-
-    def counting(x, step, steps, rule):
-        searched[x.shape[-1]] = searched.get(x.shape[-1], 0) + steps
-        return search(x, step, steps, rule)
-
-    monkeypatch.setattr(transforms, "greedy_rotation", counting)
-    config, plan = tiny_config(**MEDIUM), replace(PLAN, calibration=(2, 8), windows=())
-    model = medium_model()
-    visit_all(model, layers_in_memory(model, decoder_spec(config), CPU), settings, plan)
-    assert work_of(load_skeleton(config), decoder_spec(config), settings, plan).steps == searched
-
-
-def test_what_is_not_done_takes_no_time():
-    config = tiny_config()
-    shapes = load_skeleton(config), decoder_spec(config)
-    untouched = work_of(*shapes, replace(QUANT, bits=BitSettings(16, 16)), PLAN)
-    saved = work_of(*shapes, QUANT, replace(PLAN, calibration=(0, 256), saved=True))
-    for work in (untouched, saved):
-        assert (work.statistics, work.layers, work.training, work.steps, work.moved) == (0, 0, 0, {}, 0)
-    assert untouched.evaluation == saved.evaluation > 0
-    compared = replace(PLAN, compared=PLAN.windows)
-    assert work_of(*shapes, QUANT, compared).evaluation == 2 * saved.evaluation
-    joining = replace(PLAN, joining=PLAN.windows)
-    assert 1.5 < work_of(*shapes, QUANT, joining).evaluation / saved.evaluation < 2, "half of the layers, and the head"
-    assert work_of(*shapes, QUANT, replace(PLAN, statistics=False)).statistics == 0
-    assert work_of(*shapes, TRAINED, PLAN).training > 7 * work_of(*shapes, QUANT, PLAN).statistics * 0.99
-
-
-def test_seconds_are_work_over_rates():
-    config = tiny_config()
-    work = work_of(load_skeleton(config), decoder_spec(config), QUANT, replace(PLAN, on_gpu=True))
-    steps = dict.fromkeys(work.steps, 0.5)
-    slow, fast = (stage_seconds(work, Rates(rate, steps, 1e6)) for rate in (1e9, 2e9))
-    assert slow["activation statistics"] == 2 * fast["activation statistics"] > 0
-    assert slow["search, at most"] == fast["search, at most"] == sum(work.steps.values()) / 2
-    assert slow["copying to the GPU and back"] == work.moved / 1e6 > 0
-
-
-def test_rates_are_measured_on_this_machine():
-    rates = measure_rates(CPU, torch.float32, [128, 192], 32, QUANT.rotation)
-    assert rates.operations > 1e6
-    assert set(rates.step) == {128, 192}
-    assert rates.copied == float("inf")
-
-
-def test_a_step_on_very_large_blocks_is_not_tried_out():
-    rates = measure_rates(CPU, torch.float32, [30000], 32, RotationSettings(block_size=-1))
-    assert rates.step[30000] == pytest.approx((2 * 32 * 30000**2 + 4 * 30000**3) / rates.operations)

@@ -178,7 +178,7 @@ def test_a_run_for_which_the_bundled_model_is_planned_has_every_stage(tmp_path):
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    for stage in ("activation statistics", "search, at most", "training the clipping", "evaluation", "all"):
+    for stage in ("activation statistics", "search, at most", "training", "evaluation", "all"):
         assert f"| {stage} " in done.stdout
     assert "clipping trained" in done.stdout
 

@@ -22,6 +22,7 @@ from quantize.build import LayerBuilder
 from quantize.fake import fake_quantize
 from quantize.heads import multiplied_columns, multiplied_rows, value_rows
 from quantize.observe import layer_output
+from quantize.refinements import Rounding
 from quantize.settings import TrainingSettings
 from quantize.spec import DecoderSpec
 from quantize.state import GroupState, LayerState
@@ -31,6 +32,9 @@ from utils.log import meter
 
 WEIGHT_RATIO = 0.9  # where clips of weights begin: near what a search finds
 LARGEST_START = 0.99  # ratios are sigmoids, which never reach 1
+GPTQ_ERROR = (
+    0.5  # what GPTQ will leave of the error of nearest rounding, about: a transform is not to be learned for more
+)
 
 
 def rotation_of(skew: Tensor) -> Tensor:
@@ -138,14 +142,15 @@ class LearnedGroup(nn.Module):
 class LearnedLinear(nn.Module):
     """y = x̂ · Q_w(T(W Λ))ᵀ + W m + b, everything made anew in each step from W [O, C].
 
-    `turn` multiplies weight and bias by what is learned of v's heads, where the linear makes or reads them.
+    `turn` multiplies weight and bias by what is learned of v's heads, where the linear makes or reads them. Of the
+    weight's rounding error the share `error` is there.
     """
 
-    def __init__(self, linear: nn.Module, group: LearnedGroup, scheme: TensorScheme, turn: Turn | None):
+    def __init__(self, linear: nn.Module, group: LearnedGroup, scheme: TensorScheme, turn: Turn | None, error: float):
         super().__init__()
         self.register_buffer("weight", linear.weight.detach(), persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float(), persistent=False)
-        self.group, self.turn = group, turn
+        self.group, self.turn, self.error = group, turn, error
         outputs, channels = linear.weight.shape
         ranges = channels // (scheme.group_size or channels)
         shape = (outputs, 1) if ranges == 1 else (outputs, ranges, 1)
@@ -156,7 +161,8 @@ class LearnedLinear(nn.Module):
         group, reads = self.group, self.group.turn is not None
         weight = self.weight if self.turn is None else self.turn(self.weight)
         bias = self.bias if self.turn is None or self.bias is None or reads else self.turn(self.bias)
-        rounded = self.quantizer(group.orthogonal(weight * group.scale()))
+        exact = group.orthogonal(weight * group.scale())
+        rounded = torch.lerp(exact, self.quantizer(exact), self.error)
         shift = group.shift()
         if shift is not None:
             moved = (shift @ weight.T)[0]
@@ -246,6 +252,7 @@ class LearnedLayer:
         turns = state.values is not None
         self.groups: dict[str, LearnedGroup] = {}
         self.linears: dict[str, LearnedLinear] = {}
+        error = GPTQ_ERROR if builder.settings.rounding.rounding is Rounding.GPTQ else 1.0
         self.keeps_clips = builder.settings.learns_weight_clips and builder.scheme.weight.quantized
         for group in spec.groups:
             reads = turns and group.name == "o"
@@ -256,7 +263,7 @@ class LearnedLayer:
             for path in group.linears:
                 gives = turns and path == rows.path
                 turn = (lambda x: multiplied_rows(x, self.heads.value_turn(), rows.start)) if gives else columns
-                own = LearnedLinear(layer.get_submodule(path), learned, builder.scheme.weight, turn)
+                own = LearnedLinear(layer.get_submodule(path), learned, builder.scheme.weight, turn, error)
                 builder.replace_(path, own)
                 self.linears[path] = own
         attach_(attention, self.heads)

@@ -13,7 +13,7 @@ from duquant.formats import IntegerFormat
 from duquant.quantizer import Quantizer, RatioClip
 from duquant.scheme import TensorScheme
 from quantize.fake import _FakeQuantize, fake_quantize
-from quantize.learned import LearnedGroup, rotation_of, token_distance
+from quantize.learned import LearnedGroup, LearnedLinear, rotation_of, token_distance
 from quantize.refinements import Trained
 from quantize.settings import ClipSettings, TrainingSettings
 from quantize.state import GroupState
@@ -77,6 +77,19 @@ def test_a_group_computes_what_its_plain_tensors_do():
         x, weight = torch.randn(5, 24, generator=generator), torch.randn(7, 24, generator=generator)
         product = group(x) @ group.orthogonal(weight * group.scale()).T
         torch.testing.assert_close(product, (x - group.mean) @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_linear_is_learned_for_the_share_of_its_error_that_rounding_will_leave():
+    state = GroupState(None, torch.eye(8)[None], torch.empty(0, 24, dtype=torch.int64))
+    group, linear = LearnedGroup(state, None, TensorScheme(bits=16), None), nn.Linear(24, 7, bias=False)
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        exact, half, whole = (
+            LearnedLinear(linear, group, TensorScheme(bits=4), None, share)(x) for share in (0, 0.5, 1)
+        )
+        assert torch.allclose(exact, linear(x), atol=1e-6)
+        assert (whole - exact).norm() / exact.norm() > 0.03
+        torch.testing.assert_close(half - exact, 0.5 * (whole - exact), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -15,7 +15,8 @@ from duquant.transform import DualTransform
 from quantize.build import FullPrecision, LayerBuilder, absorbers, describe_folding
 from quantize.clipping import search_activation_ratio
 from quantize.heads import decide_heads, multiplied_columns, rotated_energy, value_matrices
-from quantize.learned import LearnedLayer, train_transform
+from quantize.learned import LearnedLayer
+from quantize.learning import train_transform
 from quantize.observe import advance_, batches_of, capture_rows, layer_output, require_finite
 from quantize.observer import Observer
 from quantize.rounding import Moments, OpenLinear

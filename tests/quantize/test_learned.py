@@ -13,7 +13,8 @@ from duquant.formats import IntegerFormat
 from duquant.quantizer import Quantizer, RatioClip
 from duquant.scheme import TensorScheme
 from quantize.fake import _FakeQuantize, fake_quantize
-from quantize.learned import LearnedGroup, LearnedLinear, rotation_of, token_distance
+from quantize.learned import LearnedGroup, LearnedLinear, rotation_of
+from quantize.learning import token_distance
 from quantize.refinements import Trained
 from quantize.settings import ClipSettings, TrainingSettings
 from quantize.state import GroupState

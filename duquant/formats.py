@@ -3,6 +3,7 @@
     parameters = form.parameters(low, high)   # once per range
     codes = form.encode(x, parameters)        # whole tensors, or column by column with fixed parameters
     x_hat = form.decode(codes)
+    packed = pack(codes, form)                # a weight at rest: as many codes in a byte as fit whole
 
 An integer format now; others plug in beside it with the same four functions.
 """
@@ -60,7 +61,38 @@ class Codes:
 
     def to(self, device: torch.device) -> "Codes":
         """The same on `device`."""
-        return Codes(*(getattr(self, name).to(device) for name in ("values", "scale", "zero")))
+        return Codes(self.values.to(device), self.scale.to(device), self.zero.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parts by name."""
+        return {"values": self.values, "scale": self.scale, "zero": self.zero}
+
+
+@dataclass(frozen=True)
+class PackedCodes:
+    """The codes of a weight [O, C], with n = 8 // bits of them in a byte; C is `channels`.
+
+    `values` [O, ⌈C/n⌉]: code i of a row is in byte i // n, the first in its lowest bits; the last byte is filled with
+    zeros. Codes of more than 8 bits stay [O, C]. `scale` and `zero` [O, 1], or [O, C/g, 1] for groups of g channels.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero: Tensor
+    channels: int
+
+    def to(self, device: torch.device) -> "PackedCodes":
+        """The same on `device`."""
+        return PackedCodes(self.values.to(device), self.scale.to(device), self.zero.to(device), self.channels)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parts by name; the number of channels too is a tensor [1]."""
+        parts = {"values": self.values, "scale": self.scale, "zero": self.zero}
+        return {**parts, "channels": torch.tensor([self.channels])}
+
+    def rows(self, part: slice) -> "PackedCodes":
+        """Some rows of it."""
+        return PackedCodes(self.values[part], self.scale[part], self.zero[part], self.channels)
 
 
 @dataclass(frozen=True)
@@ -83,6 +115,11 @@ class IntegerFormat:
     def dtype(self) -> torch.dtype:
         """The smallest integers of torch that hold every code."""
         return torch.uint8 if self.bits <= 8 else torch.int16
+
+    @property
+    def per_byte(self) -> int:
+        """How many codes a byte holds whole; 0 if it holds none."""
+        return 8 // self.bits
 
     def parameters(self, low: Tensor, high: Tensor) -> Parameters:
         """Scale and zero point for values between `low` and `high` (same shapes out as in)."""
@@ -115,10 +152,38 @@ def number_format(scheme: TensorScheme) -> IntegerFormat:
     return IntegerFormat(scheme.bits, scheme.symmetric)
 
 
-def decode_weight(codes: Codes, form: IntegerFormat, dtype: torch.dtype) -> Tensor:
+def pack(codes: Codes, form: IntegerFormat) -> PackedCodes:
+    """Codes of a weight, [O, C] or [O, C/g, g], at rest."""
+    values, number = codes.values.flatten(1), form.per_byte
+    channels = values.shape[1]
+    if number > 1:
+        values = torch.nn.functional.pad(values, (0, -channels % number)).unflatten(1, (-1, number))
+        columns = [values[..., index] << index * form.bits for index in range(number)]
+        values = columns[0]
+        for column in columns[1:]:
+            values = values | column
+    return PackedCodes(values.contiguous(), codes.scale, codes.zero, channels)
+
+
+def unpack(packed: PackedCodes, form: IntegerFormat) -> Codes:
+    """The inverse of `pack`."""
+    values, number = packed.values, form.per_byte
+    if number > 1:
+        columns = [values >> index * form.bits & form.largest for index in range(number)]
+        values = torch.stack(columns, dim=-1).flatten(1)[:, : packed.channels]
+    if packed.scale.dim() == 3:
+        values = values.unflatten(1, (packed.scale.shape[1], -1))
+    return Codes(values, packed.scale, packed.zero)
+
+
+def packed_width(channels: int, form: IntegerFormat) -> int:
+    """The second dimension of the packed codes of a weight with so many channels."""
+    return -(-channels // max(1, form.per_byte))
+
+
+def decode_weight(packed: PackedCodes, form: IntegerFormat, dtype: torch.dtype) -> Tensor:
     """The weight [O, C] in `dtype`, decoded in float32 or more some rows at a time: no other large tensors."""
-    rows = len(codes.values)
-    weight = torch.empty(codes.values.shape, dtype=dtype, device=codes.values.device)
-    for part in row_parts(codes.values):
-        weight[part] = form.decode(Codes(codes.values[part], codes.scale[part], codes.zero[part]))
-    return weight.view(rows, -1)
+    weight = torch.empty(len(packed.values), packed.channels, dtype=dtype, device=packed.values.device)
+    for part in row_parts(weight):
+        weight[part] = form.decode(unpack(packed.rows(part), form)).flatten(1)
+    return weight

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duquant.formats import Codes, IntegerFormat, decode_weight
+from duquant.formats import Codes, IntegerFormat, PackedCodes, decode_weight, pack
 
 
 class GroupInput(nn.Module):
@@ -54,17 +54,20 @@ class GroupInput(nn.Module):
 
 
 class QuantLinear(nn.Module):
-    """y = x̂ · ŵᵀ + b with x̂ from the group's `GroupInput` and ŵ [O, C] held as integer codes with scale and zero.
+    """y = x̂ · ŵᵀ + b with x̂ from the group's `GroupInput` and ŵ [O, C] held as packed codes with scale and zero.
 
     ŵ is decoded where it is needed and forgotten again (see `expanded`). `weight` may be a tensor instead of codes:
     one that is not quantized, or was decoded by whoever saved it.
     """
 
-    def __init__(self, weight: Codes | Tensor, form: IntegerFormat, bias: Tensor | None, group: GroupInput):
+    def __init__(
+        self, weight: Codes | PackedCodes | Tensor, form: IntegerFormat, bias: Tensor | None, group: GroupInput
+    ):
         super().__init__()
         self.format, self.group = form, group
-        if isinstance(weight, Codes):
-            self.out_features, self.in_features = len(weight.values), weight.values[0].numel()
+        weight = pack(weight, form) if isinstance(weight, Codes) else weight
+        if isinstance(weight, PackedCodes):
+            self.out_features, self.in_features = len(weight.values), weight.channels
             self.register_buffer("codes", weight.values)
             self.register_buffer("scale", weight.scale)
             self.register_buffer("zero", weight.zero)
@@ -85,7 +88,7 @@ class QuantLinear(nn.Module):
             return self.plain.to(dtype)
         if self._kept is not None and self._kept.dtype is dtype:
             return self._kept
-        weight = decode_weight(self.weight_codes, self.format, dtype)
+        weight = decode_weight(self.packed_codes, self.format, dtype)
         if self._keeps:
             self._kept = weight
         return weight
@@ -96,9 +99,9 @@ class QuantLinear(nn.Module):
         return self.decoded(self.plain.dtype if self.codes is None else self.scale.dtype)
 
     @property
-    def weight_codes(self) -> Codes | None:
+    def packed_codes(self) -> PackedCodes | None:
         """The codes, if the weight is quantized."""
-        return None if self.codes is None else Codes(self.codes, self.scale, self.zero)
+        return None if self.codes is None else PackedCodes(self.codes, self.scale, self.zero, self.in_features)
 
     def keep_decoded_(self, keep: bool) -> None:
         """From now on keep ŵ once it was decoded, or forget it."""

@@ -6,7 +6,8 @@
     tokenizer.json, …
 
 It is written next to its place, layer by layer while the walk goes on, and gets its name when it is whole. Folders of
-the first version (float weights, transforms in a file of their own) are read too.
+earlier versions are read too: the second (a whole byte for every code), and the first (float weights, transforms in a
+file of their own).
 """
 
 import json
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from duquant.attention import QUANTIZER, install
 from duquant.experts import unfuse_experts_
-from duquant.formats import Codes
+from duquant.formats import Codes, IntegerFormat, PackedCodes, number_format, packed_width
 from models.load import ModelSource, load_model, pick_attention
 from models.streaming import parameters_on_meta, set_tensor_
 from quantize.build import build_
@@ -30,7 +31,7 @@ from utils.errors import InputError
 from utils.io import read_tensors, write_json, write_tensors
 from utils.settings import from_dict, to_dict
 
-METHOD, VERSION = "duquant", 2
+METHOD, VERSION = "duquant", 3
 INDEX = "model.safetensors.index.json"
 FIRST_VERSION_TRANSFORMS = "duquant_transforms.safetensors"
 CODES = ("codes", "scale", "zero")
@@ -132,7 +133,7 @@ def read_settings(config: PretrainedConfig) -> QuantSettings | None:
     if not isinstance(saved, dict) or saved.get("quant_method") != METHOD:
         return None
     version = saved.get("version", 1)
-    if version not in (1, VERSION):
+    if version not in (1, 2, VERSION):
         raise InputError(f"--model: saved by a later version of this suite (format {version}); update it")
     try:
         return first_settings(saved) if version == 1 else from_dict(QuantSettings, saved["settings"])
@@ -211,7 +212,7 @@ def place_(
             set_tensor_(model, name, tensor)
     for index, inner in layers.items():
         layer, own = spec.decoder_layers(model)[index], spec.at(index)
-        state = state_of(inner, own)
+        state = state_of(inner, own, layer, number_format(settings.scheme.weight))
         decided = (*(f"{path}." for group in own.groups for path in group.linears), heads_prefix(own))
         for name, tensor in inner.items():
             if not name.startswith(decided):
@@ -219,8 +220,11 @@ def place_(
         build_(layer, own, state, settings, dtype)
 
 
-def state_of(tensors: dict[str, Tensor], spec: DecoderSpec) -> LayerState:
-    """The state of a layer whose tensors these are. Raises InputError for one that is missing."""
+def state_of(tensors: dict[str, Tensor], spec: DecoderSpec, layer: nn.Module, form: IntegerFormat) -> LayerState:
+    """The state of a layer whose tensors these are; of `layer` only shapes matter, `form` is that of its weights.
+
+    Raises InputError for a tensor that is missing or has another shape.
+    """
     state, inner = LayerState(stored=True), heads_prefix(spec)
     state.attention = {name.removeprefix(inner): each for name, each in tensors.items() if name.startswith(inner)}
     try:
@@ -234,11 +238,24 @@ def state_of(tensors: dict[str, Tensor], spec: DecoderSpec) -> LayerState:
                 if f"{path}.bias" in tensors:
                     state.biases[path] = tensors[f"{path}.bias"]
                 plain = tensors.get(f"{path}.plain")
-                codes = [tensors[f"{path}.{name}"] for name in CODES] if plain is None else []
-                state.weights[path] = Codes(*codes) if plain is None else plain
+                shape = tuple(layer.get_submodule(path).weight.shape)
+                state.weights[path] = saved_codes(tensors, path, shape, form) if plain is None else plain
     except KeyError as error:
         raise InputError(f"--model: a saved layer lacks {error}; save the model again") from None
     return state
+
+
+def saved_codes(
+    tensors: dict[str, Tensor], path: str, shape: tuple[int, int], form: IntegerFormat
+) -> PackedCodes | Codes:
+    """The codes of the weight [O, C] of the linear at `path`, whose `shape` it is; packed from version 3 on."""
+    values, scale, zero = (tensors[f"{path}.{name}"] for name in CODES)
+    outputs, channels = shape
+    if values.shape == (outputs, packed_width(channels, form)):
+        return PackedCodes(values, scale, zero, channels)
+    if values.flatten(1).shape != shape:
+        raise InputError(f"--model: {path}.codes is {list(values.shape)}, of another model; save the model again")
+    return Codes(values, scale, zero)
 
 
 def heads_prefix(spec: DecoderSpec) -> str:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duquant.formats import Codes, Parameters, number_format
+from duquant.formats import Codes, PackedCodes, Parameters, number_format, pack
 from duquant.linear import GroupInput, QuantLinear
 from duquant.quantizer import NoClip, Quantizer, make_quantizer
 from duquant.scheme import SEARCHED, TensorScheme
@@ -53,7 +53,7 @@ class OpenLinear(nn.Module):
         encoded = self.quantizer.encode(weight) if isinstance(self.quantizer, Quantizer) else weight.to(dtype)
         return QuantLinear(encoded, number_format(self.scheme), bias, self.group)
 
-    def with_codes(self, codes: Codes, dtype: torch.dtype) -> QuantLinear:
+    def with_codes(self, codes: PackedCodes | Codes, dtype: torch.dtype) -> QuantLinear:
         """The linear with codes that were found for its weight."""
         bias = None if self.bias is None else self.bias.detach().to(dtype)
         return QuantLinear(codes, number_format(self.scheme), bias, self.group)
@@ -70,7 +70,9 @@ def _ranges(weight: Tensor, group_size: int | None) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def data_codes(linears: dict[str, OpenLinear], moments: "Moments", settings: RoundingSettings) -> dict[str, Codes]:
+def data_codes(
+    linears: dict[str, OpenLinear], moments: "Moments", settings: RoundingSettings
+) -> dict[str, PackedCodes]:
     """Codes by path of the linears of one group, which depend on what calibration samples gave them (`moments`).
 
     Ranges are the linear's own where they are fixed or trained, else searched. All linears of a group have one Hessian,
@@ -90,7 +92,8 @@ def data_codes(linears: dict[str, OpenLinear], moments: "Moments", settings: Rou
         codes = form.encode(aimed if joined.scale.dim() == 2 else aimed.unflatten(1, (-1, size)), joined)
     counts = [len(linear.weight) for linear in linears.values()]
     split = [each.split(counts) for each in (codes.values, codes.scale, codes.zero)]
-    return {path: Codes(*(part.clone() for part in parts)) for path, *parts in zip(paths, *split, strict=True)}
+    own = {path: Codes(*(part.clone() for part in parts)) for path, *parts in zip(paths, *split, strict=True)}
+    return {path: pack(codes, form) for path, codes in own.items()}
 
 
 def _parameters(linear: OpenLinear, weight: Tensor, hessian: Tensor) -> Parameters:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from duquant.formats import number_format
+from duquant.formats import number_format, packed_width
 from duquant.scheme import SEARCHED, TensorScheme
 from quantize.build import absorbers
 from quantize.refinements import HeadTransform
@@ -77,13 +77,15 @@ def packed_bytes(outputs: int, inputs: int, scheme: TensorScheme) -> int:
 
 
 def codes_bytes(outputs: int, inputs: int, scheme: TensorScheme, dtype: torch.dtype) -> int:
-    """A weight [outputs, inputs] as a quantized linear holds it: integers of whole bytes, scales and zeros in float32.
+    """A weight [outputs, inputs] as a quantized linear holds it: packed codes, scales and zeros in float32.
 
     One that is not quantized is in `dtype`.
     """
     if not scheme.quantized:
         return dtype.itemsize * outputs * inputs
-    return number_format(scheme).dtype.itemsize * outputs * inputs + 2 * WIDE * ranges(outputs, inputs, scheme)
+    form = number_format(scheme)
+    codes = form.dtype.itemsize * outputs * packed_width(inputs, form)
+    return codes + 2 * WIDE * ranges(outputs, inputs, scheme)
 
 
 def transform_bytes(width: int, settings: QuantSettings, number: int = HALF, index: int = INDEX) -> int:
@@ -187,7 +189,7 @@ def state_bytes(layer: nn.Module, spec: DecoderSpec, settings: QuantSettings) ->
         total += input_extras(width, settings, WIDE)
         if settings.rounds_by_data:
             shapes, scheme = [linear.weight.shape for linear in members], settings.scheme.weight
-            total += sum(codes_bytes(*shape, scheme, torch.float32) for shape in shapes)
+            total += sum(codes_bytes(*shape, scheme, torch.float32) + INDEX for shape in shapes)  # how many channels
         if settings.training is not None:  # two logits a range
             total += 2 * WIDE * sum(ranges(*linear.weight.shape, settings.scheme.weight) for linear in members)
     return total

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from duquant.formats import Codes
+from duquant.formats import Codes, PackedCodes
 from quantize.spec import DecoderSpec
 
-CODES = ("values", "scale", "zero")  # the parts of `Codes`
+CODES = ("values", "scale", "zero")  # the parts of `Codes`, and with `channels` those of `PackedCodes`
 COMPACT = {torch.int64: torch.int32}  # permutations; everything else keeps its dtype, so that the result is the same
 
 
@@ -49,7 +49,7 @@ class LayerState:
 
     groups: dict[str, GroupState] = field(default_factory=dict)
     clips: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    weights: dict[str, Codes | Tensor] = field(default_factory=dict)
+    weights: dict[str, PackedCodes | Codes | Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     attention: dict[str, Tensor] = field(default_factory=dict)
     values: Tensor | None = None
@@ -77,8 +77,8 @@ class LayerState:
             yield f"clips.{path}.low", low
             yield f"clips.{path}.high", high
         for path, codes in self.weights.items():
-            for part in CODES:
-                yield f"weights.{path}.{part}", getattr(codes, part)
+            for part, tensor in codes.tensors().items():
+                yield f"weights.{path}.{part}", tensor
         for name, tensor in self.attention.items():
             yield f"attention.{name}", tensor
         if self.values is not None:
@@ -109,10 +109,17 @@ class LayerState:
                 if f"clips.{path}.low" in tensors:
                     state.clips[path] = (tensors[f"clips.{path}.low"], tensors[f"clips.{path}.high"])
                 if f"weights.{path}.{CODES[0]}" in tensors:
-                    state.weights[path] = Codes(*(tensors[f"weights.{path}.{part}"] for part in CODES))
+                    state.weights[path] = read_codes(tensors, f"weights.{path}")
         inner = "attention."
         state.attention = {name.removeprefix(inner): each for name, each in tensors.items() if name.startswith(inner)}
         return state
+
+
+def read_codes(tensors: dict[str, Tensor], prefix: str) -> PackedCodes | Codes:
+    """What `tensors()` of either wrote; whole bytes for every code were written by earlier versions."""
+    parts = [tensors[f"{prefix}.{part}"] for part in CODES]
+    channels = tensors.get(f"{prefix}.channels")
+    return Codes(*parts) if channels is None else PackedCodes(*parts, channels.item())
 
 
 @dataclass(frozen=True)

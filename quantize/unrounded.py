@@ -49,7 +49,7 @@ def rounded_part(layer: nn.Module, spec: DecoderSpec) -> Part:
     linears = {path: layer.get_submodule(path) for group in spec.groups for path in group.linears}
     heads = _heads(layer, spec)
     return Part(
-        weights=tuple(path for path, linear in linears.items() if linear.weight_codes is not None),
+        weights=tuple(path for path, linear in linears.items() if linear.packed_codes is not None),
         inputs=tuple(path for path, linear in linears.items() if _rounds(linear.group.quantizer)),
         heads=tuple(role for role in HEADS if heads is not None and _rounds(getattr(heads, role))),
     )

@@ -11,7 +11,10 @@ from duquant.formats import (
     IntegerFormat,
     Parameters,
     decode_weight,
+    pack,
+    packed_width,
     straight_through_round,
+    unpack,
 )
 from duquant.quantizer import Quantizer
 
@@ -159,7 +162,7 @@ def test_decoded_codes_are_fake_quantization_to_the_bit(bits, symmetric, group_s
     assert codes.scale.dtype == codes.zero.dtype == torch.promote_types(dtype, torch.float32)
     assert 0 <= codes.values.min() <= codes.values.max() <= 2**bits - 1
     assert torch.equal(quantizer.format.decode(codes).view(x.shape).to(dtype), quantizer(x))
-    assert torch.equal(decode_weight(codes, quantizer.format, dtype), quantizer(x))
+    assert torch.equal(decode_weight(pack(codes, quantizer.format), quantizer.format, dtype), quantizer(x))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -211,3 +214,23 @@ def test_gradient_is_one_inside_the_range_and_zero_outside(symmetric):
     form = IntegerFormat(4, symmetric)
     form.fake(x, form.parameters(torch.tensor([[-2.0]]), torch.tensor([[2.0]]))).sum().backward()
     torch.testing.assert_close(x.grad, torch.tensor([[0.0, 1, 1, 1, 1, 1, 0]]))
+
+
+@pytest.mark.parametrize("group_size", [None, 5])
+@pytest.mark.parametrize("channels", [5, 20, 35])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8, 9])
+def test_packed_codes_are_the_codes_again_in_as_few_bytes_as_fit_whole(bits, channels, group_size):
+    form, generator = IntegerFormat(bits), torch.Generator().manual_seed(bits)
+    values = torch.randint(0, form.largest + 1, (7, channels), generator=generator).to(form.dtype)
+    values = values if group_size is None else values.unflatten(1, (-1, group_size))
+    ones = torch.ones(7, 1) if group_size is None else torch.ones(7, channels // group_size, 1)
+    packed = pack(Codes(values, ones, ones), form)
+    assert packed.values.dtype == form.dtype
+    assert packed.values.shape == (7, packed_width(channels, form))
+    assert packed_width(channels, form) == -(-channels // {2: 4, 3: 2, 4: 2}.get(bits, 1))
+    assert torch.equal(unpack(packed, form).values, values)
+
+
+def test_the_first_code_is_in_the_lowest_bits():
+    codes = Codes(torch.tensor([[1, 2, 15]], dtype=torch.uint8), torch.ones(1, 1), torch.ones(1, 1))
+    assert pack(codes, IntegerFormat(4)).values.tolist() == [[1 + 2 * 16, 15]]

@@ -127,9 +127,25 @@ def test_codes_are_written_as_integers_under_the_names_of_their_modules(sound):
         for path, linear in layer.named_modules():
             if isinstance(linear, nn.Linear):
                 codes = tensors[f"model.layers.{index}.{path}.codes"]
-                assert (codes.dtype, codes.shape) == (torch.uint8, linear.weight.shape)
+                assert (codes.dtype, codes.shape) == (torch.uint8, (linear.out_features, linear.in_features // 2))
     shared = [name for name in tensors if name.endswith("transform.rotations")]
     assert len(shared) == 2 * 4, "what the linears of a group share is written once"
+
+
+def test_a_folder_of_the_second_version_had_a_byte_for_every_code(sound, saved):
+    for file in saved.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith(".codes")]:
+            low, high = tensors[name] & 15, tensors[name] >> 4
+            tensors[name] = torch.stack((low, high), dim=-1).flatten(1)
+        save_file(tensors, file, {"format": "pt"})
+    config = json.loads((saved / "config.json").read_text())
+    config["quantization_config"]["version"] = 2
+    (saved / "config.json").write_text(json.dumps(config))
+    again, _ = reload(saved)
+    tokens = random_tokens(2, 12)
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, sound[1](tokens).logits)
 
 
 def test_there_is_a_file_for_every_layer_and_one_for_the_rest(sound):
@@ -219,6 +235,12 @@ def index_with(folder: Path, place: object) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
+def cut(folder: Path) -> None:
+    tensors = load_file(folder / SHARD)
+    tensors[CODES] = tensors[CODES][:, 1:].clone()
+    save_file(tensors, folder / SHARD, {"format": "pt"})
+
+
 DAMAGE = {
     "no index": (lambda folder: (folder / INDEX).unlink(), INDEX),
     "an index cut short": (lambda folder: (folder / INDEX).write_text('{"weight_map": {'), INDEX),
@@ -232,6 +254,7 @@ DAMAGE = {
     "an empty shard": (lambda folder: (folder / SHARD).write_bytes(b""), SHARD),
     "a shard without codes": (lambda folder: without(folder, CODES, False), CODES),
     "no codes anywhere": (lambda folder: without(folder, CODES, True), "down_proj.codes"),
+    "codes of another width": (cut, "down_proj.codes is "),
     "no norm": (lambda folder: without(folder, "model.layers.1.input_layernorm.weight", True), "input_layernorm"),
     "no head": (lambda folder: without(folder, "lm_head.weight", True), "lm_head"),
     "no rotations": (lambda folder: without(folder, CODES.replace("codes", "group.transform.rotations"), True), "rota"),

@@ -85,7 +85,7 @@ def test_codes_build_it_too_without_the_weights_they_were_made_of(name):
         stored.groups[group.name] = GroupState(transform.scale, transform.rotations, transform.permutations)
         for path in group.linears:
             linear = layer.get_submodule(path)
-            stored.weights[path] = linear.weight_codes or linear.plain
+            stored.weights[path] = linear.packed_codes or linear.plain
             if linear.bias is not None:
                 stored.biases[path] = linear.bias
             before.get_submodule(path).weight = nn.Parameter(torch.empty(linear.weight.shape, device="meta"))

@@ -175,7 +175,7 @@ def test_every_linear_of_every_layer_is_replaced_and_rounded_for_good(config):
     for layer in model.model.layers:
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, QuantLinear)}
         assert linears.keys() == linear_paths(model)
-        assert all(linear.weight_codes is not None for linear in linears.values())
+        assert all(linear.packed_codes is not None for linear in linears.values())
         assert not any(isinstance(module, nn.Linear) for module in layer.modules())
         assert layer.self_attn.qkv_quantizer is not None
     assert isinstance(model.lm_head, nn.Linear)
@@ -228,7 +228,7 @@ def test_sixteen_bits_leave_one_side_unquantized(wbits, abits):
     for path in linear_paths(model):
         linear = layer.get_submodule(path)
         assert isinstance(linear.group.quantizer, nn.Identity) == (abits == 16)
-        assert (len(linear.weight[0].unique()) > 16) == (linear.weight_codes is None) == (wbits == 16)
+        assert (len(linear.weight[0].unique()) > 16) == (linear.packed_codes is None) == (wbits == 16)
     attention = layer.self_attn.qkv_quantizer
     for quantizer in (attention.query, attention.key, attention.value):
         assert isinstance(quantizer, nn.Identity) == (abits == 16)
@@ -663,7 +663,7 @@ def test_a_quantized_model_holds_codes_and_no_float_copies_of_its_weights():
     model, _ = quantize(original, settings())
     logits(model)
     linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    assert 4 * sum(linear.codes.nbytes for linear in linears) == weights
+    assert 8 * sum(linear.codes.nbytes for linear in linears) == weights
     held = [value for linear in linears for value in (*vars(linear).values(), *linear.buffers(recurse=False))]
     floats = [each for each in held if isinstance(each, Tensor) and each.is_floating_point()]
     assert sum(each.nbytes for each in floats) < 0.2 * weights  # scales and zero points

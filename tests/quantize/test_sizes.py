@@ -124,7 +124,7 @@ def test_one_weight_packed_and_as_it_is_held():
     schemes = [QuantSettings(bits).scheme.weight for bits in (four, grouped, symmetric, ten, sixteen)]
     assert [packed_bytes(6, 16, each) for each in schemes] == [48 + 3 + 12, 48 + 6 + 24, 36 + 12, 128 + 12, 192]
     held = [codes_bytes(6, 16, each, torch.bfloat16) for each in schemes]
-    assert held == [96 + 48, 96 + 96, 96 + 48, 192 + 48, 192]
+    assert held == [48 + 48, 48 + 96, 48 + 48, 192 + 48, 192]
 
 
 CASES = {

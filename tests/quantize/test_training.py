@@ -364,7 +364,7 @@ def test_a_model_with_learned_clipping_is_rounded_for_good_and_closer_to_full_pr
             errors[learned] += [layer["output_error"] for layer in figures]
             linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
             assert len(linears) == LINEARS * 2
-            assert all(linear.weight_codes is not None for linear in linears)
+            assert all(linear.packed_codes is not None for linear in linears)
             assert not any(isinstance(module, LearnedClip) for module in model.modules())
             assert all((layer["training"] is not None) == learned for layer in figures)
     assert sum(errors[True]) < 0.98 * sum(errors[False])

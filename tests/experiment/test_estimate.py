@@ -137,7 +137,6 @@ RUNS = {
     "means alone": (replace(QUANT, extras=EXTRAS["key mean"]), PLAN),
     "shift alone": (replace(QUANT, extras=EXTRAS["channel shift"]), PLAN),
     "best, trained": (best(clip=ClipSettings("search"), training=TrainingSettings(epochs=1)), PLAN),
-    "transform trained": (LEARNED, PLAN),
     "transform trained, weights show": (LEARNED, replace(PLAN, calibration=(8, 32), windows=())),
     "transform trained, two Hadamards": (replace(LEARNED, transform=Transform.TWO_HADAMARD), PLAN),
     "16 bits": (replace(QUANT, bits=BitSettings(16, 16)), Plan(torch.float32, False, (0, 256), ((8, 256),), (), False)),

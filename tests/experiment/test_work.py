@@ -41,7 +41,7 @@ def quantized(model, settings, plan):
 
 @pytest.mark.parametrize("training", [None, TrainingSettings(Trained.TRANSFORM, epochs=2)], ids=["best", "trained"])
 def test_products_of_what_samples_decide_are_about_those_that_torch_counts(training):
-    config, plan = tiny_config(**MEDIUM), replace(PLAN, windows=(), statistics=False)
+    config, plan = tiny_config(**MEDIUM), replace(PLAN, calibration=(4, 128), windows=(), statistics=False)
     settings = replace(BEST, training=training)
     model = medium_model(attn_implementation="eager")
     spec, tokens = decoder_spec(config), random_tokens(*plan.calibration)

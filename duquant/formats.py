@@ -88,7 +88,7 @@ class PackedCodes:
     def tensors(self) -> dict[str, Tensor]:
         """Its parts by name; the number of channels too is a tensor [1]."""
         parts = {"values": self.values, "scale": self.scale, "zero": self.zero}
-        return {**parts, "channels": torch.tensor([self.channels])}
+        return {**parts, "channels": torch.tensor([self.channels], device=self.values.device)}
 
     def rows(self, part: slice) -> "PackedCodes":
         """Some rows of it."""

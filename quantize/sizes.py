@@ -137,7 +137,8 @@ def memory_footprint(model: nn.Module, spec: DecoderSpec, settings: QuantSetting
 
     `linears`: quantized weights (`packed_bytes`). `transforms`: rotations, online scales, shifts and what is done to
     heads in float16, permutations in int32. `rest`: everything else in float16. `ratio` is float16 over quantized. The
-    model holds whole bytes and float32 while it runs, which is more (`quantized_bytes`).
+    model holds scales and transforms in float32 and codes of 3 and of 5 to 7 bits in half or whole bytes while it runs,
+    which is more (`quantized_bytes`).
     """
     everything, linears, transforms, quantized, added = count(model.parameters()), 0, 0, 0, 0
     for group, members in groups_of(model, spec):

@@ -154,31 +154,60 @@ def number_format(scheme: TensorScheme) -> IntegerFormat:
 
 def pack(codes: Codes, form: IntegerFormat) -> PackedCodes:
     """Codes of a weight, [O, C] or [O, C/g, g], at rest."""
-    values, number = codes.values.flatten(1), form.per_byte
-    channels = values.shape[1]
-    if number > 1:
-        values = torch.nn.functional.pad(values, (0, -channels % number)).unflatten(1, (-1, number))
-        columns = [values[..., index] << index * form.bits for index in range(number)]
-        values = columns[0]
-        for column in columns[1:]:
-            values = values | column
-    return PackedCodes(values.contiguous(), codes.scale, codes.zero, channels)
+    values = codes.values.flatten(1)
+    return PackedCodes(pack_bytes(values, form), codes.scale, codes.zero, values.shape[1])
+
+
+def pack_bytes(values: Tensor, form: IntegerFormat) -> Tensor:
+    """Codes [O, C] as `PackedCodes` holds them: [O, ⌈C/n⌉]."""
+    number = form.per_byte
+    if number < 2:
+        return values.contiguous()
+    values = torch.nn.functional.pad(values, (0, -values.shape[1] % number)).unflatten(1, (-1, number))
+    packed = values[..., 0].clone()
+    for index in range(1, number):
+        packed |= values[..., index] << index * form.bits
+    return packed
 
 
 def unpack(packed: PackedCodes, form: IntegerFormat) -> Codes:
     """The inverse of `pack`."""
-    values, number = packed.values, form.per_byte
-    if number > 1:
-        columns = [values >> index * form.bits & form.largest for index in range(number)]
-        values = torch.stack(columns, dim=-1).flatten(1)[:, : packed.channels]
+    values = packed.values
+    if form.per_byte > 1:
+        values = _bytes_of(values, form)[:, : packed.channels]
     if packed.scale.dim() == 3:
         values = values.unflatten(1, (packed.scale.shape[1], -1))
     return Codes(values, packed.scale, packed.zero)
 
 
+def _bytes_of(packed: Tensor, form: IntegerFormat) -> Tensor:
+    """A byte for every code of packed bytes [O, n], two or four in each: [O, n · per_byte].
+
+    Code i is moved from bit i · bits to bit 8i of an integer as wide as all of them, whose bytes (the lowest first, as
+    on every machine that torch is built for) then are the codes.
+    """
+    number = form.per_byte
+    wide = {2: torch.int16, 4: torch.int32}[number]
+    values = torch.empty(*packed.shape, dtype=wide, device=packed.device)
+    mask = form.largest * (0x0101 if number == 2 else 0x01010101)
+    for part in row_parts(values):
+        own = packed[part].to(wide)
+        spread = own.clone()
+        for index in range(1, number):
+            spread |= own << index * (8 - form.bits)
+        torch.bitwise_and(spread, mask, out=values[part])
+    return values.view(torch.uint8)
+
+
 def packed_width(channels: int, form: IntegerFormat) -> int:
     """The second dimension of the packed codes of a weight with so many channels."""
     return -(-channels // max(1, form.per_byte))
+
+
+def code_sums(packed: PackedCodes, form: IntegerFormat) -> Tensor:
+    """The sums of the codes of every output channel: [O], float32, exact below 2^24."""
+    parts = row_parts(packed.values)
+    return torch.cat([unpack(packed.rows(part), form).values.flatten(1).float().sum(dim=1) for part in parts])
 
 
 def decode_weight(packed: PackedCodes, form: IntegerFormat, dtype: torch.dtype) -> Tensor:

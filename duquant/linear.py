@@ -1,14 +1,18 @@
 """The linear that replaces nn.Linear in a decoder layer, and what it shares with those that read the same input."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duquant.formats import Codes, IntegerFormat, PackedCodes, decode_weight, pack
+from duquant.formats import Codes, IntegerFormat, PackedCodes, code_sums, decode_weight, pack
+from duquant.ops import kernel_for
+from duquant.ops.base import Kernel, RowCodes
+from duquant.quantizer import Quantizer
 
 
 class GroupInput(nn.Module):
@@ -28,17 +32,27 @@ class GroupInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C] in the dtype of `x`, which is left as it is."""
-        if torch.is_grad_enabled():
-            return self._computed(x)
-        if self._left and self._seen() is x and self._version == x._version:
+        return self._computed(x) if torch.is_grad_enabled() else self._once(x, None, self._computed)
+
+    def encoded(self, x: Tensor, kernel: Kernel) -> RowCodes:
+        """The codes that `forward` rounds to, for a product of `kernel`: [..., C] → those of [T, C]."""
+
+        def encode() -> RowCodes:
+            return kernel.encode(x.flatten(0, -2), self.transform, self.shift, self.quantizer)
+
+        return encode() if torch.is_grad_enabled() else self._once(x, kernel, lambda _: encode())
+
+    def _once(self, x: Tensor, kernel: Kernel | None, compute: Callable[[Tensor], Any]) -> Any:
+        if self._left and self._seen() is x and self._version == x._version and self._kernel is kernel:
             self._left -= 1
             result = self._result
             if not self._left:
                 self._forget()
             return result
-        result = self._computed(x)
+        result = compute(x)
         if self.readers > 1 and not x.is_inference():  # whether such a tensor was changed in place cannot be known
             self._seen, self._version, self._left, self._result = weakref.ref(x), x._version, self.readers - 1, result
+            self._kernel = kernel
         return result
 
     def _computed(self, x: Tensor) -> Tensor:
@@ -46,7 +60,7 @@ class GroupInput(nn.Module):
         return self.quantizer(y if self.shift is None else y - self.shift).to(x.dtype)
 
     def _forget(self) -> None:
-        self._seen, self._version, self._left, self._result = None, 0, 0, None
+        self._seen, self._version, self._left, self._result, self._kernel = None, 0, 0, None, None
 
     def extra_repr(self) -> str:
         """Show how many linears share it."""
@@ -56,8 +70,9 @@ class GroupInput(nn.Module):
 class QuantLinear(nn.Module):
     """y = x̂ · ŵᵀ + b with x̂ from the group's `GroupInput` and ŵ [O, C] held as packed codes with scale and zero.
 
-    ŵ is decoded where it is needed and forgotten again (see `expanded`). `weight` may be a tensor instead of codes:
-    one that is not quantized, or was decoded by whoever saved it.
+    What is multiplied is ŵ as floats, or the codes of both (see `compute_`); either is made of the packed codes where
+    it is needed and forgotten again, or kept. `weight` may be a tensor instead of codes: one that is not quantized, or
+    was decoded by whoever saved it.
     """
 
     def __init__(
@@ -71,55 +86,125 @@ class QuantLinear(nn.Module):
             self.register_buffer("codes", weight.values)
             self.register_buffer("scale", weight.scale)
             self.register_buffer("zero", weight.zero)
+            self.plain = None
         else:
             self.out_features, self.in_features = weight.shape
-            self.codes = None
+            self.codes = self.scale = self.zero = None
             self.register_buffer("plain", weight)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._keeps, self._kept = False, None
+        self.integers, self.keeps, self._kept, self._sums = False, False, None, None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., O], in the dtype of `x`; `x` is left as it is."""
-        return F.linear(self.group(x), self.decoded(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        kernel = self.kernel(x)
+        if kernel is None:
+            return F.linear(self.group(x), self.decoded(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = kernel.linear(self.group.encoded(x, kernel), self._prepared(kernel), self.bias)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def compute_(self, integers: bool, keep: bool) -> None:
+        """From now on multiply codes where a kernel serves them, or decoded weights; `keep` what is made for that."""
+        self._restore_()
+        self.integers, self.keeps = integers, keep
+
+    def kernel(self, x: Tensor) -> Kernel | None:
+        """What multiplies the codes of `x`; None where the decoded weight is multiplied."""
+        quantizer = self.group.quantizer
+        wanted = self.integers and self.plain is None and x.numel() and not x.requires_grad
+        if not wanted or not isinstance(quantizer, Quantizer) or quantizer.group_size or self.scale.dim() == 3:
+            return None
+        kernel = kernel_for(x.device.type)
+        return kernel if kernel is not None and kernel.serves(quantizer.format, self.format) else None
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """ŵ [O, C] in `dtype`."""
-        if self.codes is None:
+        if self.plain is not None:
             return self.plain.to(dtype)
-        if self._kept is not None and self._kept.dtype is dtype:
-            return self._kept
-        weight = decode_weight(self.packed_codes, self.format, dtype)
-        if self._keeps:
-            self._kept = weight
-        return weight
+        key = (dtype, self.scale.device)
+        if self._kept is None or self._kept[0] != key:
+            self._restore_()
+            weight = decode_weight(self.packed_codes, self.format, dtype)
+            if not self.keeps:
+                return weight
+            self._kept = key, weight
+        return self._kept[1]
+
+    def _prepared(self, kernel: Kernel) -> Any:
+        """What `kernel` reads of the codes. Where it keeps that and can tell the codes from it, they are let go."""
+        key = (kernel, self.scale.device)
+        if self._kept is None or self._kept[0] != key:
+            self._restore_()
+            if self._sums is None or self._sums.device != self.scale.device:
+                self._sums = code_sums(self.packed_codes, self.format)
+            prepared = kernel.prepare(self.packed_codes, self._sums, self.format, self.keeps)
+            if not self.keeps:
+                return prepared
+            self._kept = key, prepared
+            if kernel.recovers:
+                self.codes = None
+        return self._kept[1]
+
+    def _restore_(self) -> None:
+        """Hold the packed codes, and nothing that was made of them."""
+        if self.plain is None and self.codes is None:
+            (kernel, _), prepared = self._kept
+            self.codes = kernel.packed(prepared, self.format)
+        self._kept = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "QuantLinear":
+        self._restore_()  # to(device), half(): what was made for the old place is made again
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        self._restore_()  # oneDNN's tensors cannot be copied by `deepcopy`
+        return self.__dict__
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore_()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore_()
+        super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def weight(self) -> Tensor:
         """ŵ [O, C] in the dtype of its scale."""
-        return self.decoded(self.plain.dtype if self.codes is None else self.scale.dtype)
+        return self.decoded((self.scale if self.plain is None else self.plain).dtype)
 
     @property
     def packed_codes(self) -> PackedCodes | None:
         """The codes, if the weight is quantized."""
-        return None if self.codes is None else PackedCodes(self.codes, self.scale, self.zero, self.in_features)
-
-    def keep_decoded_(self, keep: bool) -> None:
-        """From now on keep ŵ once it was decoded, or forget it."""
-        self._keeps, self._kept = keep, None
+        if self.plain is not None:
+            return None
+        if self.codes is None:
+            self._restore_()
+        return PackedCodes(self.codes, self.scale, self.zero, self.in_features)
 
     def extra_repr(self) -> str:
         """Show the shape and the format."""
-        return f"{self.in_features}, {self.out_features}, {self.format if self.codes is not None else 'not quantized'}"
+        return f"{self.in_features}, {self.out_features}, {self.format if self.plain is None else 'not quantized'}"
+
+
+def linears_of(module: nn.Module) -> list[QuantLinear]:
+    """All quantized linears in `module`."""
+    return [each for each in module.modules() if isinstance(each, QuantLinear)]
 
 
 @contextmanager
-def expanded(module: nn.Module) -> Iterator[None]:
-    """Inside the block every `QuantLinear` in `module` decodes its weight once and keeps it: memory for speed."""
-    linears = [each for each in module.modules() if isinstance(each, QuantLinear)]
-    for linear in linears:
-        linear.keep_decoded_(True)
+def expanded(module: nn.Module, integers: bool | None = None) -> Iterator[None]:
+    """Inside the block every `QuantLinear` in `module` keeps what it makes of its codes: memory for speed.
+
+    `integers`: multiply codes there, or decoded weights; None: as before.
+    """
+    before = [(linear, linear.integers, linear.keeps) for linear in linears_of(module)]
+    for linear, own, keeps in before:
+        how = own if integers is None else integers
+        if (how, True) != (own, keeps):
+            linear.compute_(how, True)
     try:
         yield
     finally:
-        for linear in linears:
-            linear.keep_decoded_(False)
+        for linear, *own in before:
+            if own != [linear.integers, linear.keeps]:
+                linear.compute_(*own)

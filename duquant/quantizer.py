@@ -69,7 +69,7 @@ class Quantizer(nn.Module):
 
     def parameters(self, vectors: Tensor) -> Parameters:
         """Scale and zero point of the clipped range of every vector: [..., 1]."""
-        return self.format.parameters(*self.clip(*torch.aminmax(vectors, dim=-1, keepdim=True)))
+        return self.format.parameters(*self.clip(*ends(vectors)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake quantization: decode(encode(x)), same shape and dtype as `x`."""
@@ -89,6 +89,13 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """Show the format and the granularity."""
         return f"{self.format}, group_size={self.group_size}"
+
+
+def ends(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum along the last axis, which stays: [..., C] → [..., 1] each."""
+    if vectors.device.type == "cpu":  # where torch reads twice in a tenth of the time that it takes for both at once
+        return vectors.amin(dim=-1, keepdim=True), vectors.amax(dim=-1, keepdim=True)
+    return torch.aminmax(vectors, dim=-1, keepdim=True)
 
 
 class CenteredQuantizer(Quantizer):

@@ -56,7 +56,7 @@ class DualTransform(nn.Module):
         for index, rotation in enumerate(self.rotations):
             x = rotate_blocks(x, rotation)
             if index < len(self.permutations):
-                x = x[..., self.permutations[index]]
+                x = x.index_select(-1, self.permutations[index])
         return x
 
     def extra_repr(self) -> str:

@@ -36,10 +36,15 @@ def target(tmp_path_factory) -> Path:
     return target
 
 
+def modules(package: Path) -> set[str]:
+    """The dotted names of everything in it, itself included."""
+    paths = [path.relative_to(package.parent).with_suffix("").parts for path in package.rglob("*.py")]
+    return {".".join(parts).removesuffix(".__init__") for parts in paths}
+
+
 def test_one_package_is_installed(target):
     assert sorted(path.name for path in target.iterdir() if path.suffix != ".dist-info") == ["duquant"]
-    modules = {path.name for path in (ROOT / "duquant").glob("*.py")}
-    assert {path.name for path in (target / "duquant").glob("*.py")} == modules
+    assert modules(target / "duquant") == modules(ROOT / "duquant")
 
 
 def test_all_of_it_is_imported_from_an_empty_folder_and_brings_in_nothing_else_of_ours(target, tmp_path):
@@ -52,9 +57,7 @@ def test_all_of_it_is_imported_from_an_empty_folder_and_brings_in_nothing_else_o
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert Path(found["file"]).is_relative_to(target)
-    assert {f"duquant.{path.stem}" for path in (ROOT / "duquant").glob("*.py")} - {"duquant.__init__"} == set(
-        found["imported"]
-    )
+    assert modules(ROOT / "duquant") - {"duquant"} == set(found["imported"])
     assert not {name.split(".")[0] for name in found["loaded"]} & set(OURS)
 
 

@@ -1,0 +1,70 @@
+"""What all kernels have in common: codes of rows with their sums, and the three steps of an integer product."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from duquant.formats import Codes, IntegerFormat, PackedCodes
+from duquant.quantizer import Quantizer
+
+PART_ELEMENTS = 2**18  # of an activation that a CPU works on at once: a megabyte of float32
+
+
+@dataclass(frozen=True)
+class RowCodes:
+    """Rows that are quantized with one range each, for the product.
+
+    `values` [T, C] uint8, of `form`; `scale`, `zero` and `sums`, the sums of the codes of each row, [T, 1] float32.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero: Tensor
+    sums: Tensor
+    form: IntegerFormat
+
+    @property
+    def codes(self) -> Codes:
+        """Without the sums."""
+        return Codes(self.values, self.scale, self.zero)
+
+
+class Kernel(Protocol):
+    """Integer products on one kind of device, in three steps. `weight` is whatever `prepare` returns."""
+
+    name: str
+    recovers: bool
+
+    def serves(self, x: IntegerFormat, weight: IntegerFormat) -> bool:
+        """Whether it multiplies codes of these formats, one range to a row each."""
+
+    def encode(self, x: Tensor, transform: nn.Module, shift: Tensor | None, quantizer: Quantizer) -> RowCodes:
+        """The codes of T(x) − shift, `x` [T, C]: those that fake quantization rounds to."""
+
+    def prepare(self, packed: PackedCodes, sums: Tensor, form: IntegerFormat, keep: bool) -> Any:
+        """What the product reads of a weight [O, C]; `sums` [O] of its codes. `keep`: it will be used many times."""
+
+    def packed(self, weight: Any, form: IntegerFormat) -> Tensor:
+        """The packed codes of what `prepare` kept, where `recovers` says so: they need not be held beside it."""
+
+    def linear(self, x: RowCodes, weight: Any, bias: Tensor | None) -> Tensor:
+        """x̂ ŵᵀ + b [T, O], float32."""
+
+
+def encode(x: Tensor, transform: nn.Module, shift: Tensor | None, quantizer: Quantizer) -> RowCodes:
+    """`Kernel.encode` in torch, some rows at a time: all that is made of them stays in caches."""
+    values = torch.empty(x.shape, dtype=quantizer.format.dtype, device=x.device)
+    scale, zero, sums = (torch.empty(len(x), 1, device=x.device) for _ in range(3))
+    filled = 0
+    for part in x.split(max(1, PART_ELEMENTS // x.shape[1])) if x.device.type == "cpu" else (x,):
+        rows = transform(part)
+        rows = quantizer.vectors(rows if shift is None else rows - shift)
+        parameters = quantizer.parameters(rows)
+        rounded = quantizer.format.rounded(rows, parameters)
+        done = slice(filled, filled + len(rows))
+        values[done], sums[done] = rounded, rounded.sum(dim=1, keepdim=True)  # whole numbers below 2^24: exact
+        scale[done], zero[done] = parameters
+        filled += len(rows)
+    return RowCodes(values, scale, zero, sums, quantizer.format)

@@ -112,6 +112,11 @@ class IntegerFormat:
         return 2**self.bits - 1
 
     @property
+    def middle(self) -> int:
+        """The zero point of symmetric codes."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
     def dtype(self) -> torch.dtype:
         """The smallest integers of torch that hold every code."""
         return torch.uint8 if self.bits <= 8 else torch.int16
@@ -124,9 +129,8 @@ class IntegerFormat:
     def parameters(self, low: Tensor, high: Tensor) -> Parameters:
         """Scale and zero point for values between `low` and `high` (same shapes out as in)."""
         if self.symmetric:
-            half = 2 ** (self.bits - 1) - 1
-            scale = (torch.maximum(low.abs(), high.abs()) / half).clamp(*SCALE_LIMITS)
-            return Parameters(scale, torch.full_like(scale, half))
+            scale = (torch.maximum(low.abs(), high.abs()) / self.middle).clamp(*SCALE_LIMITS)
+            return Parameters(scale, torch.full_like(scale, self.middle))
         scale = ((high - low) / self.largest).clamp(*SCALE_LIMITS)
         return Parameters(scale, (-low / scale).clamp(*ZERO_LIMITS).round())
 
@@ -152,25 +156,35 @@ def number_format(scheme: TensorScheme) -> IntegerFormat:
     return IntegerFormat(scheme.bits, scheme.symmetric)
 
 
+def pack_last(values: Tensor, form: IntegerFormat) -> Tensor:
+    """Codes [..., C], n = 8 // bits of them in a byte: [..., ⌈C/n⌉] laid out as in `PackedCodes`."""
+    number = form.per_byte
+    if number <= 1:
+        return values.contiguous()
+    values = torch.nn.functional.pad(values, (0, -values.shape[-1] % number)).unflatten(-1, (-1, number))
+    packed = values[..., 0]
+    for index in range(1, number):
+        packed = packed | values[..., index] << index * form.bits
+    return packed.contiguous()
+
+
+def unpack_last(packed: Tensor, channels: int, form: IntegerFormat) -> Tensor:
+    """The inverse of `pack_last`: [..., ⌈C/n⌉] → [..., C] for C = `channels`."""
+    if form.per_byte <= 1:
+        return packed
+    columns = [packed >> index * form.bits & form.largest for index in range(form.per_byte)]
+    return torch.stack(columns, dim=-1).flatten(-2)[..., :channels]
+
+
 def pack(codes: Codes, form: IntegerFormat) -> PackedCodes:
     """Codes of a weight, [O, C] or [O, C/g, g], at rest."""
-    values, number = codes.values.flatten(1), form.per_byte
-    channels = values.shape[1]
-    if number > 1:
-        values = torch.nn.functional.pad(values, (0, -channels % number)).unflatten(1, (-1, number))
-        columns = [values[..., index] << index * form.bits for index in range(number)]
-        values = columns[0]
-        for column in columns[1:]:
-            values = values | column
-    return PackedCodes(values.contiguous(), codes.scale, codes.zero, channels)
+    values = codes.values.flatten(1)
+    return PackedCodes(pack_last(values, form), codes.scale, codes.zero, values.shape[1])
 
 
 def unpack(packed: PackedCodes, form: IntegerFormat) -> Codes:
     """The inverse of `pack`."""
-    values, number = packed.values, form.per_byte
-    if number > 1:
-        columns = [values >> index * form.bits & form.largest for index in range(number)]
-        values = torch.stack(columns, dim=-1).flatten(1)[:, : packed.channels]
+    values = unpack_last(packed.values, packed.channels, form)
     if packed.scale.dim() == 3:
         values = values.unflatten(1, (packed.scale.shape[1], -1))
     return Codes(values, packed.scale, packed.zero)

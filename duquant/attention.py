@@ -4,8 +4,9 @@ Every decoder layer of transformers calls an attention function by name. A name 
 looks for a quantizer on the attention module and otherwise does what the implementation does, so a model with the
 wrapper installed is unchanged until `attach_` puts a quantizer on a layer.
 
-With a KV cache, k and v are quantized once, when they enter it: what is cached is what a quantized cache would hold.
-Every token has its own ranges, so decoding with a cache computes what running the whole text again would.
+With a KV cache, k and v are quantized once, when they enter it: an ordinary cache holds what their codes decode to,
+`duquant.cache.PackedCache` the codes. Every token has its own ranges, so decoding with a cache computes what running
+the whole text again would.
 """
 
 import sys
@@ -27,6 +28,7 @@ HEAD_ROLES = ("query", "key", "value")
 QUANTIZER = "qkv_quantizer"  # attribute of an attention module
 PREFIX = "quantized_"  # of the names in the registry
 CACHED = "keys_are_quantized"  # keyword argument by which the hook below tells the attention function
+TAKES_QUANTIZER = "takes_quantizer"  # attribute of a cache that quantizes by itself what enters it
 
 
 class AttentionQuantizer(nn.Module):
@@ -61,8 +63,11 @@ class AttentionQuantizer(nn.Module):
 
     def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The quantized (key, value), in their dtypes."""
-        matrix = self.matrix if self.key_matrix is None else self.key_matrix
-        return self.key(by_head(widen(key), matrix)).to(key.dtype), self.value(value)
+        return self.key(self.multiplied_key(key)).to(key.dtype), self.value(value)
+
+    def multiplied_key(self, key: Tensor) -> Tensor:
+        """kM⁻ᵀ before it is rounded, in at least float32."""
+        return by_head(widen(key), self.matrix if self.key_matrix is None else self.key_matrix)
 
 
 def by_head(x: Tensor, matrix: Tensor | None) -> Tensor:
@@ -113,13 +118,19 @@ def attach_(attention: nn.Module, quantizer: AttentionQuantizer) -> None:
 
 
 class QuantizedCache:
-    """A KV cache of transformers as one attention module sees it: keys and values are quantized as they enter."""
+    """A KV cache of transformers as one attention module sees it: keys and values are quantized as they enter.
+
+    An ordinary cache is given the floats they decode to; one that `TAKES_QUANTIZER` (see `duquant.cache`) is given
+    the module's quantizer, and keeps codes.
+    """
 
     def __init__(self, cache: Cache, quantizer: AttentionQuantizer):
         self._cache, self._quantizer = cache, quantizer
 
     def update(self, key: Tensor, value: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Add new keys and values [batch, kv heads, T, head_dim]; return all there are, quantized."""
+        if getattr(self._cache, TAKES_QUANTIZER, False):
+            return self._cache.update(key, value, *args, quantizer=self._quantizer, **kwargs)
         return self._cache.update(*self._quantizer.key_value(key, value), *args, **kwargs)
 
     def __getattr__(self, name: str):

@@ -112,6 +112,11 @@ class IntegerFormat:
         return 2**self.bits - 1
 
     @property
+    def middle(self) -> int:
+        """The zero point of symmetric codes."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
     def dtype(self) -> torch.dtype:
         """The smallest integers of torch that hold every code."""
         return torch.uint8 if self.bits <= 8 else torch.int16
@@ -124,9 +129,8 @@ class IntegerFormat:
     def parameters(self, low: Tensor, high: Tensor) -> Parameters:
         """Scale and zero point for values between `low` and `high` (same shapes out as in)."""
         if self.symmetric:
-            half = 2 ** (self.bits - 1) - 1
-            scale = (torch.maximum(low.abs(), high.abs()) / half).clamp(*SCALE_LIMITS)
-            return Parameters(scale, torch.full_like(scale, half))
+            scale = (torch.maximum(low.abs(), high.abs()) / self.middle).clamp(*SCALE_LIMITS)
+            return Parameters(scale, torch.full_like(scale, self.middle))
         scale = ((high - low) / self.largest).clamp(*SCALE_LIMITS)
         return Parameters(scale, (-low / scale).clamp(*ZERO_LIMITS).round())
 
@@ -152,51 +156,50 @@ def number_format(scheme: TensorScheme) -> IntegerFormat:
     return IntegerFormat(scheme.bits, scheme.symmetric)
 
 
-def pack(codes: Codes, form: IntegerFormat) -> PackedCodes:
-    """Codes of a weight, [O, C] or [O, C/g, g], at rest."""
-    values = codes.values.flatten(1)
-    return PackedCodes(pack_bytes(values, form), codes.scale, codes.zero, values.shape[1])
-
-
-def pack_bytes(values: Tensor, form: IntegerFormat) -> Tensor:
-    """Codes [O, C] as `PackedCodes` holds them: [O, ⌈C/n⌉]."""
+def pack_last(values: Tensor, form: IntegerFormat) -> Tensor:
+    """Codes [..., C] with as many in a byte as fit whole: [..., ⌈C/n⌉], laid out as `PackedCodes` says."""
     number = form.per_byte
     if number < 2:
         return values.contiguous()
-    values = torch.nn.functional.pad(values, (0, -values.shape[1] % number)).unflatten(1, (-1, number))
+    values = torch.nn.functional.pad(values, (0, -values.shape[-1] % number)).unflatten(-1, (-1, number))
     packed = values[..., 0].clone()
     for index in range(1, number):
         packed |= values[..., index] << index * form.bits
     return packed
 
 
-def unpack(packed: PackedCodes, form: IntegerFormat) -> Codes:
-    """The inverse of `pack`."""
-    values = packed.values
-    if form.per_byte > 1:
-        values = _bytes_of(values, form)[:, : packed.channels]
-    if packed.scale.dim() == 3:
-        values = values.unflatten(1, (packed.scale.shape[1], -1))
-    return Codes(values, packed.scale, packed.zero)
+def unpack_last(packed: Tensor, channels: int, form: IntegerFormat) -> Tensor:
+    """The inverse of `pack_last` for vectors of so many channels: [..., ⌈C/n⌉] → [..., C].
 
-
-def _bytes_of(packed: Tensor, form: IntegerFormat) -> Tensor:
-    """A byte for every code of packed bytes [O, n], two or four in each: [O, n · per_byte].
-
-    Code i is moved from bit i · bits to bit 8i of an integer as wide as all of them, whose bytes (the lowest first, as
-    on every machine that torch is built for) then are the codes.
+    Code i of a byte is moved from bit i · bits to bit 8i of an integer as wide as the codes are many, whose bytes (the
+    lowest first, as on every machine that torch is built for) then are the codes.
     """
     number = form.per_byte
-    wide = {2: torch.int16, 4: torch.int32}[number]
-    values = torch.empty(*packed.shape, dtype=wide, device=packed.device)
-    mask = form.largest * (0x0101 if number == 2 else 0x01010101)
-    for part in row_parts(values):
+    if number < 2:
+        return packed
+    wide, mask = {2: (torch.int16, 0x0101), 4: (torch.int32, 0x01010101)}[number]
+    values = torch.empty(packed.shape, dtype=wide, device=packed.device)
+    for part in row_parts(values) if packed.numel() else ():
         own = packed[part].to(wide)
         spread = own.clone()
         for index in range(1, number):
             spread |= own << index * (8 - form.bits)
-        torch.bitwise_and(spread, mask, out=values[part])
-    return values.view(torch.uint8)
+        torch.bitwise_and(spread, mask * form.largest, out=values[part])
+    return values.view(torch.uint8)[..., :channels]
+
+
+def pack(codes: Codes, form: IntegerFormat) -> PackedCodes:
+    """Codes of a weight, [O, C] or [O, C/g, g], at rest."""
+    values = codes.values.flatten(1)
+    return PackedCodes(pack_last(values, form), codes.scale, codes.zero, values.shape[1])
+
+
+def unpack(packed: PackedCodes, form: IntegerFormat) -> Codes:
+    """The inverse of `pack`."""
+    values = unpack_last(packed.values, packed.channels, form)
+    if packed.scale.dim() == 3:
+        values = values.unflatten(1, (packed.scale.shape[1], -1))
+    return Codes(values, packed.scale, packed.zero)
 
 
 def packed_width(channels: int, form: IntegerFormat) -> int:

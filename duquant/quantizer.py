@@ -86,6 +86,11 @@ class Quantizer(nn.Module):
             values[part] = self.format.encode(vectors[part], Parameters(scale[part], zero[part])).values
         return Codes(values, scale, zero)
 
+    def decode(self, codes: Codes) -> Tensor:
+        """x̂ [..., C] of the codes of x, in the dtype of their scale: rounded to the dtype of x, it is `forward(x)`."""
+        values = self.format.decode(codes)
+        return values if self.group_size is None else values.flatten(-2)
+
     def extra_repr(self) -> str:
         """Show the format and the granularity."""
         return f"{self.format}, group_size={self.group_size}"
@@ -109,6 +114,14 @@ class CenteredQuantizer(Quantizer):
         """Fake quantization, same shape and dtype as `x`."""
         wide = widen(x)
         return (super().forward(wide - self.mean) + self.mean).to(x.dtype)
+
+    def encode(self, x: Tensor) -> Codes:
+        """The codes of x − c."""
+        return super().encode(widen(x) - self.mean)
+
+    def decode(self, codes: Codes) -> Tensor:
+        """x̂ [..., C], c included, in the dtype of the scale."""
+        return super().decode(codes) + self.mean
 
 
 def make_quantizer(scheme: TensorScheme, clip: nn.Module | None = None, mean: Tensor | None = None) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from duquant.formats import IntegerFormat, PackedCodes, pack_bytes, unpack
+from duquant.formats import IntegerFormat, PackedCodes, pack_last, unpack
 from duquant.ops.base import RowCodes, encode
 from duquant.quantizer import Quantizer
 
@@ -59,7 +59,7 @@ class ByteKernel:
 
     def packed(self, weight: ByteWeight, form: IntegerFormat) -> Tensor:
         """See `Kernel.packed`."""
-        return pack_bytes(weight.values.to_dense().t().view(torch.uint8) + half_range(form), form)
+        return pack_last(weight.values.to_dense().t().view(torch.uint8) + half_range(form), form)
 
     def linear(self, x: RowCodes, weight: ByteWeight, bias: Tensor | None) -> Tensor:
         """See `Kernel.linear`; off by a few units in the last place, in float32, of the largest term."""

@@ -1,0 +1,1 @@
+"""The arithmetic of quantized linears on codes, for each device."""

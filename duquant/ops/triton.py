@@ -30,6 +30,7 @@ FEW_ROWS = 16  # up to here the weight is all the traffic, and the channels are 
 PROGRAMS_PER_PROCESSOR = 4  # enough loads in flight to keep the memory of a GPU busy
 GROUP_MULTIPLE = 32  # the tensor cores' own step along the channels, for int8
 CAPABILITY = (8, 0)  # what Triton supports of NVIDIA's
+AS_WRITTEN = {"enable_fp_fusion": False}  # a product that is added is rounded first, as elsewhere: the same last bits
 
 
 def available(device: torch.device) -> bool:
@@ -191,7 +192,7 @@ def _quantize_rows(
             vectors, channels, length, *SCALE_LIMITS, *ZERO_LIMITS,
             BITS=bits, SYMMETRIC=symmetric, SCALED=scale is not None and not len(rotations),
             SHIFTED=shift is not None, PER_BYTE=number, ROUNDING=ROUNDING, BLOCK_V=block_v, BLOCK_C=block,
-            num_warps=_power_of_two(block * block_v // 512, 1, 8),
+            num_warps=_power_of_two(block * block_v // 512, 1, 8), **AS_WRITTEN,
         )  # fmt: skip
     return results
 
@@ -274,6 +275,7 @@ def _linear(
         "BITS": bits,
         "W_SUMS": sums_of_weight is not None,
         "BIASED": bias is not None,
+        **AS_WRITTEN,
     }
     with _on(codes.device):
         if rows <= FEW_ROWS and max(numbers) == 1:

@@ -92,7 +92,7 @@ def row_product(
     products = tl.zeros([BLOCK_O, BLOCK_W], tl.int32)
     codes = tl.zeros([BLOCK_O, BLOCK_W], tl.int32)
     w_rows = w + (o % outputs).to(tl.int64)[:, None] * width
-    for start in range(first, last, BLOCK_C):
+    for start in tl.range(first, last, BLOCK_C, num_stages=4):  # without a dot, only this prefetches
         byte = start // PER_BYTE + tl.arange(0, BLOCK_W)
         packed = tl.load(w_rows + byte[None, :], mask=(byte < width)[None, :], other=W_OFFSET)
         for lane in tl.static_range(PER_BYTE):
@@ -137,48 +137,6 @@ def write(y, result, bias, rows, outputs, t, o, BIASED: tl.constexpr):
     tl.store(at, result.to(y.dtype.element_ty), mask=(t < rows)[None, :] & (o < outputs)[:, None])
 
 
-@autotuned(("BLOCK_T", "BLOCK_O"), PRODUCT_CONFIGS, ["rows_key", "outputs", "channels", "groups"])
-@jit
-def product(
-    x, x_scales, x_zeros, x_sums, w, w_scales, w_zeros, w_sums, bias, y,
-    rows, outputs, channels, width, rows_key, groups, x_groups, w_groups,
-    X_OFFSET: tl.constexpr, W_OFFSET: tl.constexpr, BITS: tl.constexpr, PER_BYTE: tl.constexpr, MASKED: tl.constexpr,
-    X_SUMS: tl.constexpr, W_SUMS: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """y [T, O] for one tile of rows and outputs: an integer product per group of channels, added up in float32.
-
-    `x_groups` and `w_groups`, the ranges of a row: `groups`, or 1 for one that holds for all of them.
-    """
-    LARGEST: tl.constexpr = 2**BITS - 1
-    tiles_t = tl.cdiv(rows, BLOCK_T)
-    tiles_o = tl.cdiv(outputs, BLOCK_O)
-    # tiles that run at the same time share rows and weights, so that these come from the L2 cache
-    tile_o, tile_t = tl.swizzle2d(tl.program_id(0) // tiles_t, tl.program_id(0) % tiles_t, tiles_o, tiles_t, 8)
-    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    x_row, w_row = t % rows, o % outputs
-    count = channels // groups
-    result = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
-    for group in range(groups if GROUPED else 1):
-        total, x_sum, w_sum = code_product(
-            x, w, rows, outputs, channels, width, t, o, group * count, (group + 1) * count,
-            X_OFFSET, W_OFFSET, BITS, PER_BYTE, MASKED, X_SUMS, W_SUMS, BLOCK_T, BLOCK_O, BLOCK_C,
-        )  # fmt: skip
-        if X_SUMS:
-            x_sum = tl.load(x_sums + x_row * x_groups + group) - X_OFFSET * count
-        if W_SUMS:
-            w_sum = tl.load(w_sums + w_row * w_groups + group) - W_OFFSET * count
-        x_range = x_row * x_groups + group % x_groups
-        w_range = w_row * w_groups + group % w_groups
-        result += decoded(
-            total, x_sum, w_sum, tl.load(x_scales + x_range), tl.load(x_zeros + x_range),
-            tl.load(w_scales + w_range).to(tl.float32), tl.load(w_zeros + w_range).to(tl.float32), count,
-            X_OFFSET, W_OFFSET, LARGEST,
-        )  # fmt: skip
-    write(y, result, bias, rows, outputs, t, o, BIASED)
-
-
 @jit
 def decode_and_write(
     total, w_sum, x_scales, x_zeros, x_sums, w_scales, w_zeros, w_sums, bias, y, rows, outputs, channels, t, o,
@@ -197,7 +155,58 @@ def decode_and_write(
     write(y, result, bias, rows, outputs, t, o, BIASED)
 
 
-@autotuned(("BLOCK_O",), FEW_CONFIGS, ["rows", "outputs", "channels"])
+@autotuned(("BLOCK_T", "BLOCK_O"), PRODUCT_CONFIGS, ["rows_key", "outputs", "channels", "groups", "BITS"])
+@jit
+def product(
+    x, x_scales, x_zeros, x_sums, w, w_scales, w_zeros, w_sums, bias, y,
+    rows, outputs, channels, width, rows_key, groups, x_groups, w_groups,
+    X_OFFSET: tl.constexpr, W_OFFSET: tl.constexpr, BITS: tl.constexpr, PER_BYTE: tl.constexpr, MASKED: tl.constexpr,
+    X_SUMS: tl.constexpr, W_SUMS: tl.constexpr, BIASED: tl.constexpr, GROUPED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y [T, O] for one tile of rows and outputs: an integer product per group of channels, added up in float32.
+
+    `x_groups` and `w_groups`, the ranges of a row: `groups`, or 1 for one that holds for all of them.
+    """
+    tiles_t = tl.cdiv(rows, BLOCK_T)
+    tiles_o = tl.cdiv(outputs, BLOCK_O)
+    # tiles that run at the same time share rows and weights, so that these come from the L2 cache
+    tile_o, tile_t = tl.swizzle2d(tl.program_id(0) // tiles_t, tl.program_id(0) % tiles_t, tiles_o, tiles_t, 8)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    x_row, w_row = t % rows, o % outputs
+    if GROUPED:
+        count = channels // groups
+        result = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
+        for group in range(groups):
+            total, x_sum, w_sum = code_product(
+                x, w, rows, outputs, channels, width, t, o, group * count, (group + 1) * count,
+                X_OFFSET, W_OFFSET, BITS, PER_BYTE, MASKED, X_SUMS, W_SUMS, BLOCK_T, BLOCK_O, BLOCK_C,
+            )  # fmt: skip
+            if X_SUMS:
+                x_sum = tl.load(x_sums + x_row * groups + group) - X_OFFSET * count
+            if W_SUMS:
+                w_sum = tl.load(w_sums + w_row * groups + group) - W_OFFSET * count
+            x_range = x_row * x_groups + group % x_groups
+            w_range = w_row * w_groups + group % w_groups
+            result += decoded(
+                total, x_sum, w_sum, tl.load(x_scales + x_range), tl.load(x_zeros + x_range),
+                tl.load(w_scales + w_range).to(tl.float32), tl.load(w_zeros + w_range).to(tl.float32), count,
+                X_OFFSET, W_OFFSET, 2**BITS - 1,
+            )  # fmt: skip
+        write(y, result, bias, rows, outputs, t, o, BIASED)
+    else:
+        total, _, w_sum = code_product(
+            x, w, rows, outputs, channels, width, t, o, 0, channels,
+            X_OFFSET, W_OFFSET, BITS, PER_BYTE, MASKED, True, W_SUMS, BLOCK_T, BLOCK_O, BLOCK_C,
+        )  # fmt: skip
+        decode_and_write(
+            total, w_sum, x_scales, x_zeros, x_sums, w_scales, w_zeros, w_sums, bias, y,
+            rows, outputs, channels, t, o, X_OFFSET, W_OFFSET, BITS, W_SUMS, BIASED,
+        )  # fmt: skip
+
+
+@autotuned(("BLOCK_O",), FEW_CONFIGS, ["BLOCK_T", "outputs", "channels", "BITS"])
 @jit
 def product_few(
     x, x_scales, x_zeros, x_sums, w, w_scales, w_zeros, w_sums, bias, y, parts, part_sums,

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from duquant.linear import linears_of
+from duquant.ops import kernel_for
 
 Runtime = Literal["reference", "integer"]
 Expand = Literal["per_call", "once"]
@@ -21,5 +22,9 @@ def set_runtime_(module: nn.Module, runtime: Runtime = "integer", expand: Expand
     for name, value, known in (("runtime", runtime, get_args(Runtime)), ("expand", expand, get_args(Expand))):
         if value not in known:
             raise ValueError(f"{name} {value!r} is not known; known are {', '.join(known)}")
-    for linear in linears_of(module):
+    linears = linears_of(module)
+    for device in {linear.scale.device.type for linear in linears if linear.plain is None}:
+        if runtime == "integer":
+            kernel_for(device)  # tried and announced now, not in the midst of a forward pass
+    for linear in linears:
         linear.compute_(integers=runtime == "integer", keep=expand == "once")

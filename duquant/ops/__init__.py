@@ -13,6 +13,7 @@ from duquant.formats import Codes, IntegerFormat, Parameters, code_sums, pack
 from duquant.ops import reference
 from duquant.ops.base import Kernel
 from duquant.ops.cpu import ByteKernel
+from duquant.ops.triton import TritonKernel, available
 from duquant.quantizer import Quantizer
 
 logger = logging.getLogger(__name__)
@@ -20,10 +21,15 @@ TRIAL = (7, 64, 48)  # rows, channels and outputs of the product on which a kern
 TRIAL_ERROR = 1e-4  # of the largest output
 
 
+@torch.compiler.assume_constant_result
 @cache
 def kernel_for(device: str) -> Kernel | None:
     """The kernel of a type of device ("cpu", "cuda"), tried; None where there is none. Which it is, is logged once."""
-    kernel = ByteKernel() if device == "cpu" and ByteKernel.available() else None
+    kernel = None
+    if device == "cpu" and ByteKernel.available():
+        kernel = ByteKernel()
+    elif device == "cuda" and available(torch.device(device)):
+        kernel = TritonKernel()
     if kernel is None:
         logger.info("no kernel multiplies integers on %s here: linears multiply decoded weights", device)
         return None

@@ -16,7 +16,7 @@ PART_ELEMENTS = 2**18  # of an activation that a CPU works on at once: a megabyt
 class RowCodes:
     """Rows that are quantized with one range each, for the product.
 
-    `values` [T, C] uint8, of `form`; `scale`, `zero` and `sums`, the sums of the codes of each row, [T, 1] float32.
+    `values` [T, C] uint8, of `form`; `scale` and `zero` [T, 1] float32; `sums` [T, 1], whole: of the codes of each row.
     """
 
     values: Tensor

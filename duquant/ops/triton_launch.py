@@ -1,0 +1,224 @@
+"""The operators of `duquant.ops.triton`, and how their kernels are launched: tile sizes, parts, memory in between."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from duquant.formats import SCALE_LIMITS, ZERO_LIMITS, IntegerFormat, packed_width
+from duquant.ops.triton_product import finish, product, product_few
+from duquant.ops.triton_quantize import ROUNDING, quantize, rotate
+from duquant.ops.triton_tools import interpreted, triton
+
+PART_ELEMENTS = 2**22  # of the rows that are transformed at once: two float32 copies of so many fit an L2 cache
+FEW_ROWS = 16  # up to here the weight is all the traffic, and the channels are dealt to several programs
+PROGRAMS_PER_PROCESSOR = 4  # enough loads in flight to keep the memory of a GPU busy
+AS_WRITTEN = {"enable_fp_fusion": False}  # a product that is added is rounded first, as elsewhere: the same last bits
+
+
+def ranges(scale: Tensor) -> int:
+    """How many ranges a row has: of scales [·, 1] or [·, C/g, 1]."""
+    return scale.shape[1] if scale.dim() == 3 else 1
+
+
+def _power_of_two(number: int, least: int, most: int) -> int:
+    """The power of two that holds `number`, between two others."""
+    return min(max(1 << (number - 1).bit_length(), least), most)
+
+
+@torch.library.custom_op("duquant::triton_quantize_rows", mutates_args=())
+def quantize_rows(
+    x: Tensor,
+    rotations: Tensor,
+    permutations: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    low_ratio: Tensor,
+    high_ratio: Tensor,
+    bits: int,
+    symmetric: bool,
+    group_size: int | None,
+    packed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`duquant.ops.triton.quantize_rows`, in the types an operator of torch has."""
+    results = _empty_rows(x, IntegerFormat(bits), group_size, packed)
+    if x.numel():
+        with _on(x.device):
+            for part in _row_parts(*x.shape):
+                y = x[part].contiguous()
+                for index, rotation in enumerate(rotations):
+                    permutation = permutations[index - 1].contiguous() if index else None
+                    gathered = index + 1 < len(rotations)
+                    y = _rotated(y, rotation.contiguous(), permutation, None if index else scale, gathered)
+                outputs = [each[part] for each in results]
+                left = None if len(rotations) else scale
+                _launch_rounding(y, left, shift, low_ratio, high_ratio, outputs, group_size, bits, symmetric, packed)
+    return results
+
+
+@quantize_rows.register_fake
+def _(x, rotations, permutations, scale, shift, low_ratio, high_ratio, bits, symmetric, group_size, packed):
+    return _empty_rows(x, IntegerFormat(bits), group_size, packed)
+
+
+def _empty_rows(
+    x: Tensor, form: IntegerFormat, group_size: int | None, packed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `quantize_rows` returns, not yet filled."""
+    rows, channels = x.shape
+    shape = (rows, 1) if group_size is None else (rows, channels // group_size, 1)
+    codes = x.new_empty((rows, packed_width(channels, form) if packed else channels), dtype=torch.uint8)
+    scales, zeros = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return codes, scales, zeros, x.new_empty(shape, dtype=torch.int32)
+
+
+def _row_parts(rows: int, channels: int) -> list[slice]:
+    """Slices of the rows that are transformed one after the other, whole tiles each."""
+    step = 16 if interpreted() else max(64, PART_ELEMENTS // channels // 64 * 64)
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _rotated(x: Tensor, rotation: Tensor, permutation: Tensor | None, scale: Tensor | None, gathered: bool) -> Tensor:
+    """One rotation of all blocks of `x` [T, C], permuted before: float32 [T, C], laid out [C, T] if `gathered` next."""
+    rows, channels = x.shape
+    size = len(rotation)
+    y = torch.empty((channels, rows) if gathered else (rows, channels), dtype=torch.float32, device=x.device)
+    y = y.T if gathered else y
+    block_n = _power_of_two(size, 16, 128)
+
+    def grid(meta: dict) -> tuple[int, int]:
+        return triton.cdiv(rows, meta["BLOCK_T"]), channels // size * triton.cdiv(size, block_n)
+
+    rotate[grid](
+        x, y, rotation, permutation, scale, rows, channels, _rows_key(rows), *x.stride(), *y.stride(),
+        B=size, GATHER=permutation is not None, SCALED=scale is not None, PRECISION=_precision(x.device),
+        BLOCK_N=block_n, BLOCK_K=_power_of_two(size, 16, 32),
+    )  # fmt: skip
+    return y
+
+
+def _launch_rounding(
+    y: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    low_ratio: Tensor,
+    high_ratio: Tensor,
+    outputs: list[Tensor],
+    group_size: int | None,
+    bits: int,
+    symmetric: bool,
+    packed: bool,
+) -> None:
+    """`quantize` over the vectors of y [T, C]; `outputs`: codes, scales, zero points and sums, to be filled."""
+    channels = y.shape[1]
+    length = group_size or channels
+    vectors, block = y.numel() // length, _power_of_two(length, 16, 64 if interpreted() else 4096)
+    block_v = _power_of_two(4096 // block, 1, 32)
+    quantize[(triton.cdiv(vectors, block_v),)](
+        y, scale, shift, low_ratio, high_ratio, *outputs, vectors, channels, length, *SCALE_LIMITS, *ZERO_LIMITS,
+        BITS=bits, SYMMETRIC=symmetric, SCALED=scale is not None, SHIFTED=shift is not None,
+        PER_BYTE=8 // bits if packed else 1, ROUNDING=ROUNDING, BLOCK_V=block_v, BLOCK_C=block,
+        num_warps=_power_of_two(block * block_v // 512, 1, 8), **AS_WRITTEN,
+    )  # fmt: skip
+
+
+def _precision(device: torch.device) -> str:
+    """How tensor cores multiply float32: each factor as a sum of TF32 numbers, about as exact as float32."""
+    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
+
+
+def _rows_key(rows: int) -> int:
+    """Numbers of rows that share a configuration: prompts have all lengths, and each would be measured."""
+    return _power_of_two(rows, 1, 8192)
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Inside the block Triton launches on `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@torch.library.custom_op("duquant::triton_linear", mutates_args=())
+def linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    sums: Tensor,
+    values: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    sums_of_weight: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    input_bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`duquant.ops.triton.linear`, in the types an operator of torch has."""
+    (rows, channels), outputs = codes.shape, len(values)
+    y = codes.new_empty((rows, outputs), dtype=dtype)
+    if not y.numel():
+        return y
+    numbers = ranges(scale), ranges(weight_scale)
+    sides = (codes, scale, zero, sums), (values, weight_scale, weight_zero, sums_of_weight)
+    tensors = [None if each is None else each.contiguous() for side in sides for each in side] + [bias, y]
+    options = {
+        "X_OFFSET": 128 if input_bits == 8 else 0,
+        "W_OFFSET": 128 if bits == 8 else 0,
+        "BITS": bits,
+        "W_SUMS": sums_of_weight is not None,
+        "BIASED": bias is not None,
+        **AS_WRITTEN,
+    }
+    with _on(codes.device):
+        if rows <= FEW_ROWS and max(numbers) == 1:
+            _launch_few(tensors, rows, outputs, channels, options)
+        else:
+            _launch(tensors, rows, outputs, channels, numbers, options)
+    return y
+
+
+@linear.register_fake
+def _(codes, scale, zero, sums, values, weight_scale, weight_zero, sums_of_weight, bias, bits, input_bits, dtype):
+    return codes.new_empty((codes.shape[0], values.shape[0]), dtype=dtype)
+
+
+def _launch(
+    tensors: list[Tensor | None], rows: int, outputs: int, channels: int, numbers: tuple[int, int], options: dict
+) -> None:
+    """`product` over tiles of rows and outputs; `numbers`: how many ranges a row of the input and of the weight has."""
+    groups, most = max(numbers), 64 if interpreted() else 128
+    length = channels // groups
+    block = min(length & -length, most) if groups > 1 else most
+    product[lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(outputs, meta["BLOCK_O"]),)](
+        *tensors, rows, outputs, channels, tensors[4].shape[1], _rows_key(rows), groups, *numbers,
+        PER_BYTE=8 // options["BITS"], MASKED=channels % block != 0, X_SUMS=numbers[0] == groups,
+        GROUPED=groups > 1, BLOCK_C=block, **{**options, "W_SUMS": options["W_SUMS"] and numbers[1] == groups},
+    )  # fmt: skip
+
+
+def _launch_few(tensors: list[Tensor | None], rows: int, outputs: int, channels: int, options: dict) -> None:
+    """`product_few` over tiles of outputs and parts of the channels, and `finish` if there is more than one part."""
+    y = tensors[-1]
+    number, block_t, block_o = 8 // options["BITS"], 1 if rows == 1 else FEW_ROWS, 32
+    block = 64 if interpreted() else 256 * (number if rows == 1 else 1)
+    splits = _splits(outputs, channels // (4 * block), block_o, y.device)
+    parts = part_sums = None
+    if splits > 1:
+        parts = y.new_empty((splits, outputs, rows), dtype=torch.int32)
+        part_sums = None if options["W_SUMS"] else y.new_empty((splits, outputs), dtype=torch.int32)
+    shared = {**options, "SPLITS": splits, "BLOCK_T": block_t}
+    product_few[lambda meta: (triton.cdiv(outputs, meta["BLOCK_O"]), splits)](
+        *tensors, parts, part_sums, rows, outputs, channels, tensors[4].shape[1],
+        PER_BYTE=number, BLOCK_C=block, **shared,
+    )  # fmt: skip
+    if splits > 1:
+        of_ranges = [each for index, each in enumerate(tensors) if index not in (0, 4)]
+        finish[(triton.cdiv(outputs, block_o),)](
+            *of_ranges, parts, part_sums, rows, outputs, channels, BLOCK_O=block_o, **shared
+        )
+
+
+def _splits(outputs: int, most: int, block_o: int, device: torch.device) -> int:
+    """To how many programs the channels are dealt, a power of two up to `most`: as many as keep the device busy."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    wanted = processors * PROGRAMS_PER_PROCESSOR // triton.cdiv(outputs, block_o)
+    return 1 << max(0, min(wanted, most).bit_length() - 1)

@@ -163,7 +163,7 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
         layers = stack.enter_context(layer_source(prepared, model, measured))
         save_to, writer = prepared.settings.output.save_model, None
         if save_to is not None and is_main():
-            writer = stack.enter_context(ModelWriter(save_to, setup.spec.layers, setup.layers))
+            writer = stack.enter_context(ModelWriter(save_to, setup.spec, setup.layers))
         states = state_tokens(prepared, finished) + compared.tokens(FULL) + runner.tokens(QUANTIZED)
         allocate = choose_memory(prepared, hidden_bytes(states, model, model.dtype))
         own = runner.board(model, measured, QUANTIZED, allocate)

@@ -1,13 +1,14 @@
 """A quantized model as a folder that loads again: codes, scales, zeros and transforms under their modules' names.
 
-    config.json                        with `quantization_config`: every setting, and what is rounded to what
+    config.json                        with `quantization_config`: every setting, what is rounded to what, and what
+                                       modules there are, so that transformers can make them (see `duquant.hub`)
     model-00001-of-00033.safetensors   one file per decoder layer, then one for everything else
     model.safetensors.index.json       which tensor is where
     tokenizer.json, …
 
 It is written next to its place, layer by layer while the walk goes on, and gets its name when it is whole. Folders of
-earlier versions are read too: the second (a whole byte for every code), and the first (float weights, transforms in a
-file of their own).
+earlier versions are read too: the third (modules not described), the second (a whole byte for every code), and the
+first (float weights, transforms in a file of their own).
 """
 
 import json
@@ -21,6 +22,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from duquant.attention import QUANTIZER, install
 from duquant.experts import unfuse_experts_
 from duquant.formats import Codes, IntegerFormat, PackedCodes, number_format, packed_width
+from duquant.hub import METHOD, VERSION, DuQuantConfig
+from duquant.structure import LayerStructure, ModelStructure, describe_layer
+from models import decoder_spec
 from models.load import ModelSource, load_model, pick_attention
 from models.streaming import parameters_on_meta, set_tensor_
 from quantize.build import build_
@@ -31,7 +35,7 @@ from utils.errors import InputError
 from utils.io import read_tensors, write_json, write_tensors
 from utils.settings import from_dict, to_dict
 
-METHOD, VERSION = "duquant", 3
+DESCRIBED_BY_SETTINGS = (2, 3)  # versions of the format that say nothing of modules
 INDEX = "model.safetensors.index.json"
 FIRST_VERSION_TRANSFORMS = "duquant_transforms.safetensors"
 CODES = ("codes", "scale", "zero")
@@ -40,16 +44,18 @@ CODES = ("codes", "scale", "zero")
 class ModelWriter:
     """The passenger behind the quantization that writes every layer into `folder`, which is new or empty.
 
-    `prefix`: the path of the `layers` decoder layers in the model. Everything is in a folder beside it until `finish`
-    gives it its name. Raises InputError where it cannot be written.
+    `spec` is of the model, which has so many decoder `layers`. Everything is in a folder beside it until `finish` gives
+    it its name. Raises InputError where it cannot be written.
     """
 
-    def __init__(self, folder: Path, prefix: str, layers: int):
+    def __init__(self, folder: Path, spec: DecoderSpec, layers: int):
         require_empty(folder)
-        self.folder, self.prefix, self.layers = folder, prefix, layers
+        self.folder, self.spec, self.layers = folder, spec, layers
         self.unfinished = folder.with_name(f".{folder.name}.unfinished")
         self.places: dict[str, str] = {}
         self.bytes = 0
+        self.kinds: list[LayerStructure] = []
+        self.layer_kinds: dict[int, int] = {}
         try:
             shutil.rmtree(self.unfinished, ignore_errors=True)  # of a run that was killed
             self.unfinished.mkdir(parents=True)
@@ -59,13 +65,27 @@ class ModelWriter:
     def visit(self, index: int, layer: nn.Module) -> None:
         """Write `layer`, number `index`, which is quantized; what its linears share is written once."""
         tensors = without_tied(layer.state_dict())
-        self._write(index, {f"{self.prefix}.{index}.{name}": tensor for name, tensor in tensors.items()})
+        self._write(index, {f"{self.spec.layers}.{index}.{name}": tensor for name, tensor in tensors.items()})
+        names = {path: group.name for group in self.spec.at(index).groups for path in group.linears}
+        kind = describe_layer(layer, self.spec.attention, names)
+        if kind not in self.kinds:
+            self.kinds.append(kind)
+        self.layer_kinds[index] = self.kinds.index(kind)
+
+    @property
+    def structure(self) -> ModelStructure:
+        """What modules the layers that were visited have."""
+        paths = (self.spec.layers, self.spec.attention, self.spec.experts)
+        order = tuple(kind for _, kind in sorted(self.layer_kinds.items()))
+        return ModelStructure(*paths, tuple(self.kinds), order)
 
     def finish(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: QuantSettings) -> None:
         """Write everything beside the layers, and give the folder its name."""
-        shell = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{self.prefix}.")}
+        inside = f"{self.spec.layers}."
+        shell = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
         self._write(self.layers, without_tied(shell))
-        model.config.quantization_config = saved_settings(settings)
+        model.config.quantization_config = saved_settings(settings, self.structure)
+        named, model.config.dtype = model.config.dtype, model.dtype  # of what is in the files; --dtype may be narrower
         try:
             model.config.save_pretrained(self.unfinished)
             if model.can_generate():
@@ -79,6 +99,7 @@ class ModelWriter:
             raise self._cannot(error) from None
         finally:
             del model.config.quantization_config
+            model.config.dtype = named
 
     def __enter__(self) -> "ModelWriter":
         return self
@@ -118,10 +139,9 @@ def require_empty(folder: Path) -> None:
         raise InputError(f"--save_model {folder}: is there already and not empty; choose another folder")
 
 
-def saved_settings(settings: QuantSettings) -> dict:
-    """The `quantization_config` of a model with these settings."""
-    made = {"settings": to_dict(settings), "scheme": settings.scheme.to_dict()}
-    return {"quant_method": METHOD, "version": VERSION, **made}
+def saved_settings(settings: QuantSettings, structure: ModelStructure) -> dict:
+    """The `quantization_config` of a model with these settings and modules."""
+    return DuQuantConfig(VERSION, to_dict(settings), settings.scheme.to_dict(), structure.to_dict()).to_dict()
 
 
 def read_settings(config: PretrainedConfig) -> QuantSettings | None:
@@ -133,12 +153,32 @@ def read_settings(config: PretrainedConfig) -> QuantSettings | None:
     if not isinstance(saved, dict) or saved.get("quant_method") != METHOD:
         return None
     version = saved.get("version", 1)
-    if version not in (1, 2, VERSION):
+    if version not in (1, *DESCRIBED_BY_SETTINGS, VERSION):
         raise InputError(f"--model: saved by a later version of this suite (format {version}); update it")
     try:
-        return first_settings(saved) if version == 1 else from_dict(QuantSettings, saved["settings"])
+        if version == 1:
+            return first_settings(saved)
+        settings = from_dict(QuantSettings, saved["settings"])
+        if version not in DESCRIBED_BY_SETTINGS:
+            require_described(DuQuantConfig(**saved), settings, decoder_spec(config), config.num_hidden_layers)
+        return settings
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"--model: quantization_config in its config.json is damaged ({error})") from None
+
+
+def require_described(described: DuQuantConfig, settings: QuantSettings, spec: DecoderSpec, layers: int) -> None:
+    """Raise ValueError if a config's scheme or modules are not those of its settings and its family."""
+    scheme, structure = described.parts()
+    if scheme != settings.scheme:
+        raise ValueError("its scheme is not that of its settings")
+    if (structure.layers, structure.attention, structure.experts) != (spec.layers, spec.attention, spec.experts):
+        raise ValueError("structure: has not the paths of this family of models")
+    if len(structure.layer_kinds) != layers:
+        raise ValueError(f"structure: of {len(structure.layer_kinds)} layers, and the model has {layers}")
+    for index in range(layers):
+        groups = {group.name: set(group.linears) for group in spec.at(index).groups}
+        if {group.name: set(group.linears) for group in structure.at(index).groups} != groups:
+            raise ValueError(f"structure: layer {index} has not the linears of this family of models")
 
 
 def first_settings(saved: dict) -> QuantSettings:

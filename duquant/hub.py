@@ -11,10 +11,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from duquant.attention import AttentionQuantizer, soft_capping
-from duquant.hadamard import hadamard
+from duquant.attention import soft_capping
 from duquant.scheme import Scheme
-from duquant.skeleton import fit_, make_quantized_, read_headers
+from duquant.skeleton import fit_, make_quantized_, name_shared_once_, read_headers, set_matrices_
 from duquant.structure import ModelStructure
 
 METHOD, VERSION = "duquant", 4
@@ -90,6 +89,7 @@ class DuQuantQuantizer(HfQuantizer):
         if capable != model.config._attn_implementation:
             model.set_attn_implementation(capable)
         make_quantized_(model, structure, scheme)
+        name_shared_once_(model)
         if checkpoint_files:  # not where tensors were given instead
             fit_(
                 model,
@@ -99,9 +99,7 @@ class DuQuantQuantizer(HfQuantizer):
             )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
-        for module in model.modules():
-            if isinstance(module, AttentionQuantizer) and "matrix" in module._non_persistent_buffers_set:
-                set_matrix_(module)
+        set_matrices_(model)  # transformers leaves memory as it is where no file has a buffer
         use_runtime_(model, self.quantization_config)
 
     def is_serializable(self, *args, **kwargs) -> bool:
@@ -112,12 +110,6 @@ class DuQuantQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Codes have no gradients."""
         return False
-
-
-def set_matrix_(quantizer: AttentionQuantizer) -> None:
-    """Make the matrix that no file has: transformers leaves memory as it is there."""
-    if quantizer.matrix is not None:
-        quantizer.matrix = hadamard(quantizer.matrix.shape[-1]).to(quantizer.matrix.device)
 
 
 def use_runtime_(model: nn.Module, config: DuQuantConfig) -> None:

@@ -8,9 +8,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from duquant.attention import attach_, install, make_attention_quantizer
+from duquant.attention import AttentionQuantizer, attach_, install, make_attention_quantizer
 from duquant.experts import unfuse_experts_
 from duquant.formats import PackedCodes, number_format, packed_width
+from duquant.hadamard import hadamard
 from duquant.linear import GroupInput, QuantLinear
 from duquant.quantizer import FoundClip, make_quantizer
 from duquant.scheme import Scheme
@@ -42,7 +43,6 @@ def make_quantized_(model: nn.Module, structure: ModelStructure, scheme: Scheme)
             make_layer_(layer, structure.at(index), structure.attention, scheme)
         except (ValueError, AttributeError) as error:  # torch's for a path that is not there
             raise ValueError(f"structure: layer {index} of the model does not fit it ({error})") from None
-    model.register_state_dict_post_hook(_name_shared_once)
 
 
 def make_layer_(layer: nn.Module, structure: LayerStructure, attention: str, scheme: Scheme) -> None:
@@ -95,16 +95,31 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def _name_shared_once(model: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """A hook of `state_dict`: what the linears of a group share is under the name it has in the first of them alone."""
+def set_matrices_(model: nn.Module, device: torch.device | None = None) -> None:
+    """Make the matrices of q and k that follow from the scheme, so that no file has them; None: where they are now."""
+    for module in model.modules():
+        if isinstance(module, AttentionQuantizer) and module.key_matrix is None and module.matrix is not None:
+            module.matrix = hadamard(module.matrix.shape[-1]).to(device or module.matrix.device)
+
+
+def name_shared_once_(model: nn.Module) -> None:
+    """From now on `state_dict` has what the linears of a group share under the name of the first of them alone."""
+    model.register_state_dict_post_hook(drop_repeated_)
+
+
+def drop_repeated_(model: nn.Module, tensors: dict[str, Tensor], prefix: str = "", metadata: object = None) -> None:
+    """Take out of a `state_dict` of `model` what the linears of a group share, under all names but the first.
+
+    It can be a hook, which is why it takes `metadata`.
+    """
     seen: set[GroupInput] = set()
-    shared = []
+    repeated = []
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, GroupInput):
             if module in seen:
-                shared.append(f"{prefix}{path}.")
+                repeated.append(f"{prefix}{path}.")
             seen.add(module)
-    for name in [name for name in tensors if name.startswith(tuple(shared))]:
+    for name in [name for name in tensors if name.startswith(tuple(repeated))]:
         del tensors[name]
 
 
@@ -142,13 +157,16 @@ def fit_(model: nn.Module, stored: Mapping[str, Stored], optional: set[str], fol
     known, and for codes or permutations of another dtype.
     """
     expected = model.state_dict()
+    known = set(expected)
+    drop_repeated_(model, expected)
     for name, tensor in expected.items():
         if name not in stored and name not in optional:
             raise ValueError(f"{folder}: lacks {name}; save the model again")
         if name in stored and stored[name].shape != tuple(tensor.shape):
             shapes = f"{list(stored[name].shape)}, and the model needs {list(tensor.shape)}"
             raise ValueError(f"{folder}: {name} is {shapes}; is it another model's?")
-    unknown = min(set(stored) - set(expected), default=None)
+    # earlier versions wrote tensors without elements under all their names
+    unknown = min(set(stored) - known, default=None)
     if unknown is not None:
         raise ValueError(f"{folder}: holds {unknown}, for which the model has no place; is it another model's?")
     for path, module in model.named_modules():

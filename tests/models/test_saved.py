@@ -16,8 +16,9 @@ from transformers import LlamaConfig
 from duquant.structure import ModelStructure
 from evaluation.perplexity import perplexity
 from models import decoder_spec
+from models.earlier import FIRST_VERSION_TRANSFORMS
 from models.load import ModelSource, load_config, load_model
-from models.saved import FIRST_VERSION_TRANSFORMS, INDEX, ModelWriter, read_settings, saved_settings
+from models.saved import INDEX, ModelWriter, read_settings, saved_settings
 from quantize.quantization import quantize_model
 from quantize.settings import (
     BitSettings,

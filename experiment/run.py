@@ -17,7 +17,14 @@ from evaluation.runner import Runner
 from experiment.dry_run import dry_run
 from experiment.options import RunSettings
 from experiment.prepare import Prepared, model_identity, prepare, resume_command
-from experiment.results import Outcome, completions_text, run_settings, summary_table, write_results
+from experiment.results import (
+    Outcome,
+    completions_text,
+    run_settings,
+    summary_table,
+    write_model_card,
+    write_results,
+)
 from experiment.rows import FULL_TITLE, full_title, method_name
 from experiment.setup import Setup, keep_statistics, known_peaks, open_model
 from experiment.tracking import check_tracking, open_tracker
@@ -124,6 +131,7 @@ def finish(prepared: Prepared, outcome: Outcome) -> None:
     failures, report = outcome.failures(prepared.quant), prepared.settings.report
     outcome.error = f"failed: {', '.join(failures)}" if failures else None
     write_results(prepared, outcome)
+    write_model_card(prepared, outcome)
     if report.report and is_main():
         draw_report(prepared)
     earlier = prepared.folder / "report/index.html"
@@ -184,6 +192,7 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
             keep_statistics(prepared.settings.statistics, setup, statistics)
         if writer is not None:
             writer.finish(model, setup.tokenizer, prepared.quant)
+            write_model_card(prepared, outcome)
             logger.info("model saved: %s", save_to)
     compared.part(whole=False).measure(model, full, FULL, FULL_TITLE)
     runner.measure(model, measured, QUANTIZED, full_title(prepared.quant))

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -96,6 +96,12 @@ def make_attention_quantizer(
         clip = None if ratios is None else FoundClip(ratios)
         quantizers.append(make_quantizer(getattr(scheme, role), clip, found.get(f"{role}.mean")))
     return AttentionQuantizer(found.get("matrix", matrix), *quantizers, found.get("key_matrix"))
+
+
+def soft_capping(name: str, config: PretrainedConfig) -> str:
+    """The attention implementation for a wanted one: `sdpa` cannot soft-cap scores, `eager` can."""
+    caps = getattr(config, "attn_logit_softcapping", None) is not None
+    return "eager" if caps and name == "sdpa" else name
 
 
 def install(model: nn.Module) -> None:

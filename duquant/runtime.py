@@ -9,6 +9,7 @@ from duquant.ops import kernel_for
 
 Runtime = Literal["reference", "integer"]
 Expand = Literal["per_call", "once"]
+RUNTIMES, EXPANSIONS = get_args(Runtime), get_args(Expand)
 
 
 def set_runtime_(module: nn.Module, runtime: Runtime = "integer", expand: Expand = "per_call") -> None:
@@ -19,12 +20,17 @@ def set_runtime_(module: nn.Module, runtime: Runtime = "integer", expand: Expand
     and is "reference" elsewhere. `expand`: weights at rest are packed; what a product reads is made of them at every
     call ("per_call"), or once and kept ("once": more memory, more speed). Raises ValueError for anything else.
     """
-    for name, value, known in (("runtime", runtime, get_args(Runtime)), ("expand", expand, get_args(Expand))):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is not known; known are {', '.join(known)}")
+    require_known(runtime, expand)
     linears = linears_of(module)
     for device in {linear.scale.device.type for linear in linears if linear.plain is None}:
         if runtime == "integer":
             kernel_for(device)  # tried and announced now, not in the midst of a forward pass
     for linear in linears:
         linear.compute_(integers=runtime == "integer", keep=expand == "once")
+
+
+def require_known(runtime: str, expand: str) -> None:
+    """Raise ValueError for what `set_runtime_` does not know."""
+    for name, value, known in (("runtime", runtime, RUNTIMES), ("expand", expand, EXPANSIONS)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is not known; known are {', '.join(known)}")

@@ -24,6 +24,15 @@ class TensorScheme:
     def __post_init__(self) -> None:
         if self.format != "int":
             raise ValueError(f"format {self.format!r} is not known; known is int")
+        for name, kinds in (
+            ("bits", int),
+            ("symmetric", bool),
+            ("group_size", int | None),
+            ("clip", float | int | None),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kinds) and not (name == "clip" and value == SEARCHED):
+                raise ValueError(f"{name} is {value!r}")
         if not 2 <= self.bits <= UNQUANTIZED_BITS:
             raise ValueError(f"{self.bits} bits: must be between 2 and {UNQUANTIZED_BITS}")
 
@@ -46,6 +55,12 @@ class Scheme:
     key: TensorScheme = TensorScheme()
     value: TensorScheme = TensorScheme()
     rotate_heads: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, bool if field.name == "rotate_heads" else TensorScheme):
+                raise ValueError(f"{field.name} is {value!r}")
 
     @property
     def roles(self) -> dict[str, TensorScheme]:

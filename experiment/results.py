@@ -12,6 +12,7 @@ from evaluation.measured import Measured
 from experiment.prepare import Prepared
 from experiment.rows import FULL_TITLE, full_title, method_name
 from experiment.setup import Setup
+from models.card import model_card, write_card
 from quantize.settings import QuantSettings
 from quantize.sizes import memory_footprint
 from utils import data
@@ -65,6 +66,17 @@ def write_results(prepared: Prepared, outcome: Outcome) -> None:
     }
     results["seconds"]["total"] = time.perf_counter() - outcome.started
     write_json(prepared.folder / "results.json", plain(results))
+
+
+def write_model_card(prepared: Prepared, outcome: Outcome) -> None:
+    """Write the card of the model that was saved, if one was, with what was measured of it so far."""
+    folder, quant = prepared.settings.output.save_model, prepared.quant
+    if folder is None or not is_main():
+        return
+    full = outcome.full.results["perplexity"]
+    perplexities = {name: (full.get(name), own) for name, own in outcome.measured.results["perplexity"].items()}
+    made = (shlex.join(["python", *sys.argv]), perplexities)
+    write_card(folder, model_card(prepared.setup.source.name, full_title(quant), quant.label, quant.scheme, *made))
 
 
 def run_settings(prepared: Prepared) -> dict:

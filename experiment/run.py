@@ -17,7 +17,14 @@ from evaluation.runner import Runner
 from experiment.dry_run import dry_run
 from experiment.options import RunSettings
 from experiment.prepare import Prepared, model_identity, prepare, resume_command
-from experiment.results import Outcome, completions_text, run_settings, summary_table, write_results
+from experiment.results import (
+    Outcome,
+    completions_text,
+    run_settings,
+    summary_table,
+    write_model_card,
+    write_results,
+)
 from experiment.rows import FULL_TITLE, full_title, method_name
 from experiment.setup import Setup, keep_statistics, known_peaks, open_model
 from experiment.tracking import check_tracking, open_tracker
@@ -124,6 +131,7 @@ def finish(prepared: Prepared, outcome: Outcome) -> None:
     failures, report = outcome.failures(prepared.quant), prepared.settings.report
     outcome.error = f"failed: {', '.join(failures)}" if failures else None
     write_results(prepared, outcome)
+    write_model_card(prepared, outcome)
     if report.report and is_main():
         draw_report(prepared)
     earlier = prepared.folder / "report/index.html"
@@ -163,7 +171,7 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
         layers = stack.enter_context(layer_source(prepared, model, measured))
         save_to, writer = prepared.settings.output.save_model, None
         if save_to is not None and is_main():
-            writer = stack.enter_context(ModelWriter(save_to, setup.spec.layers, setup.layers))
+            writer = stack.enter_context(ModelWriter(save_to, setup.spec, setup.layers))
         states = state_tokens(prepared, finished) + compared.tokens(FULL) + runner.tokens(QUANTIZED)
         allocate = choose_memory(prepared, hidden_bytes(states, model, model.dtype))
         own = runner.board(model, measured, QUANTIZED, allocate)
@@ -184,6 +192,7 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
             keep_statistics(prepared.settings.statistics, setup, statistics)
         if writer is not None:
             writer.finish(model, setup.tokenizer, prepared.quant)
+            write_model_card(prepared, outcome)
             logger.info("model saved: %s", save_to)
     compared.part(whole=False).measure(model, full, FULL, FULL_TITLE)
     runner.measure(model, measured, QUANTIZED, full_title(prepared.quant))

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from duquant.attention import soft_capping
 from duquant.experts import unfuse_experts_
 from models import COMPOSITES, decoder_spec, require_supported
 from utils.errors import InputError, Missing
@@ -134,11 +135,11 @@ def load_model(source: ModelSource, config: PretrainedConfig, dtype: torch.dtype
 
 
 def pick_attention(name: str, config: PretrainedConfig) -> str:
-    """The attention implementation for `--attn_implementation name`: `sdpa` cannot soft-cap scores, `eager` can."""
-    if name == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
-        logger.info("attention: eager instead of sdpa, which cannot soft-cap as this model does")
-        return "eager"
-    return name
+    """The attention implementation for `--attn_implementation name`: one that can do what this model does."""
+    capable = soft_capping(name, config)
+    if capable != name:
+        logger.info("attention: %s instead of %s, which cannot soft-cap as this model does", capable, name)
+    return capable
 
 
 def pick_dtype(name: str, config: PretrainedConfig, device: torch.device, named: dict[str, torch.dtype]) -> torch.dtype:

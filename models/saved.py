@@ -1,13 +1,13 @@
 """A quantized model as a folder that loads again: codes, scales, zeros and transforms under their modules' names.
 
-    config.json                        with `quantization_config`: every setting, and what is rounded to what
+    config.json                        with `quantization_config`: every setting, what is rounded to what, and what
+                                       modules there are, so that transformers can make them (see `duquant.hub`)
     model-00001-of-00033.safetensors   one file per decoder layer, then one for everything else
     model.safetensors.index.json       which tensor is where
     tokenizer.json, …
 
 It is written next to its place, layer by layer while the walk goes on, and gets its name when it is whole. Folders of
-earlier versions are read too: the second (a whole byte for every code), and the first (float weights, transforms in a
-file of their own).
+earlier versions are read too (see `models.earlier`).
 """
 
 import json
@@ -18,38 +18,46 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from duquant.attention import QUANTIZER, install
-from duquant.experts import unfuse_experts_
-from duquant.formats import Codes, IntegerFormat, PackedCodes, number_format, packed_width
-from models.load import ModelSource, load_model, pick_attention
+from duquant.formats import number_format
+from duquant.hub import METHOD, VERSION, DuQuantConfig
+from duquant.skeleton import drop_repeated_, fit_, make_quantized_, read_headers, set_matrices_
+from duquant.structure import LayerStructure, ModelStructure, describe_layer
+from models import decoder_spec
+from models.earlier import (
+    DESCRIBED_BY_SETTINGS,
+    FIRST_VERSION_TRANSFORMS,
+    first_settings,
+    load_first_version,
+    packed_headers,
+    packed_tensors,
+    structure_of,
+)
+from models.load import ModelSource, pick_attention
 from models.streaming import parameters_on_meta, set_tensor_
-from quantize.build import build_
-from quantize.settings import BitSettings, ClipSettings, QuantSettings, SmoothSettings, Transform
+from quantize.settings import QuantSettings
 from quantize.spec import DecoderSpec
-from quantize.state import GroupState, LayerState
 from utils.errors import InputError
 from utils.io import read_tensors, write_json, write_tensors
 from utils.settings import from_dict, to_dict
 
-METHOD, VERSION = "duquant", 3
 INDEX = "model.safetensors.index.json"
-FIRST_VERSION_TRANSFORMS = "duquant_transforms.safetensors"
-CODES = ("codes", "scale", "zero")
 
 
 class ModelWriter:
     """The passenger behind the quantization that writes every layer into `folder`, which is new or empty.
 
-    `prefix`: the path of the `layers` decoder layers in the model. Everything is in a folder beside it until `finish`
-    gives it its name. Raises InputError where it cannot be written.
+    `spec` is of the model, which has so many decoder `layers`. Everything is in a folder beside it until `finish` gives
+    it its name. Raises InputError where it cannot be written.
     """
 
-    def __init__(self, folder: Path, prefix: str, layers: int):
+    def __init__(self, folder: Path, spec: DecoderSpec, layers: int):
         require_empty(folder)
-        self.folder, self.prefix, self.layers = folder, prefix, layers
+        self.folder, self.spec, self.layers = folder, spec, layers
         self.unfinished = folder.with_name(f".{folder.name}.unfinished")
         self.places: dict[str, str] = {}
         self.bytes = 0
+        self.kinds: list[LayerStructure] = []
+        self.layer_kinds: dict[int, int] = {}
         try:
             shutil.rmtree(self.unfinished, ignore_errors=True)  # of a run that was killed
             self.unfinished.mkdir(parents=True)
@@ -58,14 +66,29 @@ class ModelWriter:
 
     def visit(self, index: int, layer: nn.Module) -> None:
         """Write `layer`, number `index`, which is quantized; what its linears share is written once."""
-        tensors = without_tied(layer.state_dict())
-        self._write(index, {f"{self.prefix}.{index}.{name}": tensor for name, tensor in tensors.items()})
+        tensors = layer.state_dict()
+        drop_repeated_(layer, tensors)
+        self._write(index, {f"{self.spec.layers}.{index}.{name}": tensor for name, tensor in tensors.items()})
+        names = {path: group.name for group in self.spec.at(index).groups for path in group.linears}
+        kind = describe_layer(layer, self.spec.attention, names)
+        if kind not in self.kinds:
+            self.kinds.append(kind)
+        self.layer_kinds[index] = self.kinds.index(kind)
+
+    @property
+    def structure(self) -> ModelStructure:
+        """What modules the layers that were visited have."""
+        paths = (self.spec.layers, self.spec.attention, self.spec.experts)
+        order = tuple(kind for _, kind in sorted(self.layer_kinds.items()))
+        return ModelStructure(*paths, tuple(self.kinds), order)
 
     def finish(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: QuantSettings) -> None:
         """Write everything beside the layers, and give the folder its name."""
-        shell = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{self.prefix}.")}
+        inside = f"{self.spec.layers}."
+        shell = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
         self._write(self.layers, without_tied(shell))
-        model.config.quantization_config = saved_settings(settings)
+        model.config.quantization_config = saved_settings(settings, self.structure)
+        named, model.config.dtype = model.config.dtype, model.dtype  # of what is in the files; --dtype may be narrower
         try:
             model.config.save_pretrained(self.unfinished)
             if model.can_generate():
@@ -79,6 +102,7 @@ class ModelWriter:
             raise self._cannot(error) from None
         finally:
             del model.config.quantization_config
+            model.config.dtype = named
 
     def __enter__(self) -> "ModelWriter":
         return self
@@ -102,14 +126,10 @@ class ModelWriter:
 
 def without_tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors`, each piece of memory under its first name only."""
-    unique: dict[str, Tensor] = {}
-    seen: set[tuple] = set()
+    unique: dict[tuple, str] = {}
     for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if not tensor.numel() or place not in seen:
-            unique[name] = tensor
-        seen.add(place)
-    return unique
+        unique.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
+    return {name: tensors[name] for name in unique.values()}
 
 
 def require_empty(folder: Path) -> None:
@@ -118,10 +138,9 @@ def require_empty(folder: Path) -> None:
         raise InputError(f"--save_model {folder}: is there already and not empty; choose another folder")
 
 
-def saved_settings(settings: QuantSettings) -> dict:
-    """The `quantization_config` of a model with these settings."""
-    made = {"settings": to_dict(settings), "scheme": settings.scheme.to_dict()}
-    return {"quant_method": METHOD, "version": VERSION, **made}
+def saved_settings(settings: QuantSettings, structure: ModelStructure) -> dict:
+    """The `quantization_config` of a model with these settings and modules."""
+    return DuQuantConfig(VERSION, to_dict(settings), settings.scheme.to_dict(), structure.to_dict()).to_dict()
 
 
 def read_settings(config: PretrainedConfig) -> QuantSettings | None:
@@ -133,19 +152,32 @@ def read_settings(config: PretrainedConfig) -> QuantSettings | None:
     if not isinstance(saved, dict) or saved.get("quant_method") != METHOD:
         return None
     version = saved.get("version", 1)
-    if version not in (1, 2, VERSION):
+    if version not in (1, *DESCRIBED_BY_SETTINGS, VERSION):
         raise InputError(f"--model: saved by a later version of this suite (format {version}); update it")
     try:
-        return first_settings(saved) if version == 1 else from_dict(QuantSettings, saved["settings"])
+        if version == 1:
+            return first_settings(saved)
+        settings = from_dict(QuantSettings, saved["settings"])
+        if version not in DESCRIBED_BY_SETTINGS:
+            require_described(DuQuantConfig(**saved), settings, decoder_spec(config), config.num_hidden_layers)
+        return settings
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"--model: quantization_config in its config.json is damaged ({error})") from None
 
 
-def first_settings(saved: dict) -> QuantSettings:
-    """Those of the first version, which kept a few only."""
-    bits = BitSettings(saved["wbits"], saved["abits"], saved["group_size"], saved["symmetric"])
-    smooth = None if saved["alpha"] is None else SmoothSettings(saved["alpha"])
-    return QuantSettings(bits, ClipSettings(saved["lac"]), smooth, Transform(saved["transform"]))
+def require_described(described: DuQuantConfig, settings: QuantSettings, spec: DecoderSpec, layers: int) -> None:
+    """Raise ValueError if a config's scheme or modules are not those of its settings and its family."""
+    scheme, structure = described.parts()
+    if scheme != settings.scheme:
+        raise ValueError("its scheme is not that of its settings")
+    if (structure.layers, structure.attention, structure.experts) != (spec.layers, spec.attention, spec.experts):
+        raise ValueError("structure: has not the paths of this family of models")
+    if len(structure.layer_kinds) != layers:
+        raise ValueError(f"structure: of {len(structure.layer_kinds)} layers, and the model has {layers}")
+    for index in range(layers):
+        groups = {group.name: set(group.linears) for group in spec.at(index).groups}
+        if {group.name: set(group.linears) for group in structure.at(index).groups} != groups:
+            raise ValueError(f"structure: layer {index} has not the linears of this family of models")
 
 
 def load_saved_model(
@@ -163,6 +195,7 @@ def load_saved_model(
     folder = Path(source.name)
     if (folder / FIRST_VERSION_TRANSFORMS).exists():
         return load_first_version(source, config, spec, settings, dtype, attention)
+    places = read_index(folder)
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
             config,
@@ -170,21 +203,35 @@ def load_saved_model(
             attn_implementation=pick_attention(attention, config),
             trust_remote_code=source.trust_remote_code,
         )
-    unfuse_experts_(spec.decoder_layers(model), spec.experts)
-    install(model)
-    places = read_index(folder)
+    version, described = read_description(folder)
+    form = number_format(settings.scheme.weight) if version == 2 else None
+    try:
+        stored = read_headers([str(folder / file) for file in sorted(set(places.values()))])
+        stored = stored if form is None else packed_headers(stored, form)
+        if described is None:
+            described = structure_of(stored, spec, config.num_hidden_layers)
+        make_quantized_(model, described, settings.scheme)
+        fit_(model, stored, set(model.all_tied_weights_keys), folder)
+    except ValueError as error:
+        raise InputError(f"--model: {error}") from None
     for file in sorted(set(places.values())):
         tensors, _ = read_tensors(folder / file)
         expected = {name for name, place in places.items() if place == file}
         if set(tensors) != expected:
             name = min(set(tensors) ^ expected)
             raise InputError(f"{folder / file}: does not hold what {INDEX} says ({name}); save the model again")
-        place_(model, spec, settings, tensors, dtype)
+        for name, tensor in (tensors if form is None else packed_tensors(tensors, form)).items():
+            set_tensor_(model, name, tensor)
+    set_matrices_(model, torch.device("cpu"))
     model.tie_weights(missing_keys={name for name in model.state_dict() if name not in places}, recompute_mapping=False)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise InputError(f"--model {folder}: lacks {name}; save the model again")
     return model.eval().requires_grad_(False)
+
+
+def read_description(folder: Path) -> tuple[int, ModelStructure | None]:
+    """The version of a saved model's format, and its modules if they are described; the config was checked before."""
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    structure = saved.get("structure")
+    return saved["version"], None if structure is None else ModelStructure.from_dict(structure)
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -196,99 +243,3 @@ def read_index(folder: Path) -> dict[str, str]:
         return dict(places)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / INDEX}: cannot be read ({error}); save the model again") from None
-
-
-def place_(
-    model: nn.Module, spec: DecoderSpec, settings: QuantSettings, tensors: dict[str, Tensor], dtype: torch.dtype
-) -> None:
-    """Put the tensors of one file into `model`, and build the layer they are of."""
-    prefix = f"{spec.layers}."
-    layers: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            number, _, inner = name.removeprefix(prefix).partition(".")
-            layers.setdefault(int(number), {})[inner] = tensor
-        else:
-            set_tensor_(model, name, tensor)
-    for index, inner in layers.items():
-        layer, own = spec.decoder_layers(model)[index], spec.at(index)
-        state = state_of(inner, own, layer, number_format(settings.scheme.weight))
-        decided = (*(f"{path}." for group in own.groups for path in group.linears), heads_prefix(own))
-        for name, tensor in inner.items():
-            if not name.startswith(decided):
-                set_tensor_(layer, name, tensor)
-        build_(layer, own, state, settings, dtype)
-
-
-def state_of(tensors: dict[str, Tensor], spec: DecoderSpec, layer: nn.Module, form: IntegerFormat) -> LayerState:
-    """The state of a layer whose tensors these are; of `layer` only shapes matter, `form` is that of its weights.
-
-    Raises InputError for a tensor that is missing or has another shape.
-    """
-    state, inner = LayerState(stored=True), heads_prefix(spec)
-    state.attention = {name.removeprefix(inner): each for name, each in tensors.items() if name.startswith(inner)}
-    try:
-        for group in spec.groups:
-            shared = f"{group.linears[0]}.group"
-            prefix = f"{shared}.transform"
-            parts = tensors[f"{prefix}.rotations"], tensors[f"{prefix}.permutations"].long()
-            input_parts = (tensors.get(f"{shared}.shift"), tensors.get(f"{shared}.quantizer.clip.ratios"))
-            state.groups[group.name] = GroupState(tensors.get(f"{prefix}.scale"), *parts, *input_parts)
-            for path in group.linears:
-                if f"{path}.bias" in tensors:
-                    state.biases[path] = tensors[f"{path}.bias"]
-                plain = tensors.get(f"{path}.plain")
-                shape = tuple(layer.get_submodule(path).weight.shape)
-                state.weights[path] = saved_codes(tensors, path, shape, form) if plain is None else plain
-    except KeyError as error:
-        raise InputError(f"--model: a saved layer lacks {error}; save the model again") from None
-    return state
-
-
-def saved_codes(
-    tensors: dict[str, Tensor], path: str, shape: tuple[int, int], form: IntegerFormat
-) -> PackedCodes | Codes:
-    """The codes of the weight [O, C] of the linear at `path`, whose `shape` it is; packed from version 3 on."""
-    values, scale, zero = (tensors[f"{path}.{name}"] for name in CODES)
-    outputs, channels = shape
-    if values.shape == (outputs, packed_width(channels, form)):
-        return PackedCodes(values, scale, zero, channels)
-    if values.flatten(1).shape != shape:
-        raise InputError(f"--model: {path}.codes is {list(values.shape)}, of another model; save the model again")
-    return Codes(values, scale, zero)
-
-
-def heads_prefix(spec: DecoderSpec) -> str:
-    """What the names of the attention quantizer's tensors begin with, inside a layer."""
-    return f"{spec.attention}.{QUANTIZER}."
-
-
-def load_first_version(
-    source: ModelSource,
-    config: PretrainedConfig,
-    spec: DecoderSpec,
-    settings: QuantSettings,
-    dtype: torch.dtype,
-    attention: str,
-) -> nn.Module:
-    """A folder of the first version: weights as floats, rotated and rounded, in ordinary files."""
-    path = Path(source.name) / FIRST_VERSION_TRANSFORMS
-    tensors, _ = read_tensors(path)
-    model = load_model(source, config, dtype, attention)
-    install(model)
-    for index, layer in enumerate(spec.decoder_layers(model)):
-        own, state = spec.at(index), LayerState(stored=True)
-        for group in own.groups:
-            state.groups[group.name] = first_group(tensors, spec.linear_key(index, group.name), path)
-            state.weights |= {each: layer.get_submodule(each).weight.detach() for each in group.linears}
-        build_(layer, own, state, settings, dtype)
-    return model
-
-
-def first_group(tensors: dict[str, Tensor], prefix: str, path: Path) -> GroupState:
-    """One group's transform in the first version."""
-    try:
-        parts = tensors[f"{prefix}.rotations"], tensors[f"{prefix}.permutations"].long()
-    except KeyError as error:
-        raise InputError(f"{path}: lacks {error}; save the model again") from None
-    return GroupState(tensors.get(f"{prefix}.scale"), *parts)

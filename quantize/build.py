@@ -115,7 +115,6 @@ class LayerBuilder:
             linear = self.layer.get_submodule(path)
             bias = None if linear.bias is None else linear.bias.detach()
             if state.stored:
-                bias = state.biases.get(path, bias)
                 self.replace_(path, QuantLinear(state.weights[path], number_format(self.scheme.weight), bias, shared))
                 continue
             weight = transform.transform_weight(linear.weight.detach())

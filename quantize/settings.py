@@ -7,13 +7,16 @@ import argparse
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from duquant.scheme import UNQUANTIZED_BITS, Scheme, TensorScheme
 from quantize.refinements import SEARCH, ExtraSettings, HeadTransform, Ratio, Rounding, RoundingSettings, Trained
 from utils.errors import InputError
 from utils.settings import NONE, Changes, option, part
 
+if TYPE_CHECKING:
+    from duquant.scheme import Scheme
+
+UNQUANTIZED_BITS = 16  # as in `duquant.scheme`, which is not imported for a flag: transformers loads for seconds
 USUAL_BLOCK = 128  # the paper's block size
 AUTO_BLOCK_LIMIT = 128  # what `--block_size auto` does not exceed
 
@@ -443,8 +446,10 @@ class QuantSettings:
         return self.training is not None or self.aims_at_teacher
 
     @property
-    def scheme(self) -> Scheme:
+    def scheme(self) -> "Scheme":
         """What is rounded to what."""
+        from duquant.scheme import Scheme, TensorScheme
+
         bits, clip = self.bits, self.clip
         head_clip = {"query": clip.activation_ratio, "key": clip.kv_ratio or clip.activation_ratio}
         clips_values = self.extras.value_rotation or clip.activation_ratio == SEARCH

@@ -43,14 +43,13 @@ class LayerState:
 
     `weights`, by path: codes that depend on samples, so that they cannot be made again without. `attention`: tensors of
     the attention quantizer under their names in its `state_dict`; `values` [kv heads, D, D]: the matrices folded into v
-    and o. `stored`: this is a saved model's layer. All its weights are in `weights`, its biases in `biases`, and what
-    goes upstream is in them already and not here.
+    and o. `stored`: this is a saved model's layer. All its weights are in `weights`, and what goes upstream is in them
+    already and not here.
     """
 
     groups: dict[str, GroupState] = field(default_factory=dict)
     clips: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     weights: dict[str, PackedCodes | Codes | Tensor] = field(default_factory=dict)
-    biases: dict[str, Tensor] = field(default_factory=dict)
     attention: dict[str, Tensor] = field(default_factory=dict)
     values: Tensor | None = None
     stored: bool = False
@@ -92,7 +91,7 @@ class LayerState:
 
         clips = {path: (low.to(device), high.to(device)) for path, (low, high) in self.clips.items()}
         values = None if self.values is None else self.values.to(device)
-        parts = (moved(self.weights), moved(self.biases), moved(self.attention), values, self.stored)
+        parts = (moved(self.weights), moved(self.attention), values, self.stored)
         return LayerState(moved(self.groups), clips, *parts)
 
     @classmethod

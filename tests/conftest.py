@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: a tiny random Llama on disk, its tokens, and running the real scripts."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # for tiny tensors waking a second thread costs more than it gives
 ROOT = Path(__file__).resolve().parents[1]
+OURS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "duquant")
 VOCABULARY = 97
 
 
@@ -102,3 +104,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}; set SHARED_DATA_DIR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory) -> Path:
+    """A folder into which pip installed what the repository's pyproject.toml describes."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
+    shutil.copy(ROOT / "pyproject.toml", source)  # building leaves files beside it
+    for package in ("duquant", *OURS):
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    flags = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", "install", *flags, "--target", str(target), "."]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target

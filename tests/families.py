@@ -117,7 +117,7 @@ def save(folder: Path, model: nn.Module, config: QuantSettings, tokenizer_folder
     """Write a quantized model as `--save_model` does."""
     spec, tokenizer = decoder_spec(model.config), AutoTokenizer.from_pretrained(tokenizer_folder)
     layers = spec.decoder_layers(model)
-    with ModelWriter(folder, spec.layers, len(layers)) as writer:
+    with ModelWriter(folder, spec, len(layers)) as writer:
         for index, layer in enumerate(layers):
             writer.visit(index, layer)
         writer.finish(model, tokenizer, config)

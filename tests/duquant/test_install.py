@@ -3,15 +3,12 @@
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from conftest import ROOT
+from conftest import OURS, ROOT
 
-OURS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "duquant")
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys
 import duquant
@@ -20,20 +17,6 @@ for name in names:
     importlib.import_module(name)
 print(json.dumps({"file": duquant.__file__, "imported": names, "loaded": sorted(sys.modules)}))
 """
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory) -> Path:
-    """A folder into which pip installed what the repository's pyproject.toml describes."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
-    shutil.copy(ROOT / "pyproject.toml", source)  # building leaves files beside it
-    for package in ("duquant", *OURS):
-        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    flags = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
-    command = [sys.executable, "-m", "pip", "install", *flags, "--target", str(target), "."]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return target
 
 
 def modules(package: Path) -> set[str]:

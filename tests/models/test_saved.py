@@ -13,10 +13,12 @@ from settings_cases import switched_on, with_another
 from torch import nn
 from transformers import LlamaConfig
 
+from duquant.structure import ModelStructure
 from evaluation.perplexity import perplexity
 from models import decoder_spec
+from models.earlier import FIRST_VERSION_TRANSFORMS
 from models.load import ModelSource, load_config, load_model
-from models.saved import FIRST_VERSION_TRANSFORMS, INDEX, ModelWriter, read_settings, saved_settings
+from models.saved import INDEX, ModelWriter, read_settings, saved_settings
 from quantize.quantization import quantize_model
 from quantize.settings import (
     BitSettings,
@@ -33,6 +35,7 @@ from utils.errors import InputError
 from utils.settings import options
 
 CPU = torch.device("cpu")
+LLAMA = decoder_spec(tiny_config())
 FIRST_VERSION = ROOT / "tests/fixtures/version_1"
 
 
@@ -132,6 +135,15 @@ def test_codes_are_written_as_integers_under_the_names_of_their_modules(sound):
     assert len(shared) == 2 * 4, "what the linears of a group share is written once"
 
 
+def test_a_folder_of_the_third_version_did_not_describe_its_modules(sound, saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["quantization_config"]["version"] = 3
+    del config["quantization_config"]["structure"]
+    (saved / "config.json").write_text(json.dumps(config))
+    again, _ = reload(saved)
+    assert torch.equal(again(random_tokens(2, 12)).logits, sound[1](random_tokens(2, 12)).logits)
+
+
 def test_a_folder_of_the_second_version_had_a_byte_for_every_code(sound, saved):
     for file in saved.glob("*.safetensors"):
         tensors = load_file(file)
@@ -167,12 +179,18 @@ def test_saving_leaves_the_model_as_it_was(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("each", options(QuantSettings), ids=lambda each: each.name)
-def test_every_setting_survives_a_saved_model(each, tmp_path):
+def test_every_setting_survives_a_saved_model(each, sound, tmp_path):
     config = with_another(switched_on(QuantSettings, each), each)
     described = tiny_config()
-    described.quantization_config = saved_settings(config)
+    described.quantization_config = saved_settings(config, structure_of(sound[0]))
     described.save_pretrained(tmp_path)
     assert read_settings(LlamaConfig.from_pretrained(tmp_path)) == config
+
+
+def structure_of(folder: Path) -> ModelStructure:
+    return ModelStructure.from_dict(
+        json.loads((folder / "config.json").read_text())["quantization_config"]["structure"]
+    )
 
 
 def test_a_config_that_is_not_ours_has_no_settings():
@@ -191,6 +209,18 @@ def test_a_config_that_is_not_ours_has_no_settings():
         lambda made: made["settings"].update(transform="other"),
         lambda made: made["settings"].update(bits=4),
         lambda made: made.update(settings=[]),
+        lambda made: made["settings"]["bits"].update(weight=3),
+        lambda made: made.pop("structure"),
+        lambda made: made["structure"].pop("experts"),
+        lambda made: made["structure"].update(attention="attention"),
+        lambda made: made["structure"]["layer_kinds"].pop(),
+        lambda made: made["structure"]["layer_kinds"].append(0),
+        lambda made: made["structure"].update(layer_kinds=[0, 7]),
+        lambda made: made["structure"]["kinds"][0]["groups"].pop(),
+        lambda made: made["structure"]["kinds"][0]["groups"][0]["linears"].append("mlp.up_proj"),
+        lambda made: made["structure"]["kinds"][0]["groups"][0].update(plain=["elsewhere"]),
+        lambda made: made["structure"]["kinds"][0]["groups"][0].update(readers="3"),
+        lambda made: made["structure"]["kinds"][0].update(attention={"key.mean": "x"}),
     ],
 )
 def test_a_damaged_description_of_the_settings_is_refused(damage, saved):
@@ -270,7 +300,7 @@ def test_a_folder_that_is_damaged_is_refused_in_one_line(name, saved):
 
 def write_layers(folder: Path, model: nn.Module) -> ModelWriter:
     """Begin to save: the layers, without the rest."""
-    writer = ModelWriter(folder, "model.layers", 2)
+    writer = ModelWriter(folder, LLAMA, 2)
     for index, layer in enumerate(model.model.layers):
         writer.visit(index, layer)
     return writer
@@ -301,7 +331,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     for place in (tmp_path, tmp_path / "mine.txt"):
         with pytest.raises(InputError, match=r"--save_model .*is there already and not empty"):
-            ModelWriter(place, "model.layers", 2)
+            ModelWriter(place, LLAMA, 2)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"mine.txt": "mine"}
 
 
@@ -314,11 +344,11 @@ def test_an_empty_folder_is_taken(sound, model_folder, tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"--save_model .*cannot be written"):
-        ModelWriter(tmp_path / "file/below", "model.layers", 2)
+        ModelWriter(tmp_path / "file/below", LLAMA, 2)
 
 
 def test_a_disk_that_fills_up_is_named_and_nothing_is_left(sound, tmp_path, monkeypatch):
-    writer = ModelWriter(tmp_path / "saved", "model.layers", 2)
+    writer = ModelWriter(tmp_path / "saved", LLAMA, 2)
     writer.visit(0, sound[1].model.layers[0])
 
     def full(tensors, path, metadata=None):

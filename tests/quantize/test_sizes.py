@@ -172,7 +172,7 @@ def test_states_layers_and_saved_models_have_the_bytes_that_were_counted(setting
     expected = [state_bytes(layer, spec, settings) for layer in spec.decoder_layers(skeleton)]
     assert states.bytes == expected
     assert checkpoint_bytes(skeleton, spec, settings) == sum(expected) + 2 * LAYER_FILE
-    with ModelWriter(tmp_path / "saved", spec.layers, 2) as writer:
+    with ModelWriter(tmp_path / "saved", spec, 2) as writer:
         layers = 0
         for index, layer in enumerate(spec.decoder_layers(model)):
             writer.visit(index, layer)

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run_script, tiny_model
 from safetensors.torch import load_file
 from script_cases import (
@@ -19,8 +20,12 @@ from script_cases import (
     snapshot,
 )
 from starter import shared_starter
+from transformers import AutoModelForCausalLM
 
+from duquant.runtime import set_runtime_
+from evaluation.perplexity import perplexity
 from experiment.prepare import refuse_for_saved
+from models import decoder_spec
 from models.saved import INDEX
 from quantize.settings import QuantSettings
 from utils.errors import InputError
@@ -55,6 +60,19 @@ def test_the_command_line_evaluates_a_saved_model_to_exactly_the_same_perplexity
     assert again["perplexity"] == results["perplexity"]
     assert again["perplexity_details"] == results["perplexity_details"]
     assert not {"quantize", "statistics"} & set(again["seconds"])
+
+
+def test_transformers_gives_the_perplexity_of_the_run_and_the_card_has_it(exported, token_file):
+    folder, results = exported
+    model = AutoModelForCausalLM.from_pretrained(folder / "saved")
+    set_runtime_(model, "reference")
+    tokens = load_file(token_file)["test"].long()
+    found = perplexity(model, decoder_spec(model.config), tokens, torch.device("cpu"))
+    [[label, expected]] = results["perplexity"].items()
+    assert found.perplexity == expected
+    card = (folder / "saved/README.md").read_text(encoding="utf-8")
+    assert f"| {label} | – | {expected:.4f} |" in card
+    assert results["command"] in card
 
 
 def test_a_target_that_is_not_empty_is_refused_before_any_work(exported, model_folder, token_file):

@@ -72,6 +72,8 @@ def _group_input(group: GroupStructure, channels: int, scheme: Scheme) -> GroupI
     rotations = _empty(group.rotations, size, size)
     permutations = _empty(group.permutations, channels, dtype=torch.int64)
     transform = DualTransform(rotations, permutations, _empty(channels) if group.scale else None)
+    if scheme.input.group_size and channels % scheme.input.group_size:
+        raise ValueError(f"inputs of {channels} channels do not divide by groups of {scheme.input.group_size}")
     quantizer = make_quantizer(scheme.input, FoundClip(_empty(2)) if group.ratios else None)
     return GroupInput(transform, quantizer, group.readers, _empty(channels) if group.shift else None)
 
@@ -162,7 +164,7 @@ def fit_(model: nn.Module, stored: Mapping[str, Stored], optional: set[str], fol
     for name, tensor in expected.items():
         if name not in stored and name not in optional:
             raise ValueError(f"{folder}: lacks {name}; save the model again")
-        if name in stored and stored[name].shape != tuple(tensor.shape):
+        if name in stored and not _fits(stored[name].shape, tuple(tensor.shape)):
             shapes = f"{list(stored[name].shape)}, and the model needs {list(tensor.shape)}"
             raise ValueError(f"{folder}: {name} is {shapes}; is it another model's?")
     # earlier versions wrote tensors without elements under all their names
@@ -177,8 +179,12 @@ def fit_(model: nn.Module, stored: Mapping[str, Stored], optional: set[str], fol
             dtype = stored[name].dtype
             if dtype is None or dtype.is_floating_point != tensor.dtype.is_floating_point:
                 raise ValueError(f"{folder}: {name} is not {tensor.dtype}; save the model again")
-            if dtype is tensor.dtype or leaf == "plain":  # a weight that is not quantized is what the caller wants
-                continue
-            if not dtype.is_floating_point:
+            if dtype is not tensor.dtype and not dtype.is_floating_point:
                 raise ValueError(f"{folder}: {name} is {dtype}, not {tensor.dtype}; save the model again")
-            module._buffers[leaf] = _empty(*tensor.shape, dtype=dtype)
+            if leaf != "plain":  # a weight that is not quantized has the dtype that the caller wants
+                module._buffers[leaf] = _empty(*stored[name].shape, dtype=dtype)
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a tensor's shape is as expected: ranges [O, 1, 1] of one group of all channels may be [O, 1] too."""
+    return shape == expected or (expected[1:] == (1, 1) and shape == expected[:-1])

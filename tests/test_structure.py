@@ -6,7 +6,8 @@ import pytest
 from conftest import ROOT
 
 PACKAGES = ("experiment", "reporting", "evaluation", "models", "quantize", "duquant", "utils")
-READS_FLAGS = {"experiment/cli.py", "utils/settings.py"}  # a script's beginning; flags into settings
+# a script's beginning; flags into settings; the runtime's own script
+READS_FLAGS = {"experiment/cli.py", "utils/settings.py", "duquant/__main__.py"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

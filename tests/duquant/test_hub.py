@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_tokens
+from conftest import random_tokens, tiny_model
 from families import CASES, make_model, quantize, reload, save, settings
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,7 +25,7 @@ from duquant.runtime import set_runtime_
 from models.load import pick_attention
 from models.saved import INDEX
 from quantize.refinements import ExtraSettings, HeadTransform
-from quantize.settings import BitSettings, ClipSettings, SmoothSettings, Transform
+from quantize.settings import BitSettings, ClipSettings, RotationSettings, SmoothSettings, Transform
 from utils.errors import InputError
 
 TOKENS = random_tokens(2, 12, seed=3)
@@ -98,6 +98,15 @@ def test_half_precision_gives_the_logits_it_was_saved_with(name, dtype, model_fo
 @pytest.mark.parametrize("name", MANY)
 def test_everything_a_layer_can_have_gives_the_logits_it_was_saved_with(name, model_folder, tmp_path):
     assert_same(saved_model(tmp_path / "saved", model_folder, **MANY[name]), tmp_path / "saved", torch.float32)
+
+
+@pytest.mark.parametrize("clip", [None, "search"])
+def test_a_group_of_all_channels_gives_the_logits_it_was_saved_with(clip, model_folder, tmp_path):
+    changes = {"bits": BitSettings(4, 8, 48), "clip": ClipSettings(weight_ratio=clip), "rotation": RotationSettings(16, 3)}
+    model = tiny_model(intermediate_size=48, num_attention_heads=3, num_key_value_heads=3)
+    model, _ = quantize(model, replace(settings(), **changes), tokens=random_tokens(2, 12))
+    save(tmp_path / "saved", model, replace(settings(), **changes), model_folder)
+    assert_same(model, tmp_path / "saved", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +291,10 @@ DAMAGE = {
     "bits of another scheme": (
         lambda folder: described(folder, lambda made: made["scheme"]["weight"].update(bits=8)),
         "codes is|its scheme",
+    ),
+    "input groups that do not divide": (
+        lambda folder: described(folder, lambda made: made["scheme"]["input"].update(group_size=7)),
+        "do not divide by groups of 7|its scheme",
     ),
     "an unknown field": (lambda folder: described(folder, lambda made: made.update(speed=9)), "does not know 'speed'"),
     "an unknown part": (a_group(speed=9), "does not know 'speed'"),

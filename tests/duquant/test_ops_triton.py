@@ -60,7 +60,7 @@ def test_without_triton_the_modules_are_imported_and_say_that_no_kernel_is_avail
 
 
 def test_what_is_known_without_a_gpu_is_printed_and_no_kernel_spills_registers(tmp_path):
-    done = run_script("benchmarks/kernels.py", "--paper", "--models", "7b", "--rows", 1, 2048, folder=tmp_path)
+    done = run_script("benchmarks/gpu_kernels.py", "--paper", "--models", "7b", "--rows", 1, 2048, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     tables = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
     linears = [row for row in tables if "→" in row[0]]
@@ -74,6 +74,6 @@ def test_what_is_known_without_a_gpu_is_printed_and_no_kernel_spills_registers(t
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_the_benchmark_says_in_one_line_that_there_is_no_gpu(tmp_path):
-    done = run_script("benchmarks/kernels.py", folder=tmp_path)
+    done = run_script("benchmarks/gpu_kernels.py", folder=tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip() == "no GPU here that Triton's kernels run on; --paper needs none"

@@ -1,8 +1,8 @@
 """The Triton kernels against half precision, on a GPU; or, without one, what they move, compute and occupy on paper.
 
-    python benchmarks/kernels.py                         # times, on the GPU that is there
-    python benchmarks/kernels.py --models 7b --dtypes float16 --rows 1 2048
-    python benchmarks/kernels.py --paper                 # no GPU: bytes, operations, lower bounds, occupancy
+    python benchmarks/gpu_kernels.py                         # times, on the GPU that is there
+    python benchmarks/gpu_kernels.py --models 7b --dtypes float16 --rows 1 2048
+    python benchmarks/gpu_kernels.py --paper                 # no GPU: bytes, operations, lower bounds, occupancy
 
 Every linear of a layer (those that read the same input as one) for a few numbers of rows: `F.linear` in half precision,
 then the two steps of a W4A4 linear: rows are transformed (blocks of 128, one permutation) and rounded, and codes are

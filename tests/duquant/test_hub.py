@@ -102,7 +102,11 @@ def test_everything_a_layer_can_have_gives_the_logits_it_was_saved_with(name, mo
 
 @pytest.mark.parametrize("clip", [None, "search"])
 def test_a_group_of_all_channels_gives_the_logits_it_was_saved_with(clip, model_folder, tmp_path):
-    changes = {"bits": BitSettings(4, 8, 48), "clip": ClipSettings(weight_ratio=clip), "rotation": RotationSettings(16, 3)}
+    changes = {
+        "bits": BitSettings(4, 8, 48),
+        "clip": ClipSettings(weight_ratio=clip),
+        "rotation": RotationSettings(16, 3),
+    }
     model = tiny_model(intermediate_size=48, num_attention_heads=3, num_key_value_heads=3)
     model, _ = quantize(model, replace(settings(), **changes), tokens=random_tokens(2, 12))
     save(tmp_path / "saved", model, replace(settings(), **changes), model_folder)

@@ -192,16 +192,16 @@ def linears_of(module: nn.Module) -> list[QuantLinear]:
 
 
 @contextmanager
-def expanded(module: nn.Module, integers: bool | None = None) -> Iterator[None]:
+def expanded(module: nn.Module, integers: bool | None = None, keep: bool = True) -> Iterator[None]:
     """Inside the block every `QuantLinear` in `module` keeps what it makes of its codes: memory for speed.
 
-    `integers`: multiply codes there, or decoded weights; None: as before.
+    `integers`: multiply codes there, or decoded weights; None: as before. Without `keep` no more is kept than before.
     """
     before = [(linear, linear.integers, linear.keeps) for linear in linears_of(module)]
     for linear, own, keeps in before:
-        how = own if integers is None else integers
-        if (how, True) != (own, keeps):
-            linear.compute_(how, True)
+        how = (own if integers is None else integers, keep or keeps)
+        if how != (own, keeps):
+            linear.compute_(*how)
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from duquant.linear import expanded
 from evaluation.base import FULL, QUANTIZED, Candidate, Context, Evaluation, EvaluationError, Passenger, digest
 from evaluation.journal import Journal, Section
 from evaluation.measured import Measured
-from evaluation.settings import EvaluationSettings
+from evaluation.settings import EvaluationSettings, Expand, Runtime
 from quantize.observer import Observer
 from quantize.spec import InputGroup
 from utils.distributed import world_size
@@ -30,13 +30,16 @@ logger = logging.getLogger(__name__)
 class Evaluations:
     """What is measured of every model, all data read and checked, and where a whole model is meanwhile.
 
-    `spread`: over all GPUs, each within its part of `limits`.
+    `spread`: over all GPUs, each within its part of `limits`. `integers`: linears multiply codes where a kernel serves
+    them. `keep`: what is made of a whole model's codes is kept.
     """
 
     members: tuple[Evaluation, ...]
     context: Context
     spread: bool = False
     limits: Memory | None = None
+    integers: bool = False
+    keep: bool = True
 
     @property
     def windows(self) -> tuple[tuple[int, int], ...]:
@@ -79,7 +82,9 @@ def open_evaluations(settings: EvaluationSettings, context: Context, missing: li
     for entry in settings.asked():
         with noting(missing, entry.FLAG):
             members += entry.open(context, settings)
-    return Evaluations(tuple(members), context, settings.multigpu, parse_memory(list(settings.max_memory)) or None)
+    integers, keep = settings.runtime is Runtime.INTEGER, settings.expand is Expand.ONCE
+    limits = parse_memory(list(settings.max_memory)) or None
+    return Evaluations(tuple(members), context, settings.multigpu, limits, integers, keep)
 
 
 @dataclass
@@ -127,7 +132,9 @@ class Runner:
         def begin(each: Evaluation) -> Passenger:
             return each.passenger(model, self._candidate(each, row), allocate)
 
-        self.aboard[row] = Travellers(measured, {each: partial(begin, each) for each in self._riding(row)})
+        self.aboard[row] = Travellers(
+            measured, {each: partial(begin, each) for each in self._riding(row)}, self.evaluations.integers
+        )
         return self.aboard[row]
 
     def measure(self, model: nn.Module, measured: Measured, row: str, title: str) -> None:
@@ -178,10 +185,10 @@ class Runner:
 
     @contextmanager
     def _placed(self, model: nn.Module) -> Iterator[None]:
-        """`model` is where it can run; on one device its weights stay decoded, since every token needs all of them."""
-        spread, limits = self.evaluations.spread, self.evaluations.limits
-        device = self.evaluations.context.device
-        with placed(model, device, spread, limits), nullcontext() if spread else expanded(model):
+        """`model` is where it can run; on one device what is made of its codes is kept: every token needs all of it."""
+        how = self.evaluations
+        keep = how.keep and not how.spread
+        with placed(model, how.context.device, how.spread, how.limits), expanded(model, how.integers, keep):
             yield
 
 
@@ -191,8 +198,8 @@ class Travellers(Observer):
     Those that are observers are told what is rounded in the layer that they visit next.
     """
 
-    def __init__(self, measured: Measured, riding: dict[Evaluation, Callable[[], Passenger]]):
-        self._measured = measured
+    def __init__(self, measured: Measured, riding: dict[Evaluation, Callable[[], Passenger]], integers: bool = False):
+        self._measured, self._integers = measured, integers
         self._aboard: dict[Evaluation, Passenger] = {}
         for evaluation, begin in riding.items():
             with measured.timing(evaluation.entry.STAGE):
@@ -200,7 +207,8 @@ class Travellers(Observer):
 
     def visit(self, index: int, layer: nn.Module) -> None:
         """Layer `index` is on the device."""
-        self._let(lambda passenger: passenger.visit(index, layer))
+        with expanded(layer, self._integers):
+            self._let(lambda passenger: passenger.visit(index, layer))
 
     def rounding(self, group: InputGroup, path: str, linear: nn.Module) -> None:
         """The linear at `path` is about to be rounded."""

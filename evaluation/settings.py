@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, ClassVar
 
 from evaluation.base import Context, Entry, Evaluation, Figure, Kind
@@ -170,6 +171,20 @@ def require_positive(flag: str, value: int | None) -> None:
         raise InputError(f"--{flag} {value}: must be at least 1")
 
 
+class Runtime(StrEnum):
+    """What the linears of a quantized model multiply while it is measured: see `duquant.runtime`."""
+
+    REFERENCE = "reference"
+    INTEGER = "integer"
+
+
+class Expand(StrEnum):
+    """When what they multiply is made of the packed codes."""
+
+    ONCE = "once"
+    PER_CALL = "per_call"
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What is measured, on what, and how it is run. To register an evaluation, add its entry here."""
@@ -181,6 +196,19 @@ class EvaluationSettings:
     )
     eval_batch_size: int | None = option(
         None, "sequences at a time, or auto: what fits (default: auto)", changes=Changes.NOTHING, type=batch_size
+    )
+    runtime: Runtime = option(
+        Runtime.REFERENCE,
+        "what the quantized model's linears multiply while it is measured: decoded weights (reference: figures are the "
+        "same to the bit wherever it is measured), or integers where a kernel serves the device (faster on a CPU; the "
+        "same but for the rounding of floats)",
+        changes=Changes.FIGURES,
+    )
+    expand: Expand = option(
+        Expand.ONCE,
+        "when a whole model's packed weights are made into what is multiplied: once takes more memory, per_call more "
+        "time",
+        changes=Changes.NOTHING,
     )
     multigpu: bool = option(
         False, "spread the model over all GPUs for tasks, MMLU, MT-Bench and prompts", changes=Changes.NOTHING

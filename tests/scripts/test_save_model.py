@@ -22,8 +22,9 @@ from script_cases import (
 from starter import shared_starter
 from transformers import AutoModelForCausalLM
 
-from duquant.runtime import set_runtime_
+from duquant.runtime import EXPANSIONS, RUNTIMES, set_runtime_
 from evaluation.perplexity import perplexity
+from evaluation.settings import Expand, Runtime
 from experiment.prepare import refuse_for_saved
 from models import decoder_spec
 from models.saved import INDEX
@@ -60,6 +61,24 @@ def test_the_command_line_evaluates_a_saved_model_to_exactly_the_same_perplexity
     assert again["perplexity"] == results["perplexity"]
     assert again["perplexity_details"] == results["perplexity_details"]
     assert not {"quantize", "statistics"} & set(again["seconds"])
+
+
+@pytest.mark.parametrize("expand", Expand)
+def test_a_saved_model_is_measured_with_integers_where_that_is_asked_for(exported, token_file, tmp_path, expand):
+    folder, results = exported
+    flags = ("--model", folder / "saved", "--test_dataset", token_file, "--eval_ppl", "--net", "again")
+    done = run_script("main.py", *flags, "--runtime", "integer", "--expand", expand, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = results_of(tmp_path)
+    assert again["settings"]["runtime"] == "integer"
+    log = next(tmp_path.rglob("log.txt")).read_text(encoding="utf-8")
+    assert log.count("integers") == 1  # the kernel is named, or that there is none
+    [[_, expected]], [[_, found]] = results["perplexity"].items(), again["perplexity"].items()
+    assert found == pytest.approx(expected, rel=0.02)  # codes on ties, in a model of 12 windows
+
+
+def test_flags_are_what_the_runtime_knows():
+    assert (tuple(Runtime), tuple(sorted(Expand))) == (RUNTIMES, tuple(sorted(EXPANSIONS)))
 
 
 def test_transformers_gives_the_perplexity_of_the_run_and_the_card_has_it(exported, token_file):

@@ -66,7 +66,7 @@ class OpenLinear(nn.Module):
 def _ranges(weight: Tensor, group_size: int | None) -> tuple[int, ...]:
     """The shape of a weight's ranges: [O, 1], or [O, C/g, 1]."""
     rows, channels = weight.shape
-    return (rows, 1) if group_size in (None, channels) else (rows, channels // group_size, 1)
+    return (rows, 1) if group_size is None else (rows, channels // group_size, 1)
 
 
 @torch.no_grad()

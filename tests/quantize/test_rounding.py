@@ -100,6 +100,15 @@ def test_what_is_not_rounded_is_narrowed(dtype):
     assert sixteen.rounded(dtype).weight.dtype == sixteen.rounded(dtype).bias.dtype == dtype
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_one_group_of_all_channels_is_what_no_groups_are(learned):
+    schemes = (TensorScheme(group_size=INPUTS), TensorScheme())
+    found, expected = (
+        opened(make_linear(), weight=scheme, learned=learned).rounded(torch.float32) for scheme in schemes
+    )
+    assert torch.equal(found(activation()), expected(activation()))
+
+
 def test_a_rounded_weight_takes_no_more_values_than_its_bits_allow():
     rounded = opened(make_linear(), weight=TensorScheme(bits=2)).rounded(torch.float32)
     assert max(len(row.unique()) for row in rounded.weight) <= 4

@@ -32,17 +32,21 @@ class GroupInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., C] in the dtype of `x`, which is left as it is."""
-        return self._computed(x) if torch.is_grad_enabled() else self._once(x, None, self._computed)
+        return self._once(x, None, self._computed)
 
     def encoded(self, x: Tensor, kernel: Kernel) -> RowCodes:
         """The codes that `forward` rounds to, for a product of `kernel`: [..., C] → those of [T, C]."""
 
-        def encode() -> RowCodes:
+        def encode(x: Tensor) -> RowCodes:
             return kernel.encode(x.flatten(0, -2), self.transform, self.shift, self.quantizer)
 
-        return encode() if torch.is_grad_enabled() else self._once(x, kernel, lambda _: encode())
+        return self._once(x, kernel, encode)
 
     def _once(self, x: Tensor, kernel: Kernel | None, compute: Callable[[Tensor], Any]) -> Any:
+        if (
+            torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):  # a compiler finds what is computed twice by itself
+            return compute(x)
         if self._left and self._seen() is x and self._version == x._version and self._kernel is kernel:
             self._left -= 1
             result = self._result
@@ -93,28 +97,50 @@ class QuantLinear(nn.Module):
             self.register_buffer("plain", weight)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.integers, self.keeps, self._kept, self._sums = False, False, None, None
+        self._kernel: tuple[str, Kernel | None] = ("", None)  # what multiplies codes on a type of device
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] → [..., O], in the dtype of `x`; `x` is left as it is."""
         kernel = self.kernel(x)
         if kernel is None:
             return F.linear(self.group(x), self.decoded(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        y = kernel.linear(self.group.encoded(x, kernel), self._prepared(kernel), self.bias)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        multiply = self._multiply if kernel.traceable else self._multiply_untraced
+        return multiply(x, kernel).to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, x: Tensor, kernel: Kernel) -> Tensor:
+        return kernel.linear(self.group.encoded(x, kernel), self._prepared(kernel), self.bias)
+
+    @torch.compiler.disable
+    def _multiply_untraced(self, x: Tensor, kernel: Kernel) -> Tensor:
+        return self._multiply(x, kernel)
 
     def compute_(self, integers: bool, keep: bool) -> None:
         """From now on multiply codes where a kernel serves them, or decoded weights; `keep` what is made for that."""
         self._restore_()
         self.integers, self.keeps = integers, keep
+        if integers:
+            self._choose_(
+                (self.scale if self.plain is None else self.plain).device.type
+            )  # tried and announced now, not in the midst of a forward pass
 
     def kernel(self, x: Tensor) -> Kernel | None:
         """What multiplies the codes of `x`; None where the decoded weight is multiplied."""
-        quantizer = self.group.quantizer
-        wanted = self.integers and self.plain is None and x.numel() and not x.requires_grad
-        if not wanted or not isinstance(quantizer, Quantizer) or quantizer.group_size or self.scale.dim() == 3:
+        if not self.integers or not x.numel() or x.requires_grad:
             return None
-        kernel = kernel_for(x.device.type)
-        return kernel if kernel is not None and kernel.serves(quantizer.format, self.format) else None
+        device, kernel = self._kernel
+        if device != x.device.type:
+            self._choose_(x.device.type)
+            kernel = self._kernel[1]
+        return kernel
+
+    @torch.compiler.disable
+    def _choose_(self, device: str) -> None:
+        quantizer, kernel = self.group.quantizer, None
+        by_row = isinstance(quantizer, Quantizer) and not quantizer.group_size
+        if by_row and self.plain is None and self.scale.dim() == 2:
+            kernel = kernel_for(device)
+        served = kernel is not None and kernel.serves(quantizer.format, self.format)
+        self._kernel = device, kernel if served else None
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """ŵ [O, C] in `dtype`."""

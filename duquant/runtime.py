@@ -5,7 +5,6 @@ from typing import Literal, get_args
 from torch import nn
 
 from duquant.linear import linears_of
-from duquant.ops import kernel_for
 
 Runtime = Literal["reference", "integer"]
 Expand = Literal["per_call", "once"]
@@ -21,11 +20,7 @@ def set_runtime_(module: nn.Module, runtime: Runtime = "integer", expand: Expand
     call ("per_call"), or once and kept ("once": more memory, more speed). Raises ValueError for anything else.
     """
     require_known(runtime, expand)
-    linears = linears_of(module)
-    for device in {linear.scale.device.type for linear in linears if linear.plain is None}:
-        if runtime == "integer":
-            kernel_for(device)  # tried and announced now, not in the midst of a forward pass
-    for linear in linears:
+    for linear in linears_of(module):
         linear.compute_(integers=runtime == "integer", keep=expand == "once")
 
 

@@ -129,7 +129,7 @@ def _describe_group(group: GroupInput, linears: Mapping[str, QuantLinear], name:
         shift=group.shift is not None,
         ratios="clip.ratios" in group.quantizer.state_dict(),
         biases=tuple(path for path, linear in linears.items() if linear.bias is not None),
-        plain=tuple(path for path, linear in linears.items() if linear.codes is None),
+        plain=tuple(path for path, linear in linears.items() if linear.plain is not None),
     )
 
 

@@ -21,7 +21,6 @@ TRIAL = (7, 64, 48)  # rows, channels and outputs of the product on which a kern
 TRIAL_ERROR = 1e-4  # of the largest output
 
 
-@torch.compiler.assume_constant_result
 @cache
 def kernel_for(device: str) -> Kernel | None:
     """The kernel of a type of device ("cpu", "cuda"), tried; None where there is none. Which it is, is logged once."""

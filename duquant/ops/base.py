@@ -36,6 +36,7 @@ class Kernel(Protocol):
 
     name: str
     recovers: bool
+    traceable: bool  # by torch.compile
 
     def serves(self, x: IntegerFormat, weight: IntegerFormat) -> bool:
         """Whether it multiplies codes of these formats, one range to a row each."""

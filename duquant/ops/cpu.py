@@ -35,6 +35,7 @@ class ByteKernel:
     """`Kernel` on a CPU with VNNI."""
 
     name, recovers = "oneDNN, bytes (VNNI)", True
+    traceable = False  # oneDNN's own tensors
 
     @staticmethod
     def available() -> bool:

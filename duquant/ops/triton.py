@@ -119,7 +119,7 @@ def weight_sums(packed: PackedCodes, form: IntegerFormat) -> Tensor:
 class TritonKernel:
     """`Kernel` on a GPU: weights stay packed, whether they are kept or not."""
 
-    name, recovers = "Triton, int8 tensor cores", False
+    name, recovers, traceable = "Triton, int8 tensor cores", False, True
 
     def serves(self, x: IntegerFormat, weight: IntegerFormat) -> bool:
         """Codes of up to 8 bits."""

@@ -74,6 +74,16 @@ def test_linears_that_read_the_same_input_round_it_once(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize(("runtime", "expand"), WAYS)
+def test_compiled_linears_compute_the_same(runtime, expand):
+    linears = pair()
+    set_runtime_(linears, runtime, expand)
+    expected = outputs(linears, X)
+    with torch.no_grad():
+        found = torch.compile(linears[0], backend="aot_eager")(X)
+    torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("runtime", ["reference", "integer"])
 def test_groups_of_channels_are_decoded(runtime):
     linears = pair(group_size=16)

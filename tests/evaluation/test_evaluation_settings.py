@@ -15,10 +15,10 @@ from evaluation.settings import EvaluationSettings, entries
 from utils.errors import InputError
 from utils.settings import Changes, add_flags, flat, from_dict, from_flags, identity, options, to_dict
 
-NOT_FIGURES = {"eval_batch_size", "multigpu", "max_memory", "log_samples"}
+NOT_FIGURES = {"eval_batch_size", "expand", "multigpu", "max_memory", "log_samples"}
 NOT_FIGURES |= {"judge_base_url", "judge_model", "judge_api_key_env", "mtbench_references"}  # a judge may come later
 EVERY_FLAG = """
---limit 3 --eval_batch_size 2 --multigpu --max_memory 0=1GiB cpu=2GiB
+--limit 3 --eval_batch_size 2 --runtime integer --expand per_call --multigpu --max_memory 0=1GiB cpu=2GiB
 --eval_ppl --test_dataset ptb,c4 other --eval_kl
 --sensitivity --sensitivity_windows 3
 --tasks piqa,boolq arc_easy --num_fewshot 2 --task_data_dir items --log_samples

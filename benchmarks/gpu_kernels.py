@@ -33,7 +33,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from duquant.formats import IntegerFormat, PackedCodes
+from duquant.formats import IntegerFormat, PackedCodes, code_sums
 from duquant.ops import triton as ops
 from duquant.ops.triton_product import product, product_few
 from duquant.ops.triton_quantize import ROUNDING, quantize, rotate
@@ -255,7 +255,7 @@ def measured(rows: int, inputs: int, outputs: int, dtype: torch.dtype, repeats: 
     values = torch.randint(256, (outputs, inputs // 2), dtype=torch.uint8, **make)
     scale, zero = torch.full((outputs, 1), 0.01, device="cuda"), torch.full((outputs, 1), 8.0, device="cuda")
     packed = PackedCodes(values, scale, zero, inputs)
-    sums = ops.weight_sums(packed, FORM)
+    sums = code_sums(packed, FORM)
 
     def transformed() -> tuple[Tensor, ...]:
         return ops.quantize_rows(x, rotations, permutations, low_ratio=0.9, high_ratio=0.9, form=FORM)

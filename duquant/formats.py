@@ -208,9 +208,10 @@ def packed_width(channels: int, form: IntegerFormat) -> int:
 
 
 def code_sums(packed: PackedCodes, form: IntegerFormat) -> Tensor:
-    """The sums of the codes of every output channel: [O], float32, exact below 2^24."""
-    parts = row_parts(packed.values)
-    return torch.cat([unpack(packed.rows(part), form).values.flatten(1).float().sum(dim=1) for part in parts])
+    """The sums of the codes of every range of a weight: int32 [O], or [O, C/g] for groups of g channels."""
+    parts = [unpack(packed.rows(part), form).values for part in row_parts(packed.values)]
+    # float32 is exact below 2^24, and a CPU adds it ten times faster than bytes
+    return torch.cat([part.float().sum(dim=-1).to(torch.int32) for part in parts])
 
 
 def decode_weight(packed: PackedCodes, form: IntegerFormat, dtype: torch.dtype) -> Tensor:

@@ -199,6 +199,13 @@ class QuantLinear(nn.Module):
         return self.decoded((self.scale if self.plain is None else self.plain).dtype)
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of what was made of the codes and is kept, none of which is a buffer."""
+        made = self._kept[1] if self._kept is not None else ()
+        tensors = [each for each in (made if isinstance(made, tuple) else (made,)) if isinstance(each, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
     def packed_codes(self) -> PackedCodes | None:
         """The codes, if the weight is quantized."""
         if self.plain is not None:

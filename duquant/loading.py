@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from duquant.hub import METHOD
+from duquant.linear import linears_of
 
 BASE_LINE = "Base model: "  # what a card's line begins with that names it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,8 +104,9 @@ def first_line(error: Exception) -> str:
 
 
 def model_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters and buffers of a model."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    """Bytes of all parameters and buffers of a model, and of what its quantized linears keep beside them."""
+    kept = sum(linear.kept_bytes for linear in linears_of(model))
+    return kept + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def peak_bytes(device: torch.device) -> int:

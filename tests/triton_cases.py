@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from duquant.formats import Codes, IntegerFormat, PackedCodes, decode_weight, pack
+from duquant.formats import Codes, IntegerFormat, PackedCodes, code_sums, decode_weight, pack
 from duquant.linear import GroupInput, QuantLinear
 from duquant.ops import triton as ops
 from duquant.quantizer import FoundClip, NoClip, Quantizer, RatioClip
@@ -235,7 +235,7 @@ def test_zero_points_beyond_the_codes_are_taken_off_too():
 def test_few_rows_have_the_products_of_many_to_the_bit_whatever_is_known_beforehand(bits, channels):
     case = Product(17, channels, 30, 4, IntegerFormat(bits))
     expected = case.found()
-    sums = ops.weight_sums(case.packed, case.form)
+    sums = code_sums(case.packed, case.form)
     assert torch.equal(sums.cpu(), case.weight.values.sum(-1, dtype=torch.int32))
     for rows in (slice(0, 1), slice(1, 17)):
         for options in ({}, {"sums_of_weight": sums, "input_bits": 4}):
@@ -251,7 +251,7 @@ def test_groups_of_channels_are_scaled_one_by_one(groups, rows):
     case = Product(rows, 192, 34, 4, IntegerFormat(4), **groups)
     found = case.found()
     case.assert_close(found)
-    sums = ops.weight_sums(case.packed, case.form)
+    sums = code_sums(case.packed, case.form)
     torch.testing.assert_close(case.found(sums_of_weight=sums), found, rtol=0, atol=0)
 
 

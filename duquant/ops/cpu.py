@@ -54,7 +54,7 @@ class ByteKernel:
     def prepare(self, packed: PackedCodes, sums: Tensor, form: IntegerFormat, keep: bool) -> ByteWeight:
         """See `Kernel.prepare`."""
         scale, zero, half = packed.scale.flatten(), packed.zero.flatten(), half_range(form)
-        sides = torch.stack((sums - half * packed.channels, zero - half)).mul_(-scale)
+        sides = torch.stack(((sums - half * packed.channels).to(zero.dtype), zero - half)).mul_(-scale)
         values = torch.ops.onednn.qlinear_prepack(signed_bytes(packed, form), None) if keep else packed
         return ByteWeight(values, scale, sides, form)
 

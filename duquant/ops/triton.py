@@ -20,13 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from duquant.formats import IntegerFormat, PackedCodes, unpack
+from duquant.formats import IntegerFormat, PackedCodes
 from duquant.ops import triton_launch as launch
 from duquant.ops.base import RowCodes, encode
 from duquant.ops.triton_launch import ranges
 from duquant.ops.triton_tools import interpreted, triton
 from duquant.quantizer import FoundClip, NoClip, Quantizer, RatioClip
-from duquant.tensors import row_parts
 from duquant.transform import DualTransform
 
 GROUP_MULTIPLE = 32  # the tensor cores' own step along the channels, for int8
@@ -97,7 +96,7 @@ def linear(
     """x̂ ŵᵀ + bias [T, O] in `dtype`, from what `quantize_rows` returns and the codes of a weight, of format `form`.
 
     Groups along the channels of either or both ([·, C/g, 1]) are scaled one by one, in float32. `sums_of_weight`: what
-    `weight_sums` returns, which saves adding the codes up again. `input_bits`: below 8 the codes of the input need not
+    `code_sums` returns, which saves adding the codes up again. `input_bits`: below 8 the codes of the input need not
     be moved into the range of int8, which saves an operation per code.
 
     Exact up to float32's rounding of the sum, of the three factors and of the bias. Raises ValueError for codes of more
@@ -108,12 +107,6 @@ def linear(
         codes, scale, zero, sums, packed.values, packed.scale, packed.zero, sums_of_weight, bias,
         form.bits, input_bits, dtype,
     )  # fmt: skip
-
-
-def weight_sums(packed: PackedCodes, form: IntegerFormat) -> Tensor:
-    """The sum of the codes of every range of a weight: int32 [O], or [O, C/g]."""
-    parts = [unpack(packed.rows(part), form).values.sum(-1, dtype=torch.int32) for part in row_parts(packed.values)]
-    return torch.cat(parts)
 
 
 class TritonKernel:
@@ -140,7 +133,7 @@ class TritonKernel:
 
     def prepare(self, packed: PackedCodes, sums: Tensor, form: IntegerFormat, keep: bool) -> "PackedWeight":
         """See `Kernel.prepare`."""
-        return PackedWeight(packed, sums.to(torch.int32), form)
+        return PackedWeight(packed, sums, form)
 
     def linear(self, x: RowCodes, weight: "PackedWeight", bias: Tensor | None) -> Tensor:
         """See `Kernel.linear`."""

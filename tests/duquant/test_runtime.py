@@ -118,6 +118,20 @@ def test_codes_are_let_go_where_they_can_be_told_from_what_is_kept_and_come_back
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize(("runtime", "expand"), WAYS)
+def test_what_is_kept_is_counted(runtime, expand):
+    linears = pair()
+    set_runtime_(linears, runtime, expand)
+    outputs(linears, X)
+    kept = [linear.kept_bytes for linear in linears]
+    if expand == "per_call":
+        assert kept == [0, 0]
+    elif runtime == "reference" or not ByteKernel.available():
+        assert kept == [24 * 32 * 4] * 2
+    else:  # a byte for a code, and three numbers for an output
+        assert kept == [24 * 32 + 3 * 24 * 4] * 2
+
+
 @needs_bytes
 @pytest.mark.parametrize(
     "change",

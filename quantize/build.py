@@ -4,7 +4,8 @@ Fresh, resumed, streamed and loaded layers and those of the paper's own checkpoi
 that still decides calls its steps one by one, everybody else calls `build_`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +164,21 @@ def widen_linears_(layer: nn.Module, spec: DecoderSpec) -> None:
         for path in group.linears:
             for parameter in layer.get_submodule(path).parameters():
                 parameter.data = widen(parameter)
+
+
+@contextmanager
+def narrowed(layer: nn.Module, spec: DecoderSpec, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block the linears that were widened and are not opened yet run in `dtype`, that of their inputs."""
+    modules = {path: layer.get_submodule(path) for group in spec.groups for path in group.linears}
+    parameters = [each for module in modules.values() if isinstance(module, nn.Linear) for each in module.parameters()]
+    wide = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in zip(parameters, wide, strict=True):
+            parameter.data = data
 
 
 def absorbers(group: InputGroup, smooth: SmoothSettings | None) -> tuple[Absorber, ...]:

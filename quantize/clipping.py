@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from duquant.formats import IntegerFormat, Parameters
-from duquant.quantizer import FoundClip, Quantizer
+from duquant.quantizer import FoundClip, Quantizer, ends
 from duquant.tensors import row_parts
 
 RATIOS = tuple(1 - 0.03 * step for step in range(18))  # 1 … 0.49 of the range, for both ends together
@@ -29,7 +29,7 @@ def search_parameters(weight: Tensor, form: IntegerFormat, importance: Tensor, g
 
 def _search(vectors: Tensor, form: IntegerFormat, importance: Tensor) -> Parameters:
     """Of vectors [rows, groups, g]: scale and zero [rows, groups, 1]."""
-    low, high = torch.aminmax(vectors, dim=-1, keepdim=True)
+    low, high = ends(vectors)
 
     def loss(low_ratio: Tensor | float, high_ratio: Tensor | float) -> Tensor:
         error = form.fake(vectors, form.parameters(low_ratio * low, high_ratio * high)).sub_(vectors).square_()
@@ -42,9 +42,9 @@ def _search(vectors: Tensor, form: IntegerFormat, importance: Tensor) -> Paramet
     both = best((loss(each, each) for each in RATIOS), [torch.full_like(low, each) for each in RATIOS])
     if form.symmetric:
         return form.parameters(both * low, both * high)
-    ends = [(both * each).clamp(max=1) for each in ENDS]
-    lower = best((loss(each, both) for each in ends), ends)
-    upper = best((loss(lower, each) for each in ends), ends)
+    shares = [(both * each).clamp(max=1) for each in ENDS]
+    lower = best((loss(each, both) for each in shares), shares)
+    upper = best((loss(lower, each) for each in shares), shares)
     return form.parameters(lower * low, upper * high)
 
 

@@ -12,7 +12,7 @@ from duquant.quantizer import make_quantizer
 from duquant.scheme import SEARCHED
 from duquant.tensors import widen
 from duquant.transform import DualTransform
-from quantize.build import FullPrecision, LayerBuilder, absorbers, describe_folding
+from quantize.build import FullPrecision, LayerBuilder, absorbers, describe_folding, narrowed
 from quantize.clipping import search_activation_ratio
 from quantize.heads import decide_heads, multiplied_columns, rotated_energy, value_matrices
 from quantize.learned import LearnedLayer
@@ -37,9 +37,9 @@ class LayerInputs:
     """What flows from layer to layer.
 
     `probe` [P, T, C] and `kwargs`, the layer's other arguments, are on the layer's device. `teacher` and `student`
-    [n, T, C], the calibration samples in the full-precision and in the quantized network, are on the host, advanced in
-    place, and None where nothing needs them. Of the `total` samples each process has its part. `allocate` makes what is
-    as large as they are.
+    [n, T, C], the calibration samples in the full-precision and in the quantized network, are on the host or there too,
+    advanced in place, and None where nothing needs them. Of the `total` samples each process has its part. `allocate`
+    makes what is as large as they are.
     """
 
     probe: Tensor
@@ -63,7 +63,8 @@ class LayerInputs:
     def view(self, layer: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> LayerView:
         """What the samples show of `layer`, in full precision: the teacher's, if any, which then are behind it."""
         hidden = self.student if self.teacher is None else self.teacher
-        centered, keeps = settings.extras.channel_shift, settings.aims_at_teacher
+        centered = settings.extras.channel_shift
+        keeps = hidden.device if settings.aims_at_teacher else None
         with viewed(layer, spec, self.total * hidden.shape[1], centered, keeps) as view:
             for batch in batches_of(hidden):
                 output = layer_output(layer, batch.to(self.probe.device), self.kwargs)
@@ -145,9 +146,12 @@ def decide(
     decision.begin_(activation_peaks)
     training = None
     for group in spec.groups:
+        if settings.learns_transform:  # nothing upstream is opened, and all of it runs
+            with narrowed(layer, spec, decision.builder.dtype):
+                decision.decide_(group)
+            continue
         decision.decide_(group)
-        if not settings.learns_transform:
-            decision.open_(group)
+        decision.open_(group)
         if settings.training is None:
             decision.round_(group)
             decision.tell_built(group)

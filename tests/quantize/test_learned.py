@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from best_settings import best
+from best_settings import EXTRAS, best
 from conftest import random_tokens
 from families import logits, make_model, quantize, relative_error
 from torch import nn
@@ -25,6 +25,14 @@ FAMILIES = ["llama", "qwen2", "phi3", "phi3, no GQA", "gemma2", "olmo2", "qwen3"
 
 def trained(epochs: int = 2, number: int = 4, **changes):
     return best(number, **{"training": TrainingSettings(Trained.TRANSFORM, epochs=epochs), **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_in_half_precision_is_learned_with_linears_that_wait_in_float32(dtype):
+    _, layers = quantize(make_model("llama").to(dtype), trained(epochs=4, extras=EXTRAS["all"]), tokens=TOKENS)
+    figures = [layer.figures["training"] for layer in layers.values()]
+    before, after = (sum(each[f"loss_{when}"] for each in figures) for when in ("before", "after"))
+    assert after < 0.95 * before
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -141,7 +141,8 @@ def measure_rates(
         if block <= MEASURED_BLOCK:
             steps[width] = _step_seconds(device, tokens, width, rotation)
         else:  # the rows', and that of the rotation itself, in float64
-            steps[width] = (2 * tokens * width * block + 2 * 2 * block**3) / operations
+            rows = min(tokens * width // block, rotation.rows or tokens * width)
+            steps[width] = (2 * rows * block**2 + 2 * 2 * block**3) / operations
     return Rates(operations, steps, copy_rate(device))
 
 
@@ -151,7 +152,9 @@ def _step_seconds(device: torch.device, tokens: int, width: int, rotation: Rotat
     probe = torch.randn(tokens, width, device=device)
     step = step_rotation(random_orthogonal(block, torch.Generator().manual_seed(0)), rotation.order)
     short, long = (
-        best_seconds(lambda count=count: greedy_rotation(probe, step, count, rotation.rule, lazy=False), device)
+        best_seconds(
+            lambda count=count: greedy_rotation(probe, step, count, rotation.rule, rotation.rows, lazy=False), device
+        )
         for count in (1, 1 + MEASURED_STEPS)
     )
     return max(long - short, 0.0) / MEASURED_STEPS

@@ -1,24 +1,31 @@
 """The greedy search for a rotation, on the few rows of an activation that can hold its extremes."""
 
+import itertools
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from quantize.rotation import exchange_index
+from quantize.rotation import exchange_indices
 from quantize.settings import SearchRule
+from utils.captured import Captured
 from utils.device import cpu_threads
 
 SMALL_PRODUCT = 2**22  # multiply-adds of one step below which it runs on one thread of the CPU
 STEPS_PER_CHECK = 16  # steps between two looks at whether more rows are needed: each look waits for the device
+PREFIXES_CHECKED = 8  # of a search on chosen rows, how many of the best prefixes are looked at on all rows
+FACTOR_ELEMENTS = 2**22  # of the matrices that are multiplied up at once
+LEAST_CAPTURED = 64  # rows; on a GPU numbers of rows are rounded up to powers of two, each of which is captured once
 
 
 @dataclass(frozen=True)
 class GreedySearch:
     """What a greedy search found.
 
-    `rotation` [B, B] float32; `exchanges` [kept steps] the index each kept step exchanged (row numbers, to be taken
-    modulo B, under the row rule); `peaks` [steps + 1] max − min of the activation at the start and after every step.
+    `rotation` [B, B] float32; `exchanges` [kept steps] the index each kept step exchanged; `peaks` [steps + 1]
+    max − min of the activation at the start and after every step; of a search on chosen rows theirs alone, but for the
+    prefixes that were looked at on all of them.
     """
 
     rotation: Tensor
@@ -26,7 +33,9 @@ class GreedySearch:
     peaks: Tensor
 
 
-def greedy_rotation(x: Tensor, step: Tensor, steps: int, rule: SearchRule, lazy: bool = True) -> GreedySearch:
+def greedy_rotation(
+    x: Tensor, step: Tensor, steps: int, rule: SearchRule, most: int | None = None, lazy: bool = True
+) -> GreedySearch:
     """Rotate `x` step by step, each time where its outlier is, and keep the prefix of steps with the smallest peak.
 
     `x` [..., C] is read as rows [N, B] with B = len(step) dividing C. Each step finds the entry of largest magnitude,
@@ -36,12 +45,17 @@ def greedy_rotation(x: Tensor, step: Tensor, steps: int, rule: SearchRule, lazy:
     `lazy` leaves out rows that cannot matter: a rotation keeps a row's norm, so while the norm is below both the
     largest entry and minus the smallest, the row holds neither. Rows are sorted by norm; they join when the extremes
     have come down to them, and leave when these have moved far above; the trajectory is that of the plain search.
-    Sources: DuQuant, algorithm 1; the lazy rows are ours.
+
+    `most`: steps are taken on so many rows at most, the longest. Where that leaves out rows that could have held an
+    extreme, the best prefixes are looked at on all rows, and the one with the smallest peak there is kept.
+    Sources: DuQuant, algorithm 1; the lazy and the chosen rows are ours.
     """
     rows = x.detach().reshape(-1, len(step))
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    norms, row_numbers = rows.norm(dim=1).sort(descending=True, stable=True)
+    most = len(rows) if most is None else min(most, len(rows))
+    norms, numbers = rows.norm(dim=1).sort(descending=True, stable=True)
     margin = 1 - 64 * torch.finfo(rows.dtype).eps  # norms and extremes are rounded: let a row join a little early
+    search, exact = _Search(rows, numbers, step.to(rows.device), rule), True
 
     def needed(*floors: Tensor) -> list[int]:
         """How many rows can hold an extreme, for each floor; all are read in one wait for the device."""
@@ -49,42 +63,41 @@ def greedy_rotation(x: Tensor, step: Tensor, steps: int, rule: SearchRule, lazy:
             return [len(rows)] * len(floors)
         return (norms >= margin * torch.stack(floors)[:, None]).sum(dim=1).tolist()
 
-    search = _Search(rows, row_numbers, step.to(rows.device), rule)
     state = search.start()
     # an entry of size m is at least m/√B somewhere after any rotation: an early guess, checked like every other
     (active,) = needed(torch.maximum(state.floor, rows.abs().max() / len(step) ** 0.5))
     for done in range(0, steps, STEPS_PER_CHECK):
         count = min(STEPS_PER_CHECK, steps - done)
-        state = search.resize(state, active)
+        state = search.resize(state, min(active, most))
         ahead = search.advance(state, count)
         at_least, active = needed(ahead.least_floor, ahead.floor)
-        while at_least > len(state.rows):
-            state = search.resize(state, at_least)
+        while min(at_least, most) > len(state.rows):
+            state = search.resize(state, min(at_least, most))
             ahead = search.advance(state, count)
             at_least, active = needed(ahead.least_floor, ahead.floor)
+        exact = exact and at_least <= len(state.rows)
         state = ahead
-    peaks = torch.stack(state.peaks).cpu()
-    exchanges = torch.stack(state.exchanges).cpu() if state.exchanges else torch.empty(0, dtype=torch.int64)
-    return GreedySearch(state.best.float(), exchanges[: int(peaks.argmin())], peaks)
+    return search.best(state) if exact else search.best_on_all_rows(state)
 
 
 @dataclass(frozen=True)
 class _State:
-    """The search after some steps. All tensors stay on the device; nothing but `rows` is larger than [B, B].
+    """The search after some steps. All tensors stay on the device.
 
-    `rows` [active, B] as rotated so far; `exchange`, the index that the next step exchanges; `product` of all steps and
-    `best`, the product at the smallest peak (float64); `floor`, min(largest entry, −smallest entry) now, and
-    `least_floor`, the least it was since the last check: a row whose norm is below it held no extreme.
+    `rows` [active, B] as rotated so far; `exchange` [1], the index that the next step exchanges; `exchanges` [steps]
+    and `peaks` [steps + 1] until now; `product` [B, B] of the first `multiplied` steps, float64; `floor`, min(largest
+    entry, −smallest entry) now, and `least_floor`, the least it was since the last check: a row whose norm is below it
+    held no extreme.
     """
 
     rows: Tensor
     exchange: Tensor
+    exchanges: Tensor
+    peaks: Tensor
     product: Tensor
-    best: Tensor
+    multiplied: int
     floor: Tensor
     least_floor: Tensor
-    exchanges: tuple[Tensor, ...]
-    peaks: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -98,56 +111,128 @@ class _Search:
 
     def start(self) -> _State:
         """The state before the first step: what all rows hold, and none of them active yet."""
-        exchange, low, high = self._outlier(
-            self.all_rows, torch.arange(len(self.all_rows), device=self.all_rows.device)
+        exchange, low, high = _outlier(
+            self.all_rows, torch.arange(len(self.all_rows), device=self.all_rows.device) % len(self.step), self.rule
         )
+        low, high, none = low.amin(), high.amax(), exchange[:0]
         identity = torch.eye(len(self.step), dtype=torch.float64, device=self.step.device)
         floor = torch.minimum(high, -low)
-        return _State(self.all_rows[:0], exchange, identity, identity, floor, floor, (), (high - low,))
+        return _State(self.all_rows[:0], exchange, none, (high - low)[None], identity, 0, floor, floor)
 
     def resize(self, state: _State, active: int) -> _State:
         """Bring in rows up to `active`, rotated as far as the others; drop rows if fewer than half are needed."""
+        if self.all_rows.device.type == "cuda":
+            active = min(len(self.all_rows), 1 << max(active - 1, LEAST_CAPTURED - 1).bit_length())
         if active > len(state.rows):
-            joining = self.all_rows[self.row_numbers[len(state.rows) : active]]
-            joining = joining @ state.product.to(joining.dtype)
-            return replace(state, rows=torch.cat([state.rows, joining]))
+            product = state.product @ product_of(self.step, state.exchanges[state.multiplied :])
+            joining = self.all_rows[self.row_numbers[len(state.rows) : active]] @ product.to(self.all_rows.dtype)
+            rows = torch.cat([state.rows, joining])
+            return replace(state, rows=rows, product=product, multiplied=len(state.exchanges))
         return replace(state, rows=state.rows[:active]) if 2 * active < len(state.rows) else state
 
     def advance(self, state: _State, steps: int) -> _State:
         """Take `steps` greedy steps on the active rows without waiting for the device."""
+        rows, numbers = state.rows, self.row_numbers[: len(state.rows)] % len(self.step)
+        take = partial(take_steps, rule=self.rule, count=steps)
+        if rows.device.type == "cuda":
+            take = captured_steps(tuple(rows.shape), rows.dtype, rows.device, self.rule, steps)
         # few rows are a matter of latency: waking threads for products of microseconds costs more than it gives
-        with cpu_threads(1 if state.rows.numel() * len(self.step) < SMALL_PRODUCT else None):
-            return self._advance(state, steps)
+        with cpu_threads(1 if rows.numel() * len(self.step) < SMALL_PRODUCT else None):
+            rows, exchanges, low, high = take(rows, state.exchange, numbers, self.step.to(rows.dtype))
+        floors = torch.minimum(high, -low)
+        return _State(
+            rows,
+            exchanges[-1:],
+            torch.cat([state.exchanges, exchanges[:-1]]),
+            torch.cat([state.peaks, high - low]),
+            state.product,
+            state.multiplied,
+            floors[-1],
+            floors.amin(),
+        )
 
-    def _advance(self, state: _State, steps: int) -> _State:
-        rows, exchange, product, best = state.rows, state.exchange, state.product, state.best
-        exchanges, peaks, least = list(state.exchanges), list(state.peaks), torch.full_like(state.floor, torch.inf)
-        smallest = torch.stack(peaks).min()
-        # written in turn, and never into the rows of `state`: fresh memory for every product takes half its time
-        buffers = (torch.empty_like(rows), torch.empty_like(rows))
-        for number in range(steps):
-            index = exchange_index(len(self.step), exchange % len(self.step))
-            rotation = self.step[index][:, index]
-            rows = torch.mm(rows, rotation.to(rows.dtype), out=buffers[number % 2])
-            product = product @ rotation
-            exchanges.append(exchange)
-            exchange, low, high = self._outlier(rows, self.row_numbers)
-            peaks.append(high - low)
-            best = torch.where(peaks[-1] < smallest, product, best)
-            smallest = torch.minimum(smallest, peaks[-1])
-            floor = torch.minimum(high, -low)
-            least = torch.minimum(least, floor)
-        return _State(rows, exchange, product, best, floor, least, tuple(exchanges), tuple(peaks))
+    def best(self, state: _State) -> GreedySearch:
+        """The prefix with the smallest peak."""
+        peaks = state.peaks.cpu()
+        exchanges = state.exchanges[: int(peaks.argmin())]
+        return GreedySearch(product_of(self.step, exchanges).float(), exchanges.cpu(), peaks)
 
-    def _outlier(self, rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What to exchange for the entry of largest magnitude, the smallest entry, the largest entry; all 0-dim.
+    def best_on_all_rows(self, state: _State) -> GreedySearch:
+        """Of the start and the prefixes that are best on the active rows, the one with the smallest peak on all."""
+        peaks = state.peaks.cpu()
+        prefixes = 1 + peaks[1:].topk(min(PREFIXES_CHECKED, len(peaks) - 1), largest=False).indices.sort().values
+        prefixes = torch.cat([prefixes.new_zeros(1), prefixes])
+        product = torch.eye(len(self.step), dtype=torch.float64, device=self.step.device)
+        rotations, found = [], []
+        for before, prefix in itertools.pairwise([0, *prefixes.tolist()]):
+            product = product @ product_of(self.step, state.exchanges[before:prefix])
+            rotations.append(product.float())
+            found.append(torch.stack(torch.aminmax(self.all_rows @ product.to(self.all_rows.dtype))).diff())
+        found = torch.cat(found).cpu()
+        best = int(found.argmin())
+        return GreedySearch(
+            rotations[best], state.exchanges[: int(prefixes[best])].cpu(), peaks.scatter(0, prefixes, found)
+        )
 
-        `numbers` are those of the rows, or of more rows that begin with them.
-        """
-        # torch.aminmax along a dimension takes over ten times as long on a CPU
-        low, lowest = rows.amin(dim=1).min(dim=0)
-        high, highest = rows.amax(dim=1).max(dim=0)
-        row = torch.where(high >= -low, highest, lowest).view(1)
-        if self.rule is SearchRule.ROW:
-            return numbers.index_select(0, row)[0], low, high
-        return rows.index_select(0, row)[0].abs().argmax(), low, high
+
+def take_steps(
+    rows: Tensor, exchange: Tensor, numbers: Tensor, step: Tensor, *, rule: SearchRule, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`count` greedy steps on `rows` [A, B], the first of which exchanges the index `exchange` [1].
+
+    Returns the rows, the indices exchanged and the next one [count + 1], and the smallest and the largest entry after
+    every step [count] each. `numbers` [A] are those of the rows, modulo B.
+    """
+    exchanges, lows, highs = [exchange], [], []
+    indices = exchange_indices(len(step), rows.device)
+    # written in turn, and never into the rows given: fresh memory for every product takes half its time
+    buffers = (torch.empty_like(rows), torch.empty_like(rows))
+    for number in range(count):
+        index = indices.index_select(0, exchanges[-1])[0]
+        rotation = step.index_select(0, index).index_select(1, index)
+        rows = torch.mm(rows, rotation, out=buffers[number % 2])
+        exchange, low, high = _outlier(rows, numbers, rule)
+        exchanges.append(exchange)
+        lows.append(low)
+        highs.append(high)
+    return rows, torch.cat(exchanges), torch.stack(lows).amin(dim=1), torch.stack(highs).amax(dim=1)
+
+
+def _outlier(rows: Tensor, numbers: Tensor, rule: SearchRule) -> tuple[Tensor, Tensor, Tensor]:
+    """What to exchange for the entry of largest magnitude [1]; the least and largest entries of channels, or of rows.
+
+    `numbers` are those of the rows modulo B, which the row rule asks for.
+    """
+    dim = 0 if rule is SearchRule.CHANNEL else 1
+    if rows.device.type == "cpu":  # where torch.aminmax along a dimension takes over ten times as long
+        low, high = rows.amin(dim=dim), rows.amax(dim=dim)
+    else:
+        low, high = torch.aminmax(rows, dim=dim)
+    place = torch.maximum(high, -low).argmax().view(1)
+    return (place if rule is SearchRule.CHANNEL else numbers.index_select(0, place)), low, high
+
+
+@lru_cache(maxsize=32)
+def captured_steps(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, rule: SearchRule, count: int
+) -> Captured:
+    """`take_steps` on a GPU as one launch."""
+    rows, size = torch.zeros(shape, dtype=dtype, device=device), shape[1]
+    whole = {"dtype": torch.int64, "device": device}
+    examples = (rows, torch.zeros(1, **whole), torch.zeros(shape[0], **whole), rows.new_zeros(size, size))
+    return Captured(partial(take_steps, rule=rule, count=count), *examples)
+
+
+def product_of(step: Tensor, exchanges: Tensor) -> Tensor:
+    """S(d₁) S(d₂) … of `exchanges` [n], S(d) being `step` [B, B] with rows and columns 0 ↔ d exchanged: float64."""
+    size, table = len(step), exchange_indices(len(step), step.device)
+    product = torch.eye(size, dtype=torch.float64, device=step.device)
+    at_once = min(STEPS_PER_CHECK, max(1, FACTOR_ELEMENTS // size**2))
+    for start in range(0, len(exchanges), at_once):
+        indices = table.index_select(0, exchanges[start : start + at_once])
+        factors = step[indices[:, :, None], indices[:, None, :]]
+        while len(factors) > 1:  # in pairs, all at once
+            pairs = factors[:-1:2] @ factors[1::2]
+            factors = torch.cat([pairs, factors[len(factors) // 2 * 2 :]])
+        product = product @ factors[0]
+    return product

@@ -37,8 +37,13 @@ def step_rotation(random: Tensor, order: RotationOrder) -> Tensor:
     return base @ random if order is RotationOrder.RQ else random @ base
 
 
-def exchange_index(size: int, other: Tensor | int) -> Tensor:
-    """Indices 0…size−1 with 0 and `other` exchanged; `other` may be a 0-dim tensor on any device."""
-    device = other.device if isinstance(other, Tensor) else None
+def exchange_index(size: int, other: int) -> Tensor:
+    """Indices 0…size−1 with 0 and `other` exchanged."""
+    return exchange_indices(size, torch.device("cpu"))[other]
+
+
+def exchange_indices(size: int, device: torch.device) -> Tensor:
+    """Row d holds the indices 0…size−1 with 0 and d exchanged: [size, size], int64."""
     index = torch.arange(size, device=device)
-    return torch.where(index == other, 0, torch.where(index == 0, other, index))
+    others = index[:, None]
+    return torch.where(index == others, 0, torch.where(index == 0, others, index))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 UNQUANTIZED_BITS = 16  # as in `duquant.scheme`, which is not imported for a flag: transformers loads for seconds
 USUAL_BLOCK = 128  # the paper's block size
+SEARCH_ROWS = 2048  # of a probe of 2048 tokens of a 7B model, one in 32
 AUTO_BLOCK_LIMIT = 128  # what `--block_size auto` does not exceed
 
 
@@ -308,6 +309,13 @@ def _block_size(text: str) -> GivenSize | None:
     return None if text == "auto" else GivenSize(text)
 
 
+def _search_rows(text: str) -> int | None:
+    """What `--search_rows` says: a number, or None for all."""
+    if text != "all" and not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all")
+    return None if text == "all" else int(text)
+
+
 @dataclass(frozen=True)
 class RotationSettings:
     """The dual transformation's search. `block_size` None means auto, -1 the whole width.
@@ -335,6 +343,15 @@ class RotationSettings:
     order: RotationOrder = option(
         RotationOrder.RQ, "base rotation times random rotation (paper), or the reverse", flag="rotation_order", tag=""
     )
+    rows: int | None = option(
+        SEARCH_ROWS,
+        "how many rows of the probe (a token's channels in one block) a rotation is searched on, the longest ones; the "
+        "steps that are kept are chosen on all rows; all: it is searched on all, as the paper does",
+        flag="search_rows",
+        tag="rows_",
+        type=_search_rows,
+        metavar="N|all",
+    )
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size != -1 and self.block_size < 2:
@@ -343,6 +360,8 @@ class RotationSettings:
             raise InputError(f"--max_rotation_step {self.steps}: must not be negative")
         if self.permutation_times < 0:
             raise InputError(f"--permutation_times {self.permutation_times}: must not be negative")
+        if self.rows is not None and self.rows < 1:
+            raise InputError(f"--search_rows {self.rows}: must be at least 1, or all")
 
     def block_size_for(self, channels: int) -> int:
         """Channels per block of an activation with that many channels; it need not divide (see `check_widths`)."""

@@ -64,7 +64,7 @@ class Trail:
     def rotate_greedily(self, config: RotationSettings, generator: torch.Generator) -> None:
         """Search a rotation that lowers the peak, and apply it."""
         step = step_rotation(random_orthogonal(self.block_size, generator), config.order)
-        search = greedy_rotation(self.x, step, config.steps, config.rule)
+        search = greedy_rotation(self.x, step, config.steps, config.rule, config.rows)
         self.steps.append(len(search.exchanges))
         self.peaks.append(search.peaks)
         self.rotate(f"rotation {len(self.steps)}", search.rotation)

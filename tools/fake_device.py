@@ -13,8 +13,9 @@ of different devices raises, as on a GPU. What would be read from a tensor is an
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
+from typing import ClassVar
 from unittest import mock
 
 import torch
@@ -26,6 +27,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import import_utils
+
+from quantize.greedy import captured_steps
 
 CUDA, SEEMING = torch.device("cuda:0"), torch.device("meta:0")
 GIB = 2**30
@@ -64,6 +67,15 @@ class Traffic:
         return Traffic(*(times * mine for mine in astuple(self)))
 
 
+class _FakeGraph:
+    """A CUDA graph: what is recorded is launched as a whole, once for every replay."""
+
+    gpu: ClassVar["FakeDevice"]
+
+    def replay(self) -> None:
+        self.gpu.launched()
+
+
 class _FakeMode(FakeTensorMode):
     avoid_device_init = True  # of PyTorch: never touch a real device, even where there is one
 
@@ -91,6 +103,19 @@ class FakeDevice(TorchDispatchMode):
     def traffic(self) -> Traffic:
         """All of it until now."""
         return Traffic(**self._counts)
+
+    def launched(self) -> None:
+        """Count a launch."""
+        self._counts["launches"] += 1
+
+    @contextmanager
+    def recording(self, *_: object, **__: object) -> Iterator[None]:
+        """Inside the block nothing is done, only recorded. Raises RuntimeError if something waited for the device."""
+        before = Counter(self._counts)
+        yield
+        if self._counts["waits"] != before["waits"]:
+            raise RuntimeError("what is recorded in a CUDA graph must not wait for the device")
+        self._counts = before
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -159,7 +184,7 @@ class FakeDevice(TorchDispatchMode):
             return
         results = (result,) if isinstance(result, Tensor) else tree_leaves(result if func._schema.returns else args)
         if any(isinstance(each, Tensor) and each.device == CUDA for each in results):
-            self._counts["launches"] += 1
+            self.launched()
 
     def _copied(self, count: int, *, to_host: bool, waits: bool) -> None:
         where = "host" if to_host else "device"
@@ -233,7 +258,12 @@ def fake_device(free_memory: int = 80 * GIB, distinct: int = 8) -> Iterator[Fake
         "synchronize": None,
         "is_bf16_supported": True,
         "_lazy_init": None,
+        "Stream": mock.NonCallableMock(),
+        "current_stream": mock.NonCallableMock(),
+        "stream": nullcontext(),
+        "device": nullcontext(),
     }
+    of_graphs = {"graph": gpu.recording, "CUDAGraph": type("CUDAGraph", (_FakeGraph,), {"gpu": gpu})}
     of_tensors = {
         "data": property(Tensor.data.__get__, _set_data),
         "is_cuda": property(lambda tensor: tensor.fake_device == CUDA),
@@ -243,6 +273,8 @@ def fake_device(free_memory: int = 80 * GIB, distinct: int = 8) -> Iterator[Fake
     with ExitStack() as stack:
         for name, answer in of_gpu.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, _answer=answer, **__: _answer))
+        for name, replacement in of_graphs.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
         for name, replacement in of_tensors.items():
             stack.enter_context(mock.patch.object(FakeTensor, name, replacement, create=True))
         # transformers takes fake tensors for being traced, and then builds masks that it otherwise leaves out
@@ -254,6 +286,8 @@ def fake_device(free_memory: int = 80 * GIB, distinct: int = 8) -> Iterator[Fake
         for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
             types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
             stack.enter_context(mock.patch(f"{module}._foreach_supported_types", types))
+        stack.callback(captured_steps.cache_clear)  # tensors of one mode mean nothing to another
+        captured_steps.cache_clear()
         stack.enter_context(_FakeMode())
         stack.enter_context(gpu)
         yield gpu

@@ -66,7 +66,7 @@ def test_greedy_steps_are_those_that_are_searched(transform, times, monkeypatch)
     settings = replace(QUANT, transform=transform, rotation=RotationSettings(16, 2, times))
     searched, search = {}, transforms.greedy_rotation
 
-    def counting(x, step, steps, rule):
+    def counting(x, step, steps, rule, most):
         searched[x.shape[-1]] = searched.get(x.shape[-1], 0) + steps
         return search(x, step, steps, rule)
 

@@ -97,6 +97,39 @@ def test_lazy_rows_do_not_change_a_float32_search(kind, rule):
         assert torch.equal(lazy.rotation, plain.rotation)
 
 
+@pytest.mark.parametrize("rule", SearchRule)
+def test_a_search_on_more_rows_than_can_hold_an_extreme_is_that_on_all(rule):
+    x, step = make_probe("massive", 16, 0, tokens=200), make_step(16, 0)
+    chosen, exact = (greedy_rotation(x, step, 96, rule, most) for most in (60, None))
+    assert torch.equal(chosen.exchanges, exact.exchanges)
+    assert torch.equal(chosen.rotation, exact.rotation)
+    assert torch.equal(chosen.peaks, exact.peaks)
+
+
+@pytest.mark.parametrize("rule", SearchRule)
+@pytest.mark.parametrize("kind", ["none", "normal"])
+@pytest.mark.parametrize("most", [1, 8, 40])
+def test_a_search_on_chosen_rows_keeps_the_steps_that_are_best_on_all(most, kind, rule):
+    better = 0
+    for seed in range(4):
+        x, step = make_probe(kind, 16, seed), make_step(16, seed)
+        rows = x.reshape(-1, 16)
+        longest = rows[rows.norm(dim=1).sort(descending=True, stable=True).indices[:most]]
+        found = greedy_rotation(x, step, 64, rule, most)
+
+        def peak(rows: Tensor, rotation: Tensor) -> float:
+            return (rows @ rotation.double()).amax().item() - (rows @ rotation.double()).amin().item()
+
+        assert found.peaks.shape == (65,)
+        assert peak(rows, found.rotation) == pytest.approx(found.peaks[len(found.exchanges)].item(), rel=1e-5)
+        assert peak(rows, found.rotation) <= found.peaks[0].item() * (1 + 1e-5)
+        if rule is SearchRule.CHANNEL:  # under the row rule the rows left out would move its numbers
+            alone = greedy_rotation(longest, step, 64, rule)
+            assert peak(longest, found.rotation) >= alone.peaks.min().item() * (1 - 1e-5)
+            better += peak(rows, found.rotation) < peak(rows, alone.rotation) * (1 - 1e-5)
+    assert better or most > 1 or rule is SearchRule.ROW, "nothing was shown"
+
+
 @pytest.mark.parametrize(
     "steps", [1, STEPS_PER_CHECK - 1, STEPS_PER_CHECK, STEPS_PER_CHECK + 1, 2 * STEPS_PER_CHECK + 5]
 )
@@ -171,13 +204,13 @@ def test_a_half_precision_probe_is_searched_in_float32(dtype):
 def active_rows(monkeypatch) -> list[int]:
     """Numbers of rows that steps were taken on, batch of steps by batch of steps."""
     counts = []
-    original = greedy._Search._advance
+    original = greedy.take_steps
 
-    def counting(self, state, steps):
-        counts.append(len(state.rows))
-        return original(self, state, steps)
+    def counting(rows, *others, **options):
+        counts.append(len(rows))
+        return original(rows, *others, **options)
 
-    monkeypatch.setattr(greedy._Search, "_advance", counting)
+    monkeypatch.setattr(greedy, "take_steps", counting)
     return counts
 
 

@@ -27,7 +27,8 @@ FIRST = {
     "get_rot": "--sizes 8 12|--output o|--quiet",
     "generate_act_scale_shift": f"{MODEL}\n{CALIBRATION}\n--scales-output-path s|--shifts-output-path t|--quiet",
 }
-ROLES = f"""--qbits 8|--kbits 8|--vbits 8|--act_group_size 64|--act_symmetric|--weight_symmetric|--lac_kv 0.9
+ROLES = f"""--keep host|--search_rows 64|--search_rows all
+--qbits 8|--kbits 8|--vbits 8|--act_group_size 64|--act_symmetric|--weight_symmetric|--lac_kv 0.9
 --act_scales s|--act_shifts t|--sensitivity|--sensitivity --sensitivity_windows 3
 {BOS}"""
 BEYOND = """--rounding gptq|--rounding gptq --gptq_damping 0.1|--gptq_target 0.5|--swc search|--lac search
@@ -39,7 +40,7 @@ COMPARED = "--preset paper|--no-smooth|--lwc --no_lwc --swc 0.8"
 LATER = {
     "main": f"{ROLES}\n{PRESET}\n{BEYOND}",
     "compare": f"{ROLES}\n{COMPARED}\n" + BEYOND.removesuffix("|--transform two_hadamard"),
-    "generate_act_scale_shift": f"--scales_output_path s|--shifts_output_path t|{BOS}",
+    "generate_act_scale_shift": f"--scales_output_path s|--shifts_output_path t|--keep device|{BOS}",
 }
 REQUIRED = {"compare": "--model other", "report": "run", "generate_act_scale_shift": "--model other"}
 ALL = [

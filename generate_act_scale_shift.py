@@ -52,13 +52,17 @@ def main(flags: argparse.Namespace) -> None:
     """Compute and write."""
     settings = from_flags(StatisticsSettings, flags)
     # torch and transformers load for seconds: not for --help or a wrong flag
+    from experiment.estimate import Plan
+    from experiment.residence import settle_
     from experiment.setup import make_setup, open_model
+    from quantize.settings import QuantSettings
     from quantize.statistics import channel_statistics, save_statistics
 
     setup = make_setup(settings.model, settings.calibration, settings.seed)
     if setup.saved is not None:
         raise InputError(f"--model {setup.source.name}: is quantized already; give the full-precision model")
     model = open_model(setup)
+    settle_(model, setup, QuantSettings(), Plan(setup.dtype, setup.device.type == "cuda", setup.calibration))
     started = time.perf_counter()
     statistics = channel_statistics(model, setup.spec, setup.tokens, setup.device)
     paths = [folder / f"{setup.net}.safetensors" for folder in (settings.scales, settings.shifts)]

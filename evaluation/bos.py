@@ -17,7 +17,7 @@ from evaluation.settings import EvaluationSettings, PerplexitySettings
 from quantize.walk import layers_in_memory, walk
 from utils import data
 from utils.batching import BatchSize
-from utils.memory import Allocate, in_memory
+from utils.memory import Allocate
 
 CHECKED = 4  # windows: enough to tell a lost model, and little beside the hundreds of a test text
 FAR_BETTER = 0.8  # a healthy model was 1 to 11% worse behind BOS, on three small ones; of a Gemma 3 the ratio is 0.36
@@ -97,7 +97,7 @@ class BosCheck(Evaluation):
         """The model is in full precision, and the journal lacks the result."""
         return candidate.full and self.KEY not in candidate.journal
 
-    def passenger(self, model: nn.Module, candidate: Candidate, allocate: Allocate) -> BothWays:
+    def passenger(self, model: nn.Module, candidate: Candidate, allocate: Allocate | None) -> BothWays:
         """The windows, before the first layer."""
         context = self.context
         batch = BatchSize.choose(self._batch, self.windows[1], context.device)
@@ -131,7 +131,7 @@ class BosCheck(Evaluation):
     def _measure(self, model: nn.Module, candidate: Candidate) -> BosEffect:
         spec, device, walked = self.context.spec, self.context.device, candidate.walked
         if walked is None:
-            walked, layers = self.passenger(model, candidate, in_memory), layers_in_memory(model, spec, device)
+            walked, layers = self.passenger(model, candidate, None), layers_in_memory(model, spec, device)
             walk(layers, [walked], len(spec.decoder_layers(model)), self.name)
         ways = zip(self.tokens, (walked.without, walked.behind), strict=True)
         without, behind = (score(model, spec, tokens, way.hidden, device) for tokens, way in ways)

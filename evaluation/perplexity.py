@@ -20,7 +20,7 @@ from utils import data
 from utils.batching import BatchSize
 from utils.distributed import own_part, together
 from utils.errors import InputError
-from utils.memory import Allocate, in_memory
+from utils.memory import Allocate
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def perplexity(
 class Windows:
     """Windows of token ids [N, T] on their way through the decoder layers of `model`; `visit` them in order.
 
-    `hidden` [n, T, C], on the host, is what the last layer that was visited gives, before the final norm. Several
+    `hidden` [n, T, C] is what the last layer that was visited gives, before the final norm. Several
     processes share the windows: each has the part that is its own. The layers need no weights before they are visited.
     """
 
@@ -68,7 +68,7 @@ class Windows:
         tokens: Tensor,
         device: torch.device,
         batch_size: BatchSize | None = None,
-        allocate: Allocate = in_memory,
+        allocate: Allocate | None = None,
     ):
         own = own_part(tokens)
         self._calls = layer_calls(model, spec, own, device, allocate) if len(own) else None
@@ -207,7 +207,7 @@ class WindowPerplexity(Evaluation):
         """The journal lacks its result, or that of what is compared with it."""
         return self.KEY not in candidate.journal or self._teaches_now(candidate)
 
-    def passenger(self, model: nn.Module, candidate: Candidate, allocate: Allocate) -> Windows:
+    def passenger(self, model: nn.Module, candidate: Candidate, allocate: Allocate | None) -> Windows:
         """The windows, before the first layer."""
         context = self.context
         return Windows(model, context.spec, self.tokens, context.device, self._batch_size(), allocate)

@@ -20,7 +20,7 @@ from quantize.spec import InputGroup
 from utils.distributed import world_size
 from utils.errors import InputError, noting
 from utils.log import RESULT
-from utils.memory import Allocate, in_memory
+from utils.memory import Allocate
 from utils.placement import Memory, parse_memory, placed
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Runner:
         riding = self._riding(row)
         return sum(math.prod(each.windows) * (1 if row == FULL else sum(each.variants)) for each in riding)
 
-    def board(self, model: nn.Module, measured: Measured, row: str, allocate: Allocate = in_memory) -> "Travellers":
+    def board(self, model: nn.Module, measured: Measured, row: str, allocate: Allocate | None = None) -> "Travellers":
         """What goes through the layers of `model` for the evaluations of `row`, one passenger for all of them.
 
         Its layers need no weights yet. `measure` takes the scores from where the travellers arrived.

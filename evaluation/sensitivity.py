@@ -20,10 +20,11 @@ from quantize.spec import DecoderSpec, InputGroup
 from quantize.unrounded import ROLES, Part, left_unrounded, rounded_part
 from utils import data
 from utils.batching import BatchSize
+from utils.device import home_of
 from utils.distributed import is_main, make_tensors_equal_
 from utils.io import write_text
 from utils.log import meter
-from utils.memory import Allocate, in_memory
+from utils.memory import Allocate, memory_of
 from utils.results import format_table
 
 BY_ROLE, BY_GROUP, BY_LAYER = "roles", "groups", "layers"  # kinds of variants, as results.json has them
@@ -55,11 +56,11 @@ class Variants(Observer):
         tokens: Tensor,
         device: torch.device,
         batch_size: BatchSize | None = None,
-        allocate: Allocate = in_memory,
+        allocate: Allocate | None = None,
     ):
         self.quantized = Windows(model, spec, tokens, device, batch_size, allocate)
         self.hidden: dict[Key, Tensor] = {}
-        self._spec, self._dtype, self._allocate = spec, model.dtype, allocate
+        self._spec, self._dtype, self._allocate = spec, model.dtype, allocate or memory_of(home_of(model))
         self._weights: dict[str, Tensor] = {}
 
     def rounding(self, group: InputGroup, path: str, linear: OpenLinear) -> None:
@@ -118,7 +119,7 @@ class Sensitivity(Evaluation):
         """The journal lacks the result, of the run's own model in any case: the full one has none but for it."""
         return self.KEY not in (candidate.student if candidate.row == FULL else candidate.journal)
 
-    def passenger(self, model: nn.Module, candidate: Candidate, allocate: Allocate) -> Windows | Variants:
+    def passenger(self, model: nn.Module, candidate: Candidate, allocate: Allocate | None) -> Windows | Variants:
         """The windows, and for a quantized model those of all variants, before the first layer."""
         kind = Windows if candidate.row == FULL else Variants
         return kind(model, self.context.spec, self.tokens, self.context.device, self._batch_size(), allocate)

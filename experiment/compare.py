@@ -7,13 +7,14 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaluation.base import FULL
 from evaluation.journal import Journal
 from evaluation.measured import Measured
 from evaluation.runner import Evaluations, Runner, open_evaluations
 from experiment.prepare import statistics_identity
+from experiment.residence import make_plan, settle_
 from experiment.results import settings_dict
 from experiment.rows import FULL_TITLE, CompareSettings, Row, plan_rows
 from experiment.run import LayerFigures, travel
@@ -23,7 +24,7 @@ from experiment.tracking import Tracker, check_tracking, open_tracker
 from models.load import model_fingerprint
 from quantize.observer import LayerLog
 from quantize.quantization import check_shapes, other_blocks
-from quantize.settings import SmoothMeasure, Transform
+from quantize.settings import QuantSettings, SmoothMeasure, Transform
 from quantize.statistics import load_scales
 from quantize.walk import layers_in_memory
 from reporting.picture import draw
@@ -223,6 +224,7 @@ def measure_row(comparison: Comparison, row: Row, peaks: Peaks, measured: Measur
     setup, files = comparison.setups.get(row.seed, comparison.setup), comparison.settings.statistics
     with measured.timing("load"):
         model = open_model(setup)
+        settle(comparison, model, setup, row.quant)
     own = runner.board(model, measured, row.key)
     statistics = travel(
         setup,
@@ -247,8 +249,19 @@ def teach(comparison: Comparison) -> None:
     folder = comparison.folder
     journal = Journal(folder / "rows" / "teacher.unfinished.jsonl", comparison.identities)
     runner = Runner(comparison.evaluations.teaching(), journal, folder, folder.name, comparison.identities)
-    runner.measure(open_model(comparison.setup), Measured(), FULL, FULL_TITLE)
+    model = open_model(comparison.setup)
+    settle(comparison, model, comparison.setup, comparison.rows[0].quant)
+    runner.measure(model, Measured(), FULL, FULL_TITLE)
     journal.close()
+
+
+def settle(comparison: Comparison, model: nn.Module, setup: Setup, quant: QuantSettings) -> None:
+    """Bring `model` to the GPU if a row has room for it there."""
+    evaluations = comparison.evaluations
+    alone = replace(evaluations, members=())  # nothing else is measured in the same walk
+    computed = comparison.settings.statistics.act_scales is None
+    plan = make_plan(setup, quant, evaluations, alone, computed)
+    settle_(model, setup, quant, plan, whole=not evaluations.spread)
 
 
 def keep_row(comparison: Comparison, row: Row, measured: Measured) -> Finished:

@@ -10,6 +10,7 @@ from torch import nn
 from duquant.scheme import TensorScheme
 from experiment.estimate import Estimate, Plan, estimate, probe_tokens
 from experiment.prepare import Prepared
+from experiment.residence import Residence, choose_residence
 from experiment.setup import Setup
 from experiment.work import measure_rates, stage_seconds, work_of
 from quantize.build import absorbers, describe_folding
@@ -50,7 +51,7 @@ def dry_run(prepared: Prepared) -> None:
     Raises InputError, naming everything that does not fit, if it cannot work here.
     """
     setup, quant, output = prepared.setup, prepared.quant, prepared.settings.output
-    plan = make_plan(prepared)
+    plan = prepared.plan
     needed = estimate(setup.skeleton, setup.spec, quant, plan)
     logger.log(RESULT, "dry run: no weights are loaded, and nothing is written beside the token cache")
     logger.log(
@@ -69,9 +70,12 @@ def dry_run(prepared: Prepared) -> None:
         blocks = other_blocks(setup.skeleton, setup.spec, quant)
         if blocks is not None:
             logger.log(RESULT, "%s\n", blocks)
-    host = available_memory()
-    in_files = needed.hidden if too_large(needed.hidden, host) else 0
-    needs = memory_needs(needed, prepared.shards is not None, in_files, host, free_device_memory(setup.device))
+    host, device = available_memory(), free_device_memory(setup.device)
+    kept = choose_residence(setup.model.keep, needed, device, prepared.stays_whole)
+    if device is not None:
+        logger.log(RESULT, "kept on the GPU between their uses: %s\n", kept)
+    in_files = needed.hidden if not kept.states and too_large(needed.hidden, host) else 0
+    needs = memory_needs(needed, prepared.shards is not None, in_files, host, device, kept)
     folders = {
         "--save_dir": (output.save_dir, needed.checkpoint),
         "--save_model": (output.save_model, needed.quantized),
@@ -85,26 +89,6 @@ def dry_run(prepared: Prepared) -> None:
     for line in prepared.missing:
         logger.log(RESULT, "  %s", line)
     refuse(needs)
-
-
-def make_plan(prepared: Prepared) -> Plan:
-    """What a checked run does, as the estimate wants it."""
-    setup, settings, evaluations = prepared.setup, prepared.settings, prepared.evaluations
-    compared = evaluations.for_comparison(settings.report.report)
-    windows, joining = evaluations.own_windows
-    return Plan(
-        dtype=setup.dtype,
-        on_gpu=setup.device.type == "cuda",
-        calibration=setup.calibration,
-        windows=windows,
-        joining=joining,
-        compared=compared.windows,
-        statistics=prepared.quant.smooth is not None and settings.statistics.act_scales is None,
-        divergence=bool(evaluations.teaching().members),
-        whole=evaluations.need_whole_model and not evaluations.spread,
-        whole_compared=compared.need_whole_model and not evaluations.spread,
-        saved=setup.saved is not None,
-    )
 
 
 def describe_bits(settings: QuantSettings) -> str:
@@ -156,18 +140,21 @@ def number_ranges(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def memory_needs(needed: Estimate, streamed: bool, in_files: int, host: int | None, device: int | None) -> list[Need]:
+def memory_needs(
+    needed: Estimate, streamed: bool, in_files: int, host: int | None, device: int | None, kept: Residence
+) -> list[Need]:
     """Host and GPU memory against the bytes `host` and `device` have free (None: unknown, and no GPU).
 
-    Of the hidden states so many bytes live `in_files`.
+    Of the hidden states so many bytes live `in_files`, and some of all may be `kept` on the GPU.
     """
-    whole, layers = needed.host - in_files, needed.host_streamed - in_files
+    elsewhere = needed.states if kept.states else in_files
+    whole, layers = max(needed.host - elsewhere, needed.held), needed.host_streamed - elsewhere
     smaller = "lower --nsamples, or use a machine with more memory"
     if not streamed and host is not None and layers <= host:
         smaller = "read its layers one by one with --stream"
     needs = [Need("host memory", layers if streamed else whole, host, smaller)]
     if needed.device:
-        needs.append(Need("GPU memory", needed.device, device, "lower --seqlen, or use another --device"))
+        needs.append(Need("GPU memory", kept.needed, device, "lower --seqlen, or use another --device"))
     return needs
 
 

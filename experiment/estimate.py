@@ -84,7 +84,8 @@ class Estimate:
     but the decoder layers. `quantized`: the quantized model, and what `--save_model` writes. `hidden`: the hidden
     states that travel through the layers at once. `host` and `host_streamed`: the process's peak, `hidden` included,
     with the model in memory, and with its layers read one by one. `device`: a GPU's peak. `checkpoint`: what
-    `--save_dir` writes.
+    `--save_dir` writes. `states`: hidden states and what else is as large as they are, at the worst moment, and `held`:
+    the model as it is held; neither is in `device`, but either may be kept there.
     """
 
     parameters: int
@@ -98,6 +99,8 @@ class Estimate:
     host_streamed: int
     device: int
     checkpoint: int
+    states: int
+    held: int
 
 
 def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> Estimate:
@@ -132,6 +135,8 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pl
         host_streamed=shell + max(begun, layer_wide * 3 // 2 + walking + working, windows + scoring) + process,
         device=device + CONTEXT_BYTES if plan.on_gpu else 0,
         checkpoint=checkpoint_bytes(skeleton, spec, settings),
+        states=max(begun, walking, windows),
+        held=held,
     )
 
 

@@ -13,6 +13,14 @@ from utils.errors import InputError
 from utils.settings import Changes, option, part
 
 
+class Keep(StrEnum):
+    """Where weights and hidden states are between their uses."""
+
+    AUTO = "auto"  # on the GPU as far as they fit
+    DEVICE = "device"  # on the GPU, whatever the estimate says
+    HOST = "host"  # one layer, and one batch of hidden states, visit the GPU at a time
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """Which model, and where and how it runs."""
@@ -36,6 +44,11 @@ class ModelSettings:
     )
     device: str | None = option(
         None, "such as cuda, cuda:1 or cpu (default: the first GPU, else the CPU)", changes=Changes.FIGURES
+    )
+    keep: Keep = option(
+        Keep.AUTO,
+        "where weights and hidden states are between their uses: auto (on the GPU as far as they fit), device, host",
+        changes=Changes.NOTHING,
     )
     attn_implementation: str = option(
         "sdpa", "attention of transformers to build on", choices=["sdpa", "eager"], tag=""

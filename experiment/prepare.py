@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evaluation.runner import Evaluations, open_evaluations
+from experiment.estimate import Plan
 from experiment.options import RunSettings
+from experiment.residence import make_plan
 from experiment.setup import Setup, make_setup
 from models.load import config_digest, has_weights, model_fingerprint, weights_digest
 from models.saved import require_empty
@@ -49,6 +51,18 @@ class Prepared:
     def quant(self) -> QuantSettings:
         """The method's settings: of a saved model those it was made with."""
         return self.setup.saved or self.settings.quant
+
+    @property
+    def plan(self) -> Plan:
+        """What is done, as the estimate wants it."""
+        settings, evaluations = self.settings, self.evaluations
+        compared = evaluations.for_comparison(settings.report.report)
+        return make_plan(self.setup, self.quant, evaluations, compared, settings.statistics.act_scales is None)
+
+    @property
+    def stays_whole(self) -> bool:
+        """Whether the model is there as a whole all the time, and in one place."""
+        return self.shards is None and not self.evaluations.spread
 
     def finished(self) -> dict[int, FinishedLayer]:
         """Layers that need not be computed, by index."""

@@ -17,6 +17,7 @@ from evaluation.runner import Runner
 from experiment.dry_run import dry_run
 from experiment.options import RunSettings
 from experiment.prepare import Prepared, model_identity, prepare, resume_command
+from experiment.residence import settle_
 from experiment.results import (
     Outcome,
     completions_text,
@@ -41,7 +42,7 @@ from utils.device import describe
 from utils.distributed import from_main, is_main, join_group, leave_group, world_size
 from utils.errors import Incomplete, InputError
 from utils.log import RESULT, add_log_file
-from utils.memory import Allocate, available_memory, in_memory, on_disk, too_large
+from utils.memory import Allocate, available_memory, in_memory, memory_of, on_disk, too_large
 from utils.results import plain, versions
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,7 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
     compared = runner.for_comparison(prepared.settings.report.report)
     with measured.timing("load"):
         model = open_model(setup) if prepared.shards is None else open_shell(prepared)
+        kept = settle_(model, setup, prepared.quant, prepared.plan, prepared.stays_whole)
     if prepared.shards is None:
         compared.part(whole=True).measure(model, full, FULL, FULL_TITLE)
     finished = from_main(prepared.finished)
@@ -173,7 +175,8 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
         if save_to is not None and is_main():
             writer = stack.enter_context(ModelWriter(save_to, setup.spec, setup.layers))
         states = state_tokens(prepared, finished) + compared.tokens(FULL) + runner.tokens(QUANTIZED)
-        allocate = choose_memory(prepared, hidden_bytes(states, model, model.dtype))
+        needed = hidden_bytes(states, model, model.dtype)
+        allocate = memory_of(setup.device) if kept.states else choose_memory(prepared, needed)
         own = runner.board(model, measured, QUANTIZED, allocate)
         statistics = travel(
             setup,
@@ -210,7 +213,7 @@ def travel(
     peaks: Callable[[], Mapping[str, Tensor] | None],
     finished: Mapping[int, FinishedLayer] | None = None,
     observers: Sequence[Observer] = (),
-    allocate: Allocate = in_memory,
+    allocate: Allocate | None = None,
 ) -> ChannelStatistics | None:
     """Visit every layer once: statistics if they are needed, passengers `before`, quantization, passengers `behind`.
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from duquant.linear import expanded
 from quantize.spec import DecoderSpec
 from utils.batching import BatchSize
-from utils.device import to_device
+from utils.device import home_of, to_device
 from utils.errors import InputError
-from utils.memory import Allocate, all_finite, in_memory
+from utils.memory import Allocate, all_finite, memory_of
 
 TOKENS_PER_FORWARD = 4096  # samples are batched up to this many tokens
 
@@ -22,8 +22,8 @@ TOKENS_PER_FORWARD = 4096  # samples are batched up to this many tokens
 class LayerCalls:
     """What a model passes to its decoder layers.
 
-    `hidden` [N, T, C]: the input of the first layer for every sample, on the host. `kwargs`: per layer, everything else
-    (mask, position embeddings, …) for one sample; it broadcasts over a batch of unpadded samples.
+    `hidden` [N, T, C]: the input of the first layer for every sample. `kwargs`: per layer, everything else (mask,
+    position embeddings, …) for one sample; it broadcasts over a batch of unpadded samples.
     """
 
     hidden: Tensor
@@ -44,7 +44,8 @@ def layers_replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> It
 
 @contextmanager
 def shell_on_device(model: nn.Module, spec: DecoderSpec, device: torch.device) -> Iterator[None]:
-    """Everything of `model` but its decoder layers is on `device` inside the block, and on the host after it."""
+    """Everything of `model` but its decoder layers is on `device` inside the block, and then where it was before."""
+    home = home_of(model)
     path, _, name = spec.layers.rpartition(".")
     parent, layers = model.get_submodule(path), spec.decoder_layers(model)
     setattr(parent, name, nn.ModuleList())
@@ -53,19 +54,20 @@ def shell_on_device(model: nn.Module, spec: DecoderSpec, device: torch.device) -
         setattr(parent, name, layers)
         yield
         setattr(parent, name, nn.ModuleList())
-        model.to("cpu")
+        model.to(home)
     finally:
         setattr(parent, name, layers)
 
 
 @torch.no_grad()
 def layer_calls(
-    model: nn.Module, spec: DecoderSpec, tokens: Tensor, device: torch.device, allocate: Allocate = in_memory
+    model: nn.Module, spec: DecoderSpec, tokens: Tensor, device: torch.device, allocate: Allocate | None = None
 ) -> LayerCalls:
     """Run the model on `tokens` [N, T] with its layers left out, and record what they would have been given.
 
-    The layers need no weights. `hidden` is in a tensor that `allocate` makes.
+    The layers need no weights. `hidden` is in a tensor that `allocate` makes, by default where the model is.
     """
+    allocate = allocate or memory_of(home_of(model))
     layers = spec.decoder_layers(model)
     recorded: dict[int, dict] = {}
     hidden: list[Tensor] = []  # the one tensor, once its width is known
@@ -73,7 +75,7 @@ def layer_calls(
 
     def record(index: int, states: Tensor, **kwargs) -> Tensor:
         if index not in recorded:
-            recorded[index] = to_device(kwargs, torch.device("cpu"))
+            recorded[index] = kwargs
         if index == 0:
             keep(states)
         return states
@@ -89,14 +91,15 @@ def layer_calls(
         batches = [tokens[:1], *batches_of(tokens[1:])]  # the first alone: its keyword arguments have batch size 1
         for batch in batches:
             model.get_decoder()(input_ids=batch.to(device), use_cache=False)
-    return LayerCalls(hidden[0], tuple(recorded[index] for index in range(len(layers))))
+    place = hidden[0].device
+    return LayerCalls(hidden[0], tuple(to_device(recorded[index], place) for index in range(len(layers))))
 
 
 @torch.no_grad()
 def advance_(
     layer: nn.Module, hidden: Tensor, kwargs: dict, device: torch.device, batch_size: BatchSize | None = None
 ) -> None:
-    """Replace `hidden` [N, T, C] on the host by the outputs of `layer`, which is on `device`, batch by batch."""
+    """Replace `hidden` [N, T, C], wherever it is, by the outputs of `layer`, which is on `device`, batch by batch."""
     kwargs = to_device(kwargs, device)
     batches = batch_size or BatchSize(max(1, TOKENS_PER_FORWARD // hidden.shape[1]))
     with expanded(layer):

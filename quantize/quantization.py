@@ -15,9 +15,9 @@ from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer
 from quantize.training import own_samples
 from quantize.walk import layers_in_memory, walk
-from utils.device import to_device
+from utils.device import home_of, to_device
 from utils.distributed import make_equal_
-from utils.memory import Allocate, in_memory
+from utils.memory import Allocate, memory_of
 
 PROBE_SAMPLES = 4  # with `--probe sample`
 
@@ -60,7 +60,7 @@ class Quantization:
         device: torch.device,
         finished: Mapping[int, FinishedLayer] | None = None,
         observers: Sequence[Observer] = (),
-        allocate: Allocate = in_memory,
+        allocate: Allocate | None = None,
     ):
         check_shapes(model, spec, settings)
         install(model)
@@ -114,9 +114,10 @@ class Flow:
         tokens: Tensor,
         settings: QuantSettings,
         device: torch.device,
-        allocate: Allocate = in_memory,
+        allocate: Allocate | None = None,
         observers: Sequence[Observer] = (),
     ):
+        allocate = allocate or memory_of(home_of(model))
         calls = layer_calls(model, spec, tokens, device, allocate)
         for observer in observers:
             observer.samples(calls.hidden, device)

@@ -38,16 +38,15 @@ class LayerView:
 class _GroupWatch:
     """Sums over what enters the linears of one group: weights w = 1/|x|², w·x, w·x², and w·xᵀx by head."""
 
-    def __init__(self, keep: bool, head_dim: int | None):
+    def __init__(self, keep: torch.device | None, head_dim: int | None):
         self.sums: list[Tensor] | None = None
-        self.head_dim, self.rows = head_dim, [] if keep else None
+        self.head_dim, self.keep, self.rows = head_dim, keep, None if keep is None else []
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().flatten(0, -2)
         if self.rows is not None:
-            self.rows.append(
-                x.to("cpu", copy=True)
-            )  # a layer without a norm in front is given what will be written over
+            # a copy: a layer without a norm in front is given what will be written over
+            self.rows.append(x.to(self.keep, copy=True))
         x = widen(x)
         lengths = x.norm(dim=1, keepdim=True)
         lengths = lengths.masked_fill(lengths < 1e-12, torch.inf)  # a token of zeros has no direction, and no weight
@@ -71,17 +70,17 @@ class _HeadWatch(nn.Module):
         for name, x in (("query", query), ("key", key), ("value", value)):
             stride = min(self.stride, x.shape[2])  # of a sample that is shorter, one token
             tokens = x.detach()[:, :, stride // 2 :: stride].transpose(1, 2).flatten(0, 1)
-            self.kept[name].append(tokens.float().cpu())
+            self.kept[name].append(tokens.float())
         return query, key, value
 
 
 @contextmanager
 def viewed(
-    layer: nn.Module, spec: DecoderSpec, tokens: int, centered: bool, keep_rows: bool = False
+    layer: nn.Module, spec: DecoderSpec, tokens: int, centered: bool, keep_rows: torch.device | None = None
 ) -> Iterator[LayerView]:
     """Inside the block `layer`, in full precision, is run on samples of so many `tokens` in all; then the view is full.
 
-    `centered`: energies are about the mean.
+    `centered`: energies are about the mean. `keep_rows`: on which device, if at all.
 
     All processes look at their own samples and have the view of all, but for the rows, which are their own.
     """
@@ -115,7 +114,7 @@ def viewed(
             view.rows[name] = torch.cat(watch.rows)
             watch.rows.clear()  # or all of them would be there twice
     for name, kept in heads_watch.kept.items():
-        view.heads[name] = torch.cat(gather(torch.cat(kept))).to(device)
+        view.heads[name] = torch.cat(gather(torch.cat(kept).cpu())).to(device)
 
 
 class KnownOutputs:
@@ -148,7 +147,7 @@ class KnownOutputs:
 class GroupRows:
     """The rows [n, C] that enter a group of a layer as it is now, from this process's samples [N, T, C] of `hidden`.
 
-    They are on the host, and moved to `device`, that of the layer, some at a time.
+    They are where `hidden` is, and moved to `device`, that of the layer, some at a time.
     """
 
     def __init__(
@@ -167,7 +166,7 @@ class GroupRows:
             for batch in known.batches(layer, hidden, device):
                 x = capture_rows(layer, group.inputs, batch.to(device), kwargs).flatten(0, -2)
                 if len(group.inputs) > 1:  # how many rows an expert is given is not known before
-                    pieces.append(x.cpu())
+                    pieces.append(x.to(hidden.device))
                     continue
                 if not pieces:
                     pieces.append(allocate((hidden.shape[0] * hidden.shape[1], x.shape[-1]), x.dtype))

@@ -15,7 +15,7 @@ from quantize.walk import layers_in_memory, walk
 from utils.distributed import gather, own_part
 from utils.errors import InputError
 from utils.io import read_tensors, write_tensors
-from utils.memory import Allocate, all_finite, in_memory
+from utils.memory import Allocate, all_finite
 
 MIDPOINT_DECAY = 0.99
 
@@ -39,12 +39,10 @@ class Seen:
     midpoints: list[Tensor] = field(default_factory=list)
     unsettled: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # peak [C] and midpoints [batch, C] of calls
 
-    def observe(self, x: Tensor, name: str) -> None:
-        """Take in `x`: samples [batch, T, C], or rows [T, C] without their samples. `name` is for the error."""
+    def observe(self, x: Tensor) -> None:
+        """Take in `x`: samples [batch, T, C], or rows [T, C] without their samples."""
         samples = x[None] if x.dim() == 2 else x.flatten(1, -2)
-        low, high = torch.aminmax(samples.transpose(1, 2), dim=-1)  # [batch, C] each
-        require_finite(torch.cat([low, high]), name)
-        low, high = low.float(), high.float()
+        low, high = samples.amin(dim=1).float(), samples.amax(dim=1).float()  # [batch, C] each
         self.unsettled.append((torch.maximum(high, -low).amax(dim=0), (high + low) / 2))
 
     def settle(self) -> None:
@@ -74,7 +72,7 @@ class Observation:
         spec: DecoderSpec,
         tokens: Tensor,
         device: torch.device,
-        allocate: Allocate = in_memory,
+        allocate: Allocate | None = None,
     ):
         self.spec, self.device = spec, device
         self.calls = layer_calls(model, spec, own_part(tokens), device, allocate)
@@ -101,9 +99,8 @@ def observed(layer: nn.Module, index: int, spec: DecoderSpec, statistics: Channe
     seen = {group.name: Seen() for group in groups}
 
     def watch(group: InputGroup, path: str) -> RemovableHandle:
-        name = spec.linear_key(index, group.linears[0])
         return layer.get_submodule(path).register_forward_pre_hook(
-            lambda module, args: seen[group.name].observe(args[0], name)
+            lambda module, args: seen[group.name].observe(args[0])
         )
 
     def forget(*call: object) -> None:
@@ -126,6 +123,7 @@ def observed(layer: nn.Module, index: int, spec: DecoderSpec, statistics: Channe
     for group in groups:
         parts = [part[group.name] for part in everywhere if part[group.name].midpoints]
         peak = torch.stack([part.peak for part in parts]).amax(dim=0)
+        require_finite(peak, spec.linear_key(index, group.linears[0]))  # NaN and inf come through to here
         shift = running_midpoint(torch.cat([part.midpoints[0] for part in parts]))
         for linear in group.linears:
             name = spec.linear_key(index, linear)

@@ -157,8 +157,8 @@ def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: Tr
 
 
 def placed(samples: Samples, device: torch.device, offload: bool) -> Samples:
-    """`samples` on `device` if they take at most half of its free memory, else pinned on the host."""
-    if device.type != "cuda":
+    """`samples` on `device` if they are there or take at most half of its free memory, else pinned on the host."""
+    if device.type != "cuda" or samples.inputs.device.type == "cuda":
         return samples
     tensors = (samples.inputs, *samples.targets)
     fits = 2 * sum(tensor.nbytes for tensor in tensors) <= torch.cuda.mem_get_info(device)[0]

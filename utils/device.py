@@ -30,14 +30,21 @@ def pick_device(name: str | None, number: int = 0) -> torch.device:
     return device
 
 
+def home_of(module: nn.Module) -> torch.device:
+    """Where `module` is, between the times that it is used."""
+    tensor = next(module.parameters(), next(module.buffers(), None))
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """`module` is on `device` inside the block and back on the host after it."""
+    """`module` is on `device` inside the block, and after it where it was before."""
+    home = home_of(module)
     module.to(device)
     try:
         yield
     finally:
-        module.to("cpu")
+        module.to(home)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Host memory: how much there is, and large tensors: in memory, in files that the system pages out, and checked."""
+"""Memory: how much the host has, and large tensors: in memory, in files that the system pages out, and checked."""
 
 import mmap
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from utils.errors import InputError
 
-Allocate = Callable[[Sequence[int], torch.dtype], Tensor]  # shape, dtype → a tensor on the host, not initialised
+Allocate = Callable[[Sequence[int], torch.dtype], Tensor]  # shape, dtype → a tensor, not initialised
 CGROUP = Path("/sys/fs/cgroup")
 HIDDEN_SHARE = 0.5  # of the free memory, the most that hidden states take before they live in files
 
@@ -42,9 +43,14 @@ def _container_memory(folder: Path) -> int | None:
         return None
 
 
-def in_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor in ordinary memory."""
-    return torch.empty(tuple(shape), dtype=dtype)
+def in_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """A tensor in ordinary memory, by default the host's."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def memory_of(device: torch.device) -> Allocate:
+    """Makes tensors in the memory of `device`."""
+    return partial(in_memory, device=device)
 
 
 def all_finite(x: Tensor) -> bool:

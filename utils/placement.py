@@ -22,7 +22,7 @@ ACTIVATION_SHARE = 1 / 8
 def placed(
     model: nn.Module, device: torch.device, spread: bool = False, limits: Memory | None = None
 ) -> Iterator[None]:
-    """`model` is ready to run on inputs on `device` inside the block, and on the host after it.
+    """`model` is ready to run on inputs on `device` inside the block, and after it where it was before.
 
     With `spread` its layers are dealt to all visible GPUs, then to the host, then to disk, as far as the memory of
     each, less some for activations, or its limit, goes (accelerate's device map). Raises InputError if it does not fit.

@@ -19,6 +19,7 @@ from experiment.dry_run import (
     size,
 )
 from experiment.estimate import Plan, estimate
+from experiment.residence import Residence
 from models import decoder_spec
 from models.load import load_skeleton
 from quantize.settings import (
@@ -37,6 +38,7 @@ CONFIG = tiny_config()
 SKELETON, SPEC = load_skeleton(CONFIG), decoder_spec(CONFIG)
 QUANT = QuantSettings(BitSettings(4, 4), smooth=SmoothSettings(0.5), rotation=RotationSettings(block_size=16, steps=20))
 NEEDED = estimate(SKELETON, SPEC, QUANT, Plan(torch.float16, True, (8, 32), ((6, 32),)))
+NOTHING = Residence(False, False, NEEDED.device)
 
 
 def test_the_group_table_says_what_is_transformed_and_where_its_scale_goes():
@@ -75,22 +77,22 @@ def test_names_numbers_and_sizes_are_short():
 
 
 def test_what_does_not_fit_is_refused_with_what_to_do():
-    refuse(memory_needs(NEEDED, False, 0, NEEDED.host, NEEDED.device))
-    refuse(memory_needs(NEEDED, False, 0, None, None))  # unknown: nothing is said
+    refuse(memory_needs(NEEDED, False, 0, NEEDED.host, NEEDED.device, NOTHING))
+    refuse(memory_needs(NEEDED, False, 0, None, None, NOTHING))  # unknown: nothing is said
     larger = replace(NEEDED, host=2 * NEEDED.host_streamed)
     with pytest.raises(InputError, match=r"host memory: .* are needed, .*--stream"):
-        refuse(memory_needs(larger, False, 0, larger.host - 1, larger.device))
-    refuse(memory_needs(larger, True, 0, larger.host_streamed, larger.device))
+        refuse(memory_needs(larger, False, 0, larger.host - 1, larger.device, NOTHING))
+    refuse(memory_needs(larger, True, 0, larger.host_streamed, larger.device, NOTHING))
     with pytest.raises(InputError, match="--nsamples") as both:
-        refuse(memory_needs(larger, True, 0, 10, 10))
+        refuse(memory_needs(larger, True, 0, 10, 10, NOTHING))
     assert "GPU memory" in str(both.value)
     assert "\n" not in str(both.value)
 
 
 def test_hidden_states_that_live_in_files_need_no_memory():
-    refuse(memory_needs(NEEDED, False, NEEDED.hidden, NEEDED.host - NEEDED.hidden, NEEDED.device))
+    refuse(memory_needs(NEEDED, False, NEEDED.hidden, NEEDED.host - NEEDED.hidden, NEEDED.device, NOTHING))
     with pytest.raises(InputError, match="host memory"):
-        refuse(memory_needs(NEEDED, False, NEEDED.hidden, NEEDED.host - NEEDED.hidden - 1, NEEDED.device))
+        refuse(memory_needs(NEEDED, False, NEEDED.hidden, NEEDED.host - NEEDED.hidden - 1, NEEDED.device, NOTHING))
 
 
 def test_a_disk_that_is_too_small_is_named_and_shared_by_its_folders(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ COMPANY += (("--sensitivity",), ("--eval_mtbench",), ("--eval_mtbench", "--judge
 # Marked as changing no figure: written out, so that a wrong mark is seen. The same experiment with another value of
 # these replaces its own results.
 IDLE = {"preset", "net", "cache_dir", "trust_remote_code", "act_shifts", "offload_calibration", "output_dir", "track"}
-IDLE |= {"eval_batch_size", "expand", "multigpu", "max_memory", "log_samples"}
+IDLE |= {"eval_batch_size", "expand", "multigpu", "max_memory", "log_samples", "keep"}
 IDLE |= {"judge_base_url", "judge_api_key_env"}
 GRADED = {"judge_model", "mtbench_references"}  # a judge may come later: what it grades is in the folder
 IDLE_IN = {

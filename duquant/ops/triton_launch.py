@@ -134,8 +134,8 @@ def _launch_rounding(
     quantize[(triton.cdiv(vectors, block_v),)](
         y, scale, shift, low_ratio, high_ratio, *outputs, vectors, channels, length, *SCALE_LIMITS, *ZERO_LIMITS,
         BITS=bits, SYMMETRIC=symmetric, SCALED=scale is not None, SHIFTED=shift is not None,
-        PER_BYTE=8 // bits if packed else 1, INVERTED=_inverted(y.device), ROUNDING=ROUNDING, BLOCK_V=block_v, BLOCK_C=block,
-        num_warps=_power_of_two(block * block_v // 512, 1, 8), **AS_WRITTEN,
+        PER_BYTE=8 // bits if packed else 1, INVERTED=_inverted(y.device), ROUNDING=ROUNDING,
+        BLOCK_V=block_v, BLOCK_C=block, num_warps=_power_of_two(block * block_v // 512, 1, 8), **AS_WRITTEN,
     )  # fmt: skip
 
 

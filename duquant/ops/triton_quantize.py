@@ -74,7 +74,7 @@ def parameters(
     """
     STEPS: tl.constexpr = 2 ** (BITS - 1) - 1 if SYMMETRIC else 2**BITS - 1
     span = tl.maximum(tl.abs(low), tl.abs(high)) if SYMMETRIC else high - low
-    if INVERTED:
+    if INVERTED:  # noqa: SIM108 - only one branch is compiled
         step = span * (1.0 / STEPS)
     else:
         step = tl.div_rn(span, tl.full(span.shape, STEPS, tl.float32))

@@ -202,7 +202,7 @@ def builds() -> list[Build]:
     offsets = {"X_OFFSET": 0, "W_OFFSET": 0, "BITS": 4, "PER_BYTE": 2, "W_SUMS": True, "BIASED": False}
     many = {**offsets, "MASKED": False, "X_SUMS": True, "GROUPED": False, "groups": 1, "x_groups": 1, "w_groups": 1}
     rounding = {"BITS": 4, "SYMMETRIC": False, "SCALED": False, "SHIFTED": False, "PER_BYTE": 1}
-    rounding["ROUNDING"] = ROUNDING
+    rounding |= {"ROUNDING": ROUNDING, "INVERTED": True}
     return [
         Build(rotate, {**plain, "BLOCK_T": 64, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 2),
         Build(rotate, {**gathered, "BLOCK_T": 16, "BLOCK_N": 128, "BLOCK_K": 32}, 4, 2),

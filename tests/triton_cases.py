@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from duquant.formats import Codes, IntegerFormat, PackedCodes, code_sums, decode_weight, pack
 from duquant.linear import GroupInput, QuantLinear
 from duquant.ops import triton as ops
+from duquant.ops import triton_launch as launch
 from duquant.quantizer import FoundClip, NoClip, Quantizer, RatioClip
 from duquant.transform import DualTransform
 
@@ -217,6 +218,16 @@ def test_integers_are_exact_at_the_ends_of_every_range(bits, channels, rows):
     exact = case.expected()
     assert exact.abs().max() > channels * 200 * largest
     assert torch.equal(case.found().double(), exact.float().double())
+
+
+@pytest.mark.parametrize(("bits", "input_bits"), [(2, 4), (3, 8), (4, 4), (5, 4), (8, 8)])
+def test_a_weight_that_is_unpacked_first_has_the_products_of_a_packed_one_to_the_bit(bits, input_bits, monkeypatch):
+    case = Product(40, 256, 37, input_bits, IntegerFormat(bits))
+    options = {"sums_of_weight": code_sums(case.packed, case.form), "input_bits": input_bits}
+    expected = case.found(**options)
+    monkeypatch.setattr(launch, "MANY_ROWS", 40)
+    monkeypatch.setattr(launch, "_launch", None)
+    assert torch.equal(case.found(**options), expected)
 
 
 def test_zero_points_beyond_the_codes_are_taken_off_too():

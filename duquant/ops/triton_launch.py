@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 from duquant.formats import SCALE_LIMITS, ZERO_LIMITS, IntegerFormat, packed_width
-from duquant.ops.triton_product import finish, product, product_few
-from duquant.ops.triton_quantize import ROUNDING, quantize, rotate
+from duquant.ops.triton_product import finish, product, product_bytes, product_few, unpack_bytes
+from duquant.ops.triton_quantize import MATRIX_FACTOR, ROUNDING, quantize, rotate, rotate_halves
 from duquant.ops.triton_tools import interpreted, triton
 
-PART_ELEMENTS = 2**22  # of the rows that are transformed at once: two float32 copies of so many fit an L2 cache
+PART_ELEMENTS = 2**24  # of the rows that are rotated at once: two float32 copies of so many are 128 MB
+HALVED_BLOCKS = (16, 32, 64, 128)  # rotations that fit a program twice in float16
+HALVES = (64, 4, 1)  # rows, warps, stages of `rotate_halves`
+ROTATING_PROGRAMS = 4  # for each multiprocessor: each reads the rotation once
+MANY_ROWS = 256  # from here on unpacking the weight first costs less than unpacking it for every tile of rows
 FEW_ROWS = 16  # up to here the weight is all the traffic, and the channels are dealt to several programs
+UNPACKED = 4096  # packed bytes that a program unpacks
 PROGRAMS_PER_PROCESSOR = 4  # enough loads in flight to keep the memory of a GPU busy
 AS_WRITTEN = {"enable_fp_fusion": False}  # a product that is added is rounded first, as elsewhere: the same last bits
 
@@ -84,6 +89,18 @@ def _rotated(x: Tensor, rotation: Tensor, permutation: Tensor | None, scale: Ten
     size = len(rotation)
     y = torch.empty((channels, rows) if gathered else (rows, channels), dtype=torch.float32, device=x.device)
     y = y.T if gathered else y
+    if size in HALVED_BLOCKS:
+        most, warps, stages = HALVES
+        block_t = 16 if interpreted() else _power_of_two(rows, 16, most)
+        tiles, blocks = triton.cdiv(rows, block_t), channels // size
+        each = max(1, tiles * blocks // (_processors(x.device) * ROTATING_PROGRAMS))
+        rotate_halves[(tiles, triton.cdiv(blocks, each))](
+            x, y, rotation, permutation, scale, rows, channels, *x.stride(), *y.stride(), each,
+            B=size, GATHER=permutation is not None, SCALED=scale is not None,
+            EXACT=x.dtype is torch.float16 and scale is None, MATRIX_FACTOR=MATRIX_FACTOR, BLOCK_T=block_t,
+            num_warps=warps if block_t == most else 4, num_stages=stages, **AS_WRITTEN,
+        )  # fmt: skip
+        return y
     block_n = _power_of_two(size, 16, 128)
 
     def grid(meta: dict) -> tuple[int, int]:
@@ -117,14 +134,24 @@ def _launch_rounding(
     quantize[(triton.cdiv(vectors, block_v),)](
         y, scale, shift, low_ratio, high_ratio, *outputs, vectors, channels, length, *SCALE_LIMITS, *ZERO_LIMITS,
         BITS=bits, SYMMETRIC=symmetric, SCALED=scale is not None, SHIFTED=shift is not None,
-        PER_BYTE=8 // bits if packed else 1, ROUNDING=ROUNDING, BLOCK_V=block_v, BLOCK_C=block,
-        num_warps=_power_of_two(block * block_v // 512, 1, 8), **AS_WRITTEN,
+        PER_BYTE=8 // bits if packed else 1, INVERTED=_inverted(y.device), ROUNDING=ROUNDING,
+        BLOCK_V=block_v, BLOCK_C=block, num_warps=_power_of_two(block * block_v // 512, 1, 8), **AS_WRITTEN,
     )  # fmt: skip
 
 
 def _precision(device: torch.device) -> str:
     """How tensor cores multiply float32: each factor as a sum of TF32 numbers, about as exact as float32."""
     return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
+
+
+def _inverted(device: torch.device) -> bool:
+    """Whether torch divides by a number there by multiplying with its reciprocal, the last bit of which shows."""
+    return device.type == "cuda"
+
+
+def _processors(device: torch.device) -> int:
+    """How many multiprocessors there are; 1 under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _rows_key(rows: int) -> int:
@@ -171,6 +198,8 @@ def linear(
     with _on(codes.device):
         if rows <= FEW_ROWS and max(numbers) == 1:
             _launch_few(tensors, rows, outputs, channels, options)
+        elif rows >= MANY_ROWS and max(numbers) == 1 and options["W_SUMS"] and channels % _byte_block() == 0:
+            _launch_bytes(tensors, rows, outputs, channels, options)
         else:
             _launch(tensors, rows, outputs, channels, numbers, options)
     return y
@@ -193,6 +222,28 @@ def _launch(
         PER_BYTE=8 // options["BITS"], MASKED=channels % block != 0, X_SUMS=numbers[0] == groups,
         GROUPED=groups > 1, BLOCK_C=block, **{**options, "W_SUMS": options["W_SUMS"] and numbers[1] == groups},
     )  # fmt: skip
+
+
+def _byte_block() -> int:
+    """Of how many channels a step of `product_bytes` is."""
+    return 32 if interpreted() else 128
+
+
+def _launch_bytes(tensors: list[Tensor | None], rows: int, outputs: int, channels: int, options: dict) -> None:
+    """`unpack_bytes` of the whole weight, and `product_bytes`; the codes of 8 bits of an input are moved first."""
+    number, values = 8 // options["BITS"], tensors[4]
+    # a number of `number` bytes for every packed byte; channels that do not fill it are not to be multiplied
+    weight = values.new_empty(values.shape, dtype={1: torch.int8, 2: torch.int16, 4: torch.int32}[number])
+    unpack_bytes[(triton.cdiv(values.numel(), UNPACKED),)](
+        values, weight, values.numel(), BITS=options["BITS"], PER_BYTE=number, W_OFFSET=options["W_OFFSET"],
+        BLOCK=UNPACKED, num_warps=4,
+    )  # fmt: skip
+    codes = tensors[0] ^ 128 if options["X_OFFSET"] else tensors[0]
+    sides = [codes.view(torch.int8), *tensors[1:4], weight.view(torch.int8), *tensors[5:]]
+    shared = {name: value for name, value in options.items() if name != "W_SUMS"}
+    product_bytes[lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(outputs, meta["BLOCK_O"]),)](
+        *sides, rows, outputs, channels, _rows_key(rows), BLOCK_C=_byte_block(), **shared
+    )
 
 
 def _launch_few(tensors: list[Tensor | None], rows: int, outputs: int, channels: int, options: dict) -> None:
@@ -219,6 +270,5 @@ def _launch_few(tensors: list[Tensor | None], rows: int, outputs: int, channels:
 
 def _splits(outputs: int, most: int, block_o: int, device: torch.device) -> int:
     """To how many programs the channels are dealt, a power of two up to `most`: as many as keep the device busy."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = processors * PROGRAMS_PER_PROCESSOR // triton.cdiv(outputs, block_o)
+    wanted = _processors(device) * PROGRAMS_PER_PROCESSOR // triton.cdiv(outputs, block_o)
     return 1 << max(0, min(wanted, most).bit_length() - 1)

@@ -19,6 +19,7 @@ PRODUCT_CONFIGS = [  # rows, outputs, warps, stages
     (256, 128, 8, 3),
 ]
 FEW_CONFIGS = [(16, 4, 3), (32, 4, 3), (32, 4, 5), (64, 4, 3), (64, 8, 4)]  # outputs, warps, stages
+BYTE_CONFIGS = [(128, 256, 8, 4), (128, 128, 8, 4), (128, 256, 8, 3)]  # rows, outputs, warps, stages
 
 
 @jit
@@ -266,4 +267,52 @@ def finish(
     decode_and_write(
         total, w_sum, x_scales, x_zeros, x_sums, w_scales, w_zeros, w_sums, bias, y,
         rows, outputs, channels, t, o, X_OFFSET, W_OFFSET, BITS, W_SUMS, BIASED,
+    )  # fmt: skip
+
+
+@jit
+def unpack_bytes(w, b, count, BITS: tl.constexpr, PER_BYTE: tl.constexpr, W_OFFSET: tl.constexpr, BLOCK: tl.constexpr):
+    """Codes less W_OFFSET, int8, of `count` packed bytes; `b`: integers as wide as the codes of one byte are many.
+
+    Code i of a byte is moved from bit i · BITS to bit 8i.
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    packed = tl.load(w + at, mask=at < count, other=0)
+    if PER_BYTE == 1:
+        spread = centred(packed, W_OFFSET)
+    else:
+        packed = packed.to(b.dtype.element_ty)
+        spread = packed & 2**BITS - 1
+        for index in tl.static_range(1, PER_BYTE):
+            spread |= (packed & (2**BITS - 1) << index * BITS) << index * (8 - BITS)
+    tl.store(b + at, spread, mask=at < count)
+
+
+@autotuned(("BLOCK_T", "BLOCK_O"), BYTE_CONFIGS, ["rows_key", "outputs", "channels"])
+@jit
+def product_bytes(
+    x, x_scales, x_zeros, x_sums, w, w_scales, w_zeros, w_sums, bias, y, rows, outputs, channels, rows_key,
+    X_OFFSET: tl.constexpr, W_OFFSET: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """As `product` for codes less their offsets, int8: x [T, C] and w [O, C], without groups; BLOCK_C divides C.
+
+    Both factors go from memory to the tensor cores through shared memory alone.
+    """
+    tiles_t = tl.cdiv(rows, BLOCK_T)
+    tiles_o = tl.cdiv(outputs, BLOCK_O)
+    tile_t, tile_o = tl.swizzle2d(tl.program_id(0) // tiles_o, tl.program_id(0) % tiles_o, tiles_t, tiles_o, 8)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = tl.arange(0, BLOCK_C)
+    x_at = x + (t % rows).to(tl.int64)[:, None] * channels + c[None, :]
+    w_at = w + (o % outputs).to(tl.int64)[None, :] * channels + c[:, None]
+    total = tl.zeros([BLOCK_T, BLOCK_O], tl.int32)
+    for _ in range(0, channels, BLOCK_C):
+        total = tl.dot(tl.load(x_at), tl.load(w_at), total, out_dtype=tl.int32)
+        x_at += BLOCK_C
+        w_at += BLOCK_C
+    decode_and_write(
+        tl.trans(total), 0, x_scales, x_zeros, x_sums, w_scales, w_zeros, w_sums, bias, y,
+        rows, outputs, channels, t, o, X_OFFSET, W_OFFSET, BITS, True, BIASED,
     )  # fmt: skip

@@ -8,9 +8,10 @@ from __future__ import annotations  # the annotations name what is not there wit
 from duquant.ops.triton_tools import autotuned, jit, tl
 
 ROUNDING = 1.5 * 2**23  # x + this − this: for |x| < 2²² the float nearest to x that is an integer, ties to even
+MATRIX_FACTOR = 256.0  # brings a rotation's entries into the middle of what float16 has
 
 # rows, warps, stages; the first is what the interpreter runs
-ROTATE_CONFIGS = [(16, 4, 2), (32, 4, 2), (64, 8, 2)]
+ROTATE_CONFIGS = [(16, 4, 2), (64, 8, 2)]
 
 
 @autotuned(("BLOCK_T",), ROTATE_CONFIGS, ["rows_key", "channels", "B"])
@@ -63,17 +64,46 @@ def vector_part(
 
 
 @jit
+def parameters(
+    low, high, scale_low, scale_high, zero_low, zero_high,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, INVERTED: tl.constexpr, ROUNDING: tl.constexpr,
+):  # fmt: skip
+    """Scale and zero point of ranges low … high, float32.
+
+    INVERTED: as torch on a GPU, which divides by a number by multiplying with its reciprocal.
+    """
+    STEPS: tl.constexpr = 2 ** (BITS - 1) - 1 if SYMMETRIC else 2**BITS - 1
+    span = tl.maximum(tl.abs(low), tl.abs(high)) if SYMMETRIC else high - low
+    if INVERTED:  # noqa: SIM108 - only one branch is compiled
+        step = span * (1.0 / STEPS)
+    else:
+        step = tl.div_rn(span, tl.full(span.shape, STEPS, tl.float32))
+    step = tl.minimum(tl.maximum(step, scale_low), scale_high)
+    if SYMMETRIC:
+        zero = tl.full(span.shape, STEPS, tl.float32)
+    else:
+        zero = tl.minimum(tl.maximum(tl.div_rn(-low, step), zero_low), zero_high) + ROUNDING - ROUNDING
+    return step, zero
+
+
+@jit
+def rounded(x, steps, zero, BITS: tl.constexpr, ROUNDING: tl.constexpr):
+    """The codes of x, int32; `steps` of the shape of x. Beyond 2²² no integers are added, but far outside the codes."""
+    code = tl.div_rn(x, steps) + ROUNDING - ROUNDING + zero
+    return tl.minimum(tl.maximum(code, 0.0), 2**BITS - 1.0).to(tl.int32)
+
+
+@jit
 def quantize(
     y, scale, shift, low_ratio, high_ratio, codes, scales, zeros, sums, vectors, channels, length,
     scale_low, scale_high, zero_low, zero_high,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, PER_BYTE: tl.constexpr,
-    ROUNDING: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    INVERTED: tl.constexpr, ROUNDING: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Codes, scale, zero point and sum of codes of some vectors y [vectors, length], each with a range of its own.
 
     A row of `channels` holds channels / length vectors. PER_BYTE codes go into a byte; `codes` [vectors, ⌈length / n⌉].
     """
-    LARGEST: tl.constexpr = 2**BITS - 1
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     low = tl.full([BLOCK_V], float("inf"), tl.float32)
     high = tl.full([BLOCK_V], float("-inf"), tl.float32)
@@ -82,18 +112,10 @@ def quantize(
         part, inside = vector_part(y, scale, shift, vectors, v, i, channels, length, SCALED, SHIFTED)
         low = tl.minimum(low, tl.min(tl.where(inside, part, float("inf")), axis=1))
         high = tl.maximum(high, tl.max(tl.where(inside, part, float("-inf")), axis=1))
-    low *= tl.load(low_ratio).to(tl.float32)
-    high *= tl.load(high_ratio).to(tl.float32)
-    if SYMMETRIC:
-        half = tl.full([BLOCK_V], 2 ** (BITS - 1) - 1, tl.float32)
-        step = tl.div_rn(tl.maximum(tl.abs(low), tl.abs(high)), half)
-        step = tl.minimum(tl.maximum(step, scale_low), scale_high)
-        zero = half
-    else:
-        step = tl.div_rn(high - low, tl.full([BLOCK_V], LARGEST, tl.float32))
-        step = tl.minimum(tl.maximum(step, scale_low), scale_high)
-        zero = tl.minimum(tl.maximum(tl.div_rn(-low, step), zero_low), zero_high)
-        zero = zero + ROUNDING - ROUNDING
+    step, zero = parameters(
+        low * tl.load(low_ratio).to(tl.float32), high * tl.load(high_ratio).to(tl.float32),
+        scale_low, scale_high, zero_low, zero_high, BITS, SYMMETRIC, INVERTED, ROUNDING,
+    )  # fmt: skip
     tl.store(scales + v, step, mask=v < vectors)
     tl.store(zeros + v, zero, mask=v < vectors)
     total = tl.zeros([BLOCK_V], tl.int32)
@@ -102,9 +124,7 @@ def quantize(
     for start in range(0, length, BLOCK_C):
         i = start + tl.arange(0, BLOCK_C)
         part, inside = vector_part(y, scale, shift, vectors, v, i, channels, length, SCALED, SHIFTED)
-        # beyond 2²² the sum below is no integer, but far outside the codes all the same
-        code = tl.div_rn(part, steps) + ROUNDING - ROUNDING + zero[:, None]
-        code = tl.minimum(tl.maximum(code, 0.0), LARGEST * 1.0).to(tl.int32)
+        code = rounded(part, steps, zero[:, None], BITS, ROUNDING)
         code = tl.where(inside, code, 0)
         total += tl.sum(code, axis=1)
         if PER_BYTE > 1:
@@ -114,3 +134,57 @@ def quantize(
         at = v.to(tl.int64)[:, None] * width + byte[None, :]
         tl.store(codes + at, code.to(tl.uint8), mask=(v < vectors)[:, None] & (byte < width)[None, :])
     tl.store(sums + v, total, mask=v < vectors)
+
+
+@jit
+def power_of_two(peak):
+    """The power of two f with 2¹⁴ ≤ peak · f < 2¹⁵, which float16 holds, and 1 / f; of float32 from 2⁻¹⁰⁷ to 2¹²³."""
+    exponent = peak.to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.minimum(tl.maximum(exponent, 20 << 23), 250 << 23)
+    factor = (141 << 23) - (exponent - (127 << 23))
+    return factor.to(tl.float32, bitcast=True), (exponent - (14 << 23)).to(tl.float32, bitcast=True)
+
+
+@jit
+def halves(x):
+    """float32 as the sum of two float16, exact to 2⁻²² of what is not far below 2⁻²."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@jit
+def rotate_halves(
+    x, y, rotation, permutation, scale, rows, channels, x_row, x_channel, y_row, y_channel, each,
+    B: tl.constexpr, GATHER: tl.constexpr, SCALED: tl.constexpr, EXACT: tl.constexpr, MATRIX_FACTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """As `rotate` for B of 16, 32, 64 or 128; a program has `each` blocks of its rows, one after the other.
+
+    Factors are float16 numbers, or sums of two: each row of a block is brought to their range by a power of two, and
+    what is lost of a product is what float32 loses. EXACT: x is float16, and not scaled.
+    """
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, B)
+    inside = (t < rows)[:, None] & (k < B)[None, :]
+    x_rows = x + t.to(tl.int64)[:, None] * x_row
+    y_rows = y + t.to(tl.int64)[:, None] * y_row
+    entries = tl.load(rotation + k[:, None] * B + k[None, :]).to(tl.float32)
+    r_high, r_low = halves(entries * MATRIX_FACTOR)
+    block = tl.program_id(1) * each
+    for first in range(block * B, tl.minimum((block + each) * B, channels), B):
+        channel = first + k
+        if GATHER:
+            channel = tl.load(permutation + channel)
+        part = tl.load(x_rows + channel.to(tl.int64)[None, :] * x_channel, mask=inside, other=0)
+        if EXACT:
+            total = tl.dot(part, r_high, tl.dot(part, r_low)) * (1.0 / MATRIX_FACTOR)
+        else:
+            part = part.to(tl.float32)
+            if SCALED:
+                divisor = tl.load(scale + channel).to(tl.float32)
+                part = tl.div_rn(part, tl.broadcast_to(divisor[None, :], part.shape))
+            factor, inverse = power_of_two(tl.max(tl.abs(part), axis=1))
+            high, low = halves(part * factor[:, None])
+            total = tl.dot(low, r_high, tl.dot(high, r_low))
+            total = tl.dot(high, r_high, total) * (inverse * (1.0 / MATRIX_FACTOR))[:, None]
+        tl.store(y_rows + (first + k).to(tl.int64)[None, :] * y_channel, total, mask=inside)

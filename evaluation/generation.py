@@ -1,12 +1,14 @@
-"""Text that a model generates: a prompt that fits, tokens one at a time with a cache, and where it ends."""
+"""Text that a model generates: prompts that fit, what is written behind several of them at once, and where it ends."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from evaluation.base import Candidate, Context, Evaluation, Finding
+from evaluation.decoding import Request, choose_batch, write_tokens
 from evaluation.settings import EvaluationSettings, PromptSettings
 
 
@@ -22,53 +24,34 @@ def fit_prompt(tokens: list[int], context: int, max_new_tokens: int, bos: int | 
     return start + tokens[len(tokens) - limit + len(start) :]
 
 
-def generate_text(
+def generate_texts(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: list[int],
-    max_new_tokens: int,
-    temperature: float,
+    requests: Sequence[Request],
     stops: Sequence[str],
     device: torch.device,
-) -> str:
-    """What the model says after `prompt`, up to an end token or one of `stops`; empty where there is no room.
+) -> list[str]:
+    """What the model says behind each prompt, up to an end token or one of `stops`; empty where there is no room.
 
-    Sampling is from the whole distribution at `temperature` (0: greedy). Of the model's own generation settings only
-    the end tokens are used: penalties and truncations would make figures of different models incomparable.
+    Of the model's own generation settings only the end tokens are used: penalties and truncations would make figures of
+    different models incomparable.
     """
-    if max_new_tokens < 1 or not prompt:
-        return ""
     end = end_tokens(model, tokenizer, stops)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end or None,
-        pad_token_id=end[0] if end else 0,
-        use_cache=True,
-        **(sampling or {"do_sample": False}),
-    )
-    inputs = torch.tensor([prompt], device=device)
+    window = max((len(stop.encode()) for stop in stops), default=0) + 1  # a token is at least a byte
 
-    def stopped(tokens: Tensor, scores: object, **_: object) -> Tensor:
-        # a token is at least a byte, so this many of the last ones hold any stop
-        window = tokens[0, len(prompt) :][-max(len(stop.encode()) for stop in stops) - 1 :]
-        text = tokenizer.decode(window)
-        return torch.tensor([any(stop in text for stop in stops)], device=tokens.device)
+    def ended(written: list[int]) -> bool:
+        text = tokenizer.decode(written[-window:]) if stops else ""
+        return written[-1] in end or any(stop in text for stop in stops)
 
-    own, model.generation_config = model.generation_config, config  # else it fills what ours leaves open
-    try:
-        generated = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            generation_config=config,
-            stopping_criteria=[stopped] if stops else None,
-        )
-    finally:
-        model.generation_config = own
-    tokens = generated[0, len(prompt) :].tolist()
-    if tokens[-1] in end:  # the model's end token need not be a special one of the tokenizer
-        tokens.pop()
-    return cut_at_stops(tokenizer.decode(tokens, skip_special_tokens=True), stops)
+    texts = [""] * len(requests)
+    asked = [number for number, request in enumerate(requests) if request.max_new_tokens > 0 and request.prompt]
+    if asked:
+        written = write_tokens(model, [requests[number] for number in asked], ended, device)
+        for number, tokens in zip(asked, written, strict=True):
+            if tokens[-1] in end:  # the model's end token need not be a special one of the tokenizer
+                tokens.pop()
+            texts[number] = cut_at_stops(tokenizer.decode(tokens, skip_special_tokens=True), stops)
+    return texts
 
 
 def cut_at_stops(text: str, stops: Sequence[str]) -> str:
@@ -86,20 +69,13 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: Sequ
     return sorted((ends | {special.get(stop) for stop in stops}) - {None})
 
 
-def complete(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, device: torch.device, max_new_tokens: int
-) -> str:
-    """What `model` writes behind `prompt`, the most probable token each time, up to `max_new_tokens` or its end."""
-    return generate_text(model, tokenizer, tokenizer(prompt).input_ids, max_new_tokens, 0.0, (), device)
-
-
 class Completions(Evaluation):
     """What every candidate writes behind the prompts."""
 
     def __init__(self, settings: PromptSettings, context: Context, common: EvaluationSettings):
         super().__init__(settings.STAGE, settings)
         self.prompts, self.context = settings.prompt, context
-        self.max_new_tokens = common.text.max_new_tokens or 64
+        self.max_new_tokens, self.batch_size = common.text.max_new_tokens or 64, common.eval_batch_size
 
     def identity(self) -> dict[str, object]:
         """The prompts, and the most tokens that are written behind each."""
@@ -110,7 +86,11 @@ class Completions(Evaluation):
         return True
 
     def run(self, model: nn.Module, candidate: Candidate) -> Iterator[Finding]:
-        """Text by prompt."""
-        for prompt in self.prompts:
-            text = complete(model, self.context.tokenizer, prompt, self.context.device, self.max_new_tokens)
+        """Text by prompt: the most probable token each time."""
+        tokenizer, device = self.context.tokenizer, self.context.device
+        requests = [Request(tokenizer(prompt).input_ids, self.max_new_tokens) for prompt in self.prompts]
+        length = max(len(request.prompt) for request in requests) + self.max_new_tokens
+        batches = choose_batch(self.batch_size, model, length, device)
+        texts = batches.run(requests, lambda batch: generate_texts(model, tokenizer, batch, (), device))
+        for prompt, text in zip(self.prompts, itertools.chain.from_iterable(texts), strict=True):
             yield Finding({"completions": {prompt: text}})

@@ -195,7 +195,10 @@ class EvaluationSettings:
         None, "only this many windows, items of a task, questions of a subject", changes=Changes.FIGURES
     )
     eval_batch_size: int | None = option(
-        None, "sequences at a time, or auto: what fits (default: auto)", changes=Changes.NOTHING, type=batch_size
+        None,
+        "sequences, conversations or prompts at a time, or auto: what fits (default: auto)",
+        changes=Changes.NOTHING,
+        type=batch_size,
     )
     runtime: Runtime = option(
         Runtime.REFERENCE,

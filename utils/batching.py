@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from utils.distributed import gather, own_part, together, world_size
 from utils.errors import InputError
 
 Result = TypeVar("Result")
@@ -53,7 +54,9 @@ class BatchSize:
 
     def _shrink(self, tried: int) -> None:
         if tried == 1:
-            raise InputError("not even one sequence at a time fits into memory; make it shorter (--seqlen)") from None
+            raise InputError(
+                "not even one sequence at a time fits into memory; make it shorter (--seqlen, --max_new_tokens)"
+            ) from None
         if self.given:
             raise InputError(f"--eval_batch_size {tried}: does not fit into memory; lower it, or say auto") from None
         self.sequences = tried // 2
@@ -61,6 +64,23 @@ class BatchSize:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def share_batches(
+    batches: BatchSize, items: Sequence, work: Callable[[Sequence], Sequence[Result]]
+) -> Iterator[Result]:
+    """Yield the results of all `items`, in order and on every process, each batch worked on by one (see `share`).
+
+    Every process must make the same call. `work(batch)` gives a result for each item (see `BatchSize.run`). A batch per
+    process is done at a time, as large as fits on all, so results can be kept while the rest is still to be done.
+    """
+    start = 0
+    while start < len(items):
+        size = min(gather(batches.sequences)) * world_size()
+        part = own_part(items[start : start + size])
+        for results in together(lambda part=part: [each for done in batches.run(part, work) for each in done]):
+            yield from results
+        start += size
 
 
 def is_out_of_memory(error: BaseException) -> bool:

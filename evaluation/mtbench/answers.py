@@ -11,18 +11,20 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from evaluation.generation import fit_prompt, generate_text
+from evaluation.decoding import Request, choose_batch
+from evaluation.generation import fit_prompt, generate_texts
 from evaluation.mtbench.conversation import Format, Turn, prompt_tokens
 from evaluation.mtbench.jsonl import append_row, read_kept_rows, read_rows, write_rows
 from evaluation.mtbench.settings import Temperature
-from utils.distributed import is_main, share, together
+from utils.batching import share_batches
+from utils.distributed import is_main, together
 from utils.errors import InputError, Missing
 from utils.log import progress
 
@@ -152,12 +154,14 @@ def answer_questions(
     settings: AnswerSettings,
     file: AnswerFile,
     device: torch.device,
+    batch_size: int | None = None,
 ) -> list[dict]:
     """The answers to all questions, in their order; those that `file` has already are taken from there.
 
-    `model` is where it can run on inputs on `device`. Each answer is on disk when it is finished; at the end the file
-    is sorted by question. Every process must make the same call: questions are split among them, the main one writes.
-    An answer depends on nothing but its question, so neither on what was resumed nor on the number of processes.
+    `model` is where it can run on inputs on `device`. A batch of `batch_size` questions (None: what fits) is on disk
+    when it is finished; at the end the file is sorted by question. Every process must make the same call: questions
+    are split among them, the main one writes. An answer depends on its question alone, but for the order of
+    floating-point sums: neither on what is answered beside it, nor on what was resumed, nor on the number of processes.
     Raises InputError if the file has answers of something else.
     """
     answers = together(lambda: file.read(questions, form, settings))[0]
@@ -166,19 +170,13 @@ def answer_questions(
         logger.info("MT-Bench: %d of %d questions are answered in %s", len(answers), len(questions), file.path)
     missing = [question for question in questions if question.question_id not in answers]
 
-    def answer(question: Question) -> dict:
-        turns, cut = answer_question(model, tokenizer, question, form, settings, device)
-        return {
-            "question_id": question.question_id,
-            "answer_id": uuid.uuid4().hex,
-            "model_id": file.model_id,
-            "choices": [{"index": 0, "turns": turns}],
-            "tstamp": time.time(),
-            "settings": file.digest(question, form, settings),
-            "cut_prompts": cut,
-        }
+    def answer(batch: Sequence[Question]) -> list[dict]:
+        answered = answer_batch(model, tokenizer, batch, form, settings, device)
+        return [_row(talk, file, form, settings) for talk in answered]
 
-    for question, row in zip(progress(missing, "MT-Bench", "question"), share(missing, answer), strict=True):
+    length = max((_length(question, form, tokenizer, settings) for question in missing), default=0)
+    rows = share_batches(choose_batch(batch_size, model, length, device), missing, answer)
+    for question, row in zip(progress(missing, "MT-Bench", "question"), rows, strict=True):
         answers[question.question_id] = row
         if is_main():
             append_row(file.path, row)
@@ -190,28 +188,70 @@ def answer_questions(
     return [answers[question.question_id] for question in questions]
 
 
-def answer_question(
+@dataclass
+class Conversation:
+    """What was asked and answered so far, and how many prompts had to be cut; `generator` draws its tokens."""
+
+    question: Question
+    generator: torch.Generator
+    turns: list[Turn] = field(default_factory=list)
+    cut: int = 0
+
+    @property
+    def answers(self) -> list[str]:
+        """The model's part, turn by turn."""
+        return [answer for _, answer in self.turns]
+
+    def request(self, form: Format, tokenizer: PreTrainedTokenizerBase, settings: AnswerSettings) -> Request:
+        """What the next answer is to be written behind."""
+        user = self.question.turns[len(self.turns)]
+        whole = prompt_tokens(form, tokenizer, [*self.turns, (user, None)])
+        prompt = fit_prompt(whole, settings.context, settings.max_new_tokens, tokenizer.bos_token_id)
+        self.cut += len(prompt) < len(whole)
+        room = min(settings.max_new_tokens, settings.context - len(prompt))
+        return Request(prompt, room, settings.temperature.of(self.question.category), self.generator)
+
+
+def answer_batch(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    question: Question,
+    questions: Sequence[Question],
     form: Format,
     settings: AnswerSettings,
     device: torch.device,
-) -> tuple[list[str], int]:
-    """The model's answers, turn by turn, each with the conversation so far; and how many prompts had to be cut."""
-    temperature = settings.temperature.of(question.category)
-    turns: list[Turn] = []
-    cut = 0
-    # of no other GPU: asking for its state would take memory there, for every process
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(question_seed(settings.seed, question.question_id))
-        for user in question.turns:
-            whole = prompt_tokens(form, tokenizer, [*turns, (user, None)])
-            prompt = fit_prompt(whole, settings.context, settings.max_new_tokens, tokenizer.bos_token_id)
-            cut += len(prompt) < len(whole)
-            room = min(settings.max_new_tokens, settings.context - len(prompt))
-            turns.append((user, generate_text(model, tokenizer, prompt, room, temperature, form.stops, device)))
-    return [answer for _, answer in turns], cut
+) -> list[Conversation]:
+    """The conversations about the questions: one turn after the other, each of all conversations that have it."""
+    seeds = [question_seed(settings.seed, question.question_id) for question in questions]
+    talks = [
+        Conversation(question, torch.Generator(device).manual_seed(seed))
+        for question, seed in zip(questions, seeds, strict=True)
+    ]
+    for turn in range(max(len(question.turns) for question in questions)):
+        asked = [talk for talk in talks if turn < len(talk.question.turns)]
+        requests = [talk.request(form, tokenizer, settings) for talk in asked]
+        texts = generate_texts(model, tokenizer, requests, form.stops, device)
+        for talk, text in zip(asked, texts, strict=True):
+            talk.turns.append((talk.question.turns[turn], text))
+    return talks
+
+
+def _row(talk: Conversation, file: AnswerFile, form: Format, settings: AnswerSettings) -> dict:
+    """The line of an answer file."""
+    return {
+        "question_id": talk.question.question_id,
+        "answer_id": uuid.uuid4().hex,
+        "model_id": file.model_id,
+        "choices": [{"index": 0, "turns": talk.answers}],
+        "tstamp": time.time(),
+        "settings": file.digest(talk.question, form, settings),
+        "cut_prompts": talk.cut,
+    }
+
+
+def _length(question: Question, form: Format, tokenizer: PreTrainedTokenizerBase, settings: AnswerSettings) -> int:
+    """The most tokens of its conversation that the model reads."""
+    asked = prompt_tokens(form, tokenizer, [(" ".join(question.turns), None)])
+    return min(settings.context, len(asked) + len(question.turns) * settings.max_new_tokens)
 
 
 def question_seed(seed: int, question_id: QuestionId) -> int:

@@ -30,7 +30,7 @@ class MTBench(Evaluation):
 
     def __init__(self, settings: MTBenchSettings, context: Context, common: EvaluationSettings):
         super().__init__(settings.STAGE, settings)
-        self.context = context
+        self.context, self.batch_size = context, common.eval_batch_size
         self.endpoint = None
         if settings.judge.judge_base_url is not None:
             judge = settings.judge
@@ -69,7 +69,8 @@ class MTBench(Evaluation):
         """Where the answers are, and then the grades."""
         file, context = self._answers(candidate), self.context
         answers = answer_questions(
-            model, context.tokenizer, self.questions, self.form, self.settings, file, context.device
+            *(model, context.tokenizer, self.questions, self.form, self.settings, file, context.device),
+            batch_size=self.batch_size,
         )
         answered = {"format": self.form.name, "answers": str(file.path), "questions": len(answers)}
         yield Finding({"mt_bench": answered})

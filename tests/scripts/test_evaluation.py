@@ -178,6 +178,23 @@ def test_a_model_spread_over_host_and_disk_writes_the_same(usual, whole, tmp_pat
     assert results_of(tmp_path)["completions"] == whole["completions"]
 
 
+def test_prompts_of_different_lengths_are_completed_in_a_batch_as_one_at_a_time(usual, tmp_path):
+    prompts = ("w1 w2 w3 w4 w5 w6 w7", "w5", "w8 w9 w10")
+    found = []
+    for size in (3, 1):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        flags = ("--prompt", *prompts, "--max_new_tokens", 6, "--eval_batch_size", size)
+        done = run_script("main.py", *usual, *flags, folder=folder)
+        assert done.returncode == 0, done.stderr
+        found.append({name: each["completions"] for name, each in both_models(results_of(folder)).items()})
+    assert found[0] == found[1]
+    for texts in found[0].values():
+        assert tuple(texts) == prompts
+        assert len(set(texts.values())) == 3
+        assert all(len(text.split()) == 6 for text in texts.values())
+
+
 def test_a_batch_size_changes_no_figure(usual, whole, tmp_path):
     done = run_script("main.py", *usual, "--eval_ppl", "--eval_batch_size", 2, folder=tmp_path)
     assert done.returncode == 0, done.stderr

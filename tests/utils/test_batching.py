@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.batching import AUTO_TOKENS_CPU, BatchSize, is_out_of_memory
+from utils.batching import AUTO_TOKENS_CPU, BatchSize, is_out_of_memory, share_batches
 from utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -51,6 +51,33 @@ def test_a_given_size_is_not_changed_but_named():
 def test_one_sequence_that_does_not_fit_is_an_input_error():
     with pytest.raises(InputError, match="one sequence"):
         list(BatchSize(4).run(list(range(9)), fits(0, [])))
+
+
+def test_shared_batches_give_a_result_for_every_item_and_each_batch_before_the_next_is_begun():
+    seen = []
+
+    def work(batch):
+        seen.append(list(batch))
+        return [-item for item in batch]
+
+    results = share_batches(BatchSize(3), list(range(7)), work)
+    for item in range(7):
+        assert next(results) == -item
+        assert len(seen) == item // 3 + 1
+    assert list(results) == []
+    assert list(share_batches(BatchSize(3), [], work)) == []
+
+
+def test_what_is_shared_is_cut_to_the_size_that_fitted_and_keeps_its_order():
+    seen = []
+    work = fits(3, seen)
+
+    def each(batch):
+        work(batch)
+        return [-item for item in batch]
+
+    assert list(share_batches(BatchSize(8), list(range(11)), each)) == [-item for item in range(11)]
+    assert [len(batch) for batch in seen] == [2, 2, 2, 2, 2, 1]
 
 
 def test_other_errors_are_not_swallowed():

@@ -13,14 +13,15 @@ import torch
 from conftest import ROOT, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation.generation import end_tokens, fit_prompt, generate_text
+from evaluation.decoding import Request
+from evaluation.generation import end_tokens, fit_prompt, generate_texts
 from evaluation.mtbench import answers as answers_module
 from evaluation.mtbench.answers import (
     HUB_QUESTIONS,
     AnswerFile,
     AnswerSettings,
     Question,
-    answer_question,
+    answer_batch,
     answer_questions,
     fetch_from_hub,
     read_questions,
@@ -55,6 +56,15 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
 
 
+def generate_text(model, tokenizer, prompt: list[int], max_new_tokens: int, stops=()) -> str:
+    return generate_texts(model, tokenizer, [Request(prompt, max_new_tokens)], stops, CPU)[0]
+
+
+def answer_question(model, tokenizer, question: Question, form: Format, settings: AnswerSettings):
+    (talk,) = answer_batch(model, tokenizer, [question], form, settings, CPU)
+    return talk.answers, talk.cut
+
+
 def write_lines(path: Path, rows) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -77,9 +87,14 @@ def turns_of(rows: list[dict]) -> list[list[str]]:
 def answered(model, tokenizer, questions, tmp_path):
     """Answer the questions into a file; settings and identity can be given."""
 
-    def run(settings: AnswerSettings = GREEDY, name: str = "answers.jsonl", identity: str = "w4a4") -> list[dict]:
+    def run(
+        settings: AnswerSettings = GREEDY,
+        name: str = "answers.jsonl",
+        identity: str = "w4a4",
+        batch_size: int | None = None,
+    ) -> list[dict]:
         file = AnswerFile(tmp_path / name, "tiny", identity)
-        return answer_questions(model, tokenizer, questions, PLAIN, settings, file, CPU)
+        return answer_questions(model, tokenizer, questions, PLAIN, settings, file, CPU, batch_size)
 
     return run
 
@@ -113,7 +128,7 @@ def greedy_without_a_cache(model, tokenizer, prompt: list[int], steps: int) -> s
 def test_answer_is_what_greedy_search_without_a_cache_finds(model, tokenizer):
     prompt = tokenizer("Mila has the kite. Tom has")["input_ids"]
     expected = greedy_without_a_cache(model, tokenizer, prompt, 8)
-    assert generate_text(model, tokenizer, prompt, 8, 0.0, (), CPU) == expected
+    assert generate_text(model, tokenizer, prompt, 8) == expected
     assert expected
 
 
@@ -124,7 +139,7 @@ def test_quantized_model_answers_with_a_cache_as_without(tokenizer):
     tokens = torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(0))
     quantize_model(quantized, decoder_spec(quantized.config), tokens, None, bits, CPU)
     expected = greedy_without_a_cache(quantized, tokenizer, prompt, 8)
-    assert generate_text(quantized, tokenizer, prompt, 8, 0.0, (), CPU) == expected
+    assert generate_text(quantized, tokenizer, prompt, 8) == expected
 
 
 def test_second_prompt_holds_the_first_answer(model, tokenizer, questions):
@@ -135,7 +150,7 @@ def test_second_prompt_holds_the_first_answer(model, tokenizer, questions):
         return prompts[-1]
 
     spy = Format("spy", render, PLAIN.stops)
-    answers, _ = answer_question(model, tokenizer, questions[0], spy, GREEDY, CPU)
+    answers, _ = answer_question(model, tokenizer, questions[0], spy, GREEDY)
     first, second = ROWS[0]["turns"]
     assert answers[0]
     assert prompts == [
@@ -166,39 +181,62 @@ def test_run_that_is_interrupted_twice_keeps_both_parts(answered, tmp_path, monk
     whole = answered(name="whole.jsonl")
     first, second = (json.dumps(row) for row in whole[:2])
     (tmp_path / "cut.jsonl").write_text(f"{first}\n{second[:-9]}", encoding="utf-8")
-    original = answers_module.answer_question
+    original = answers_module.answer_batch
 
     def interrupted(*arguments):
-        if arguments[2].question_id == whole[2]["question_id"]:
+        if arguments[2][0].question_id == whole[2]["question_id"]:
             raise KeyboardInterrupt
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers_module, "answer_question", interrupted)
+        patch.setattr(answers_module, "answer_batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            answered(name="cut.jsonl")
+            answered(name="cut.jsonl", batch_size=1)
     assert turns_of(read_lines(tmp_path / "cut.jsonl")) == turns_of(whole[:2])
     assert turns_of(answered(name="cut.jsonl")) == turns_of(whole)
 
 
 def test_finished_file_is_not_generated_again(answered, monkeypatch):
     before = answered()
-    monkeypatch.setattr(answers_module, "generate_text", lambda *_: pytest.fail("generated"))
+    monkeypatch.setattr(answers_module, "generate_texts", lambda *_: pytest.fail("generated"))
     assert answered() == before
 
 
-def test_every_answer_is_on_disk_before_the_next_is_begun(answered, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("batch_size", "expected"), [(1, [0, 1, 2]), (2, [0, 2]), (None, [0])])
+def test_every_batch_is_on_disk_before_the_next_is_begun(answered, tmp_path, monkeypatch, batch_size, expected):
     lines = []
-    original = answers_module.answer_question
+    original = answers_module.answer_batch
 
     def spy(*arguments):
         path = tmp_path / "answers.jsonl"
-        lines.append(len(read_lines(path)) if path.exists() else 0)
+        lines.append([row["question_id"] for row in read_lines(path)] if path.exists() else [])
         return original(*arguments)
 
-    monkeypatch.setattr(answers_module, "answer_question", spy)
-    answered()
-    assert lines == [0, 1, 2]
+    monkeypatch.setattr(answers_module, "answer_batch", spy)
+    answered(batch_size=batch_size)
+    assert lines == [[7, 3, 12][:count] for count in expected], "in the order of the questions"
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_answers_of_a_batch_are_those_of_one_at_a_time(answered, settings, batch_size):
+    alone = answered(settings, "alone.jsonl", batch_size=1)
+    assert turns_of(answered(settings, "batch.jsonl", batch_size=batch_size)) == turns_of(alone)
+
+
+def test_a_batch_that_runs_out_of_memory_is_answered_in_halves_to_the_same(answered, monkeypatch):
+    whole = answered(SAMPLED, "whole.jsonl")
+    original, tried = answers_module.generate_texts, []
+
+    def short_of_memory(model, tokenizer, requests, *arguments):
+        tried.append(len(requests))
+        if len(tried) == 2:  # in the second turn, when generators have drawn
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, tokenizer, requests, *arguments)
+
+    monkeypatch.setattr(answers_module, "generate_texts", short_of_memory)
+    assert turns_of(answered(SAMPLED, "halves.jsonl")) == turns_of(whole)
+    assert tried == [3, 3, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +296,7 @@ def test_changed_question_is_another_question(answered, questions, model, tokeni
 
 def test_sampling_depends_on_the_question_and_the_seed_only(model, tokenizer, questions):
     def turns(question: Question, settings: AnswerSettings) -> list[str]:
-        return answer_question(model, tokenizer, question, PLAIN, settings, CPU)[0]
+        return answer_question(model, tokenizer, question, PLAIN, settings)[0]
 
     state = torch.get_rng_state()
     first = turns(questions[0], SAMPLED)
@@ -288,21 +326,20 @@ def test_cold_categories_are_answered_alike_with_both_settings(answered):
 
 
 def test_models_own_sampling_settings_and_penalties_do_not_enter(model, tokenizer, questions):
-    before = answer_question(model, tokenizer, questions[2], PLAIN, SAMPLED, CPU)
+    before = answer_question(model, tokenizer, questions[2], PLAIN, SAMPLED)
     own = model.generation_config
     changed = type(own)(**{**own.to_dict(), "top_k": 1, "repetition_penalty": 5.0, "max_length": 3, "num_beams": 2})
     model.generation_config = changed
     try:
-        assert answer_question(model, tokenizer, questions[2], PLAIN, SAMPLED, CPU) == before
+        assert answer_question(model, tokenizer, questions[2], PLAIN, SAMPLED) == before
         assert model.generation_config is changed
     finally:
         model.generation_config = own
 
 
 def test_sampling_is_from_the_whole_vocabulary(model, tokenizer):
-    prompt = tokenizer("Mila")["input_ids"]
-    torch.manual_seed(0)
-    drawn = {generate_text(model, tokenizer, prompt, 1, 1e4, (), CPU) for _ in range(120)}
+    request = Request(tokenizer("Mila")["input_ids"], 1, 1e4, torch.Generator().manual_seed(0))
+    drawn = set(generate_texts(model, tokenizer, [request] * 120, (), CPU))
     assert len(drawn) > 70  # the library's own default would draw from 50
 
 
@@ -323,17 +360,6 @@ def test_prompt_and_answer_always_fit_the_context(context, max_new_tokens):
         assert len(prompt) + min(max_new_tokens, context // 2) <= context
 
 
-@pytest.mark.parametrize(("device", "touched"), [("cpu", []), ("cuda:1", ["cuda:1"])])
-def test_only_the_random_state_of_the_device_in_use_is_kept(device, touched, tokenizer, questions, monkeypatch):
-    saved, restored = [], []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda place: saved.append(str(torch.device(place))))
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, place: restored.append(str(torch.device(place))))
-    monkeypatch.setattr("evaluation.mtbench.answers.generate_text", lambda *arguments: "")
-    answer_question(None, tokenizer, questions[0], PLAIN, AnswerSettings(64, 8), torch.device(device))
-    assert saved == restored == touched
-
-
 def test_long_prompts_are_cut_counted_and_logged(model, tokenizer, questions, tmp_path, caplog):
     short = AnswerSettings(context=24, max_new_tokens=8)
     file = AnswerFile(tmp_path / "answers.jsonl", "tiny", "")
@@ -343,18 +369,18 @@ def test_long_prompts_are_cut_counted_and_logged(model, tokenizer, questions, tm
 
 
 def test_where_nothing_can_be_generated_the_answer_is_empty(model, tokenizer, questions):
-    answers, cut = answer_question(model, tokenizer, questions[0], PLAIN, AnswerSettings(1, 8), CPU)
+    answers, cut = answer_question(model, tokenizer, questions[0], PLAIN, AnswerSettings(1, 8))
     assert (answers, cut) == (["", ""], 2)
 
 
 def test_generation_ends_at_a_stop_and_leaves_it_out(model, tokenizer):
     prompt = tokenizer("Mila has the kite. Tom has")["input_ids"]
-    whole = generate_text(model, tokenizer, prompt, 24, 0.0, (), CPU)
+    whole = generate_text(model, tokenizer, prompt, 24)
     stop = whole[5:8]
     calls = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
     try:
-        found = generate_text(model, tokenizer, prompt, 24, 0.0, (stop, "never"), CPU)
+        found = generate_text(model, tokenizer, prompt, 24, (stop, "never"))
     finally:
         handle.remove()
     assert found == whole.partition(stop)[0].strip()
@@ -374,7 +400,7 @@ def test_model_that_ends_at_once_has_an_empty_answer(model, tokenizer, monkeypat
     with torch.no_grad():
         first = model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax().item()
     monkeypatch.setattr(model.generation_config, "eos_token_id", [first])
-    assert generate_text(model, tokenizer, prompt, 5, 0.0, (), CPU) == ""
+    assert generate_text(model, tokenizer, prompt, 5) == ""
 
 
 WORKER = """

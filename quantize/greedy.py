@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from duquant.tensors import extremes
 from quantize.rotation import exchange_indices
 from quantize.settings import SearchRule
 from utils.captured import Captured
@@ -71,11 +72,11 @@ def greedy_rotation(
         state = search.resize(state, min(active, most))
         ahead = search.advance(state, count)
         at_least, active = needed(ahead.least_floor, ahead.floor)
-        while min(at_least, most) > len(state.rows):
+        while min(at_least, most) > state.columns.shape[1]:
             state = search.resize(state, min(at_least, most))
             ahead = search.advance(state, count)
             at_least, active = needed(ahead.least_floor, ahead.floor)
-        exact = exact and at_least <= len(state.rows)
+        exact = exact and at_least <= state.columns.shape[1]
         state = ahead
     return search.best(state) if exact else search.best_on_all_rows(state)
 
@@ -84,13 +85,13 @@ def greedy_rotation(
 class _State:
     """The search after some steps. All tensors stay on the device.
 
-    `rows` [active, B] as rotated so far; `exchange` [1], the index that the next step exchanges; `exchanges` [steps]
-    and `peaks` [steps + 1] until now; `product` [B, B] of the first `multiplied` steps, float64; `floor`, min(largest
-    entry, −smallest entry) now, and `least_floor`, the least it was since the last check: a row whose norm is below it
-    held no extreme.
+    `columns` [B, active] are rows as rotated so far; `exchange` [1], the index that the next step exchanges;
+    `exchanges` [steps] and `peaks` [steps + 1] until now; `product` [B, B] of the first `multiplied` steps, float64;
+    `floor`, min(largest entry, −smallest entry) now, and `least_floor`, the least it was since the last check: a row
+    whose norm is below it held no extreme.
     """
 
-    rows: Tensor
+    columns: Tensor
     exchange: Tensor
     exchanges: Tensor
     peaks: Tensor
@@ -111,37 +112,38 @@ class _Search:
 
     def start(self) -> _State:
         """The state before the first step: what all rows hold, and none of them active yet."""
-        exchange, low, high = _outlier(
-            self.all_rows, torch.arange(len(self.all_rows), device=self.all_rows.device) % len(self.step), self.rule
-        )
+        numbers = torch.arange(len(self.all_rows), device=self.all_rows.device) % len(self.step)
+        exchange, low, high = _outlier(self.all_rows.T, numbers, self.rule)
         low, high, none = low.amin(), high.amax(), exchange[:0]
         identity = torch.eye(len(self.step), dtype=torch.float64, device=self.step.device)
         floor = torch.minimum(high, -low)
-        return _State(self.all_rows[:0], exchange, none, (high - low)[None], identity, 0, floor, floor)
+        return _State(self.all_rows[:0].T, exchange, none, (high - low)[None], identity, 0, floor, floor)
 
     def resize(self, state: _State, active: int) -> _State:
         """Bring in rows up to `active`, rotated as far as the others; drop rows if fewer than half are needed."""
         if self.all_rows.device.type == "cuda":
             active = min(len(self.all_rows), 1 << max(active - 1, LEAST_CAPTURED - 1).bit_length())
-        if active > len(state.rows):
+        present = state.columns.shape[1]
+        if active > present:
             product = state.product @ product_of(self.step, state.exchanges[state.multiplied :])
-            joining = self.all_rows[self.row_numbers[len(state.rows) : active]] @ product.to(self.all_rows.dtype)
-            rows = torch.cat([state.rows, joining])
-            return replace(state, rows=rows, product=product, multiplied=len(state.exchanges))
-        return replace(state, rows=state.rows[:active]) if 2 * active < len(state.rows) else state
+            joining = self.all_rows[self.row_numbers[present:active]] @ product.to(self.all_rows.dtype)
+            columns = torch.cat([state.columns, joining.T], dim=1)
+            return replace(state, columns=columns, product=product, multiplied=len(state.exchanges))
+        return replace(state, columns=state.columns[:, :active].contiguous()) if 2 * active < present else state
 
     def advance(self, state: _State, steps: int) -> _State:
         """Take `steps` greedy steps on the active rows without waiting for the device."""
-        rows, numbers = state.rows, self.row_numbers[: len(state.rows)] % len(self.step)
+        columns = state.columns
+        numbers = self.row_numbers[: columns.shape[1]] % len(self.step)
         take = partial(take_steps, rule=self.rule, count=steps)
-        if rows.device.type == "cuda":
-            take = captured_steps(tuple(rows.shape), rows.dtype, rows.device, self.rule, steps)
+        if columns.device.type == "cuda":
+            take = captured_steps(tuple(columns.shape), columns.dtype, columns.device, self.rule, steps)
         # few rows are a matter of latency: waking threads for products of microseconds costs more than it gives
-        with cpu_threads(1 if rows.numel() * len(self.step) < SMALL_PRODUCT else None):
-            rows, exchanges, low, high = take(rows, state.exchange, numbers, self.step.to(rows.dtype))
+        with cpu_threads(1 if columns.numel() * len(self.step) < SMALL_PRODUCT else None):
+            columns, exchanges, low, high = take(columns, state.exchange, numbers, self.step.to(columns.dtype))
         floors = torch.minimum(high, -low)
         return _State(
-            rows,
+            columns,
             exchanges[-1:],
             torch.cat([state.exchanges, exchanges[:-1]]),
             torch.cat([state.peaks, high - low]),
@@ -176,38 +178,34 @@ class _Search:
 
 
 def take_steps(
-    rows: Tensor, exchange: Tensor, numbers: Tensor, step: Tensor, *, rule: SearchRule, count: int
+    columns: Tensor, exchange: Tensor, numbers: Tensor, step: Tensor, *, rule: SearchRule, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`count` greedy steps on `rows` [A, B], the first of which exchanges the index `exchange` [1].
+    """`count` greedy steps on rows, given as `columns` [B, A], the first of which exchanges the index `exchange` [1].
 
-    Returns the rows, the indices exchanged and the next one [count + 1], and the smallest and the largest entry after
-    every step [count] each. `numbers` [A] are those of the rows, modulo B.
+    Returns the columns, the indices exchanged and the next one [count + 1], and the smallest and the largest entry
+    after every step [count] each. `numbers` [A] are those of the rows, modulo B.
     """
     exchanges, lows, highs = [exchange], [], []
-    indices = exchange_indices(len(step), rows.device)
-    # written in turn, and never into the rows given: fresh memory for every product takes half its time
-    buffers = (torch.empty_like(rows), torch.empty_like(rows))
+    step, indices = step.T.contiguous(), exchange_indices(len(step), columns.device)
+    # written in turn, and never into the columns given: fresh memory for every product takes half its time
+    buffers = (torch.empty_like(columns), torch.empty_like(columns))
     for number in range(count):
         index = indices.index_select(0, exchanges[-1])[0]
         rotation = step.index_select(0, index).index_select(1, index)
-        rows = torch.mm(rows, rotation, out=buffers[number % 2])
-        exchange, low, high = _outlier(rows, numbers, rule)
+        columns = torch.mm(rotation, columns, out=buffers[number % 2])
+        exchange, low, high = _outlier(columns, numbers, rule)
         exchanges.append(exchange)
         lows.append(low)
         highs.append(high)
-    return rows, torch.cat(exchanges), torch.stack(lows).amin(dim=1), torch.stack(highs).amax(dim=1)
+    return columns, torch.cat(exchanges), torch.stack(lows).amin(dim=1), torch.stack(highs).amax(dim=1)
 
 
-def _outlier(rows: Tensor, numbers: Tensor, rule: SearchRule) -> tuple[Tensor, Tensor, Tensor]:
-    """What to exchange for the entry of largest magnitude [1]; the least and largest entries of channels, or of rows.
+def _outlier(columns: Tensor, numbers: Tensor, rule: SearchRule) -> tuple[Tensor, Tensor, Tensor]:
+    """What to exchange for the entry of largest magnitude [1]; the least and largest entries by channel, or by row.
 
-    `numbers` are those of the rows modulo B, which the row rule asks for.
+    `columns` [B, A] are rows with these `numbers`, modulo B, which the row rule asks for.
     """
-    dim = 0 if rule is SearchRule.CHANNEL else 1
-    if rows.device.type == "cpu":  # where torch.aminmax along a dimension takes over ten times as long
-        low, high = rows.amin(dim=dim), rows.amax(dim=dim)
-    else:
-        low, high = torch.aminmax(rows, dim=dim)
+    low, high = extremes(columns, dim=1 if rule is SearchRule.CHANNEL else 0)
     place = torch.maximum(high, -low).argmax().view(1)
     return (place if rule is SearchRule.CHANNEL else numbers.index_select(0, place)), low, high
 
@@ -217,9 +215,9 @@ def captured_steps(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, rule: SearchRule, count: int
 ) -> Captured:
     """`take_steps` on a GPU as one launch."""
-    rows, size = torch.zeros(shape, dtype=dtype, device=device), shape[1]
-    whole = {"dtype": torch.int64, "device": device}
-    examples = (rows, torch.zeros(1, **whole), torch.zeros(shape[0], **whole), rows.new_zeros(size, size))
+    columns, whole = torch.zeros(shape, dtype=dtype, device=device), {"dtype": torch.int64, "device": device}
+    size, active = shape
+    examples = (columns, torch.zeros(1, **whole), torch.zeros(active, **whole), columns.new_zeros(size, size))
     return Captured(partial(take_steps, rule=rule, count=count), *examples)
 
 

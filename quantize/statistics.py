@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from duquant.tensors import extremes
 from quantize.observe import advance_, layer_calls, require_finite
 from quantize.spec import DecoderSpec, InputGroup
 from quantize.walk import layers_in_memory, walk
@@ -42,7 +43,7 @@ class Seen:
     def observe(self, x: Tensor) -> None:
         """Take in `x`: samples [batch, T, C], or rows [T, C] without their samples."""
         samples = x[None] if x.dim() == 2 else x.flatten(1, -2)
-        low, high = samples.amin(dim=1).float(), samples.amax(dim=1).float()  # [batch, C] each
+        low, high = (each.float() for each in extremes(samples, dim=1))  # [batch, C] each
         self.unsettled.append((torch.maximum(high, -low).amax(dim=0), (high + low) / 2))
 
     def settle(self) -> None:

@@ -51,7 +51,10 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
 def cpu_threads(count: int | None) -> Iterator[None]:
     """Use `count` threads for operations on the CPU inside the block; None leaves the number alone."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    if count in (None, before):
+        yield
+        return
+    torch.set_num_threads(count)
     try:
         yield
     finally:

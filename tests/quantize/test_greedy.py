@@ -206,9 +206,9 @@ def active_rows(monkeypatch) -> list[int]:
     counts = []
     original = greedy.take_steps
 
-    def counting(rows, *others, **options):
-        counts.append(len(rows))
-        return original(rows, *others, **options)
+    def counting(columns, *others, **options):
+        counts.append(columns.shape[1])
+        return original(columns, *others, **options)
 
     monkeypatch.setattr(greedy, "take_steps", counting)
     return counts
@@ -288,7 +288,7 @@ def test_no_step_waits_for_the_device(rule):
     rows = torch.empty(40, 16, device="meta")
     search = greedy._Search(rows, torch.empty(40, dtype=torch.int64, device="meta"), make_step(16, 0).to("meta"), rule)
     ahead = search.advance(search.resize(search.start(), 24), 5)
-    assert ahead.rows.shape == (24, 16)
+    assert ahead.columns.shape == (16, 24)
     assert len(ahead.exchanges) == 5
 
 
@@ -297,8 +297,8 @@ def test_steps_leave_the_rows_they_started_from_as_they_were():
     search = greedy._Search(rows, torch.arange(len(rows)), make_step(16, 0), SearchRule.CHANNEL)
     state = search.resize(search.start(), len(rows))
     state = search.advance(state, 3)
-    before = state.rows.clone()
+    before = state.columns.clone()
     first, again = (search.advance(state, 4) for _ in range(2))
-    assert torch.equal(state.rows, before)
-    assert torch.equal(first.rows, again.rows)
-    assert not torch.equal(first.rows, before)
+    assert torch.equal(state.columns, before)
+    assert torch.equal(first.columns, again.columns)
+    assert not torch.equal(first.columns, before)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from duquant.linear import GroupInput, expanded
+from duquant.linear import GroupInput
 from duquant.quantizer import make_quantizer
 from duquant.scheme import SEARCHED
 from duquant.tensors import widen
@@ -15,73 +15,21 @@ from duquant.transform import DualTransform
 from quantize.build import FullPrecision, LayerBuilder, absorbers, describe_folding, narrowed
 from quantize.clipping import search_activation_ratio
 from quantize.heads import decide_heads, multiplied_columns, rotated_energy, value_matrices
+from quantize.inputs import LayerInputs
 from quantize.learned import LearnedLayer
 from quantize.learning import train_transform
-from quantize.observe import advance_, batches_of, capture_rows, layer_output, require_finite
+from quantize.observe import advance_, capture_rows, known_outputs, layer_output, require_finite
 from quantize.observer import Observer
 from quantize.rounding import Moments, OpenLinear
-from quantize.samples import GroupRows, KnownOutputs, LayerView, mean_of, moment_of, parts_of, viewed
+from quantize.samples import GroupRows, KnownOutputs, mean_of, moment_of, parts_of
 from quantize.scales import group_peaks, smoothing_scales
 from quantize.settings import Probe, QuantSettings, SmoothMeasure, SmoothSettings, Transform
 from quantize.spec import DecoderSpec, InputGroup
 from quantize.state import GroupState, LayerState
 from quantize.training import Samples, TrainingReport, train_clipping_
 from quantize.transforms import TRANSFORMS, Stage, TransformSearch, measure_stage
-from utils.memory import Allocate, in_memory
 
 CLIP_ROWS = 2048  # of a group's input, on which its clip ratio is searched
-
-
-@dataclass
-class LayerInputs:
-    """What flows from layer to layer.
-
-    `probe` [P, T, C] and `kwargs`, the layer's other arguments, are on the layer's device. `teacher` and `student`
-    [n, T, C], the calibration samples in the full-precision and in the quantized network, are on the host or there too,
-    advanced in place, and None where nothing needs them. Of the `total` samples each process has its part. `allocate`
-    makes what is as large as they are.
-    """
-
-    probe: Tensor
-    kwargs: dict
-    teacher: Tensor | None = None
-    student: Tensor | None = None
-    total: int = 0
-    allocate: Allocate = in_memory
-
-    def advance_teacher_(self, layer: nn.Module) -> None:
-        """Bring the full-precision network's samples behind `layer`, which is still in full precision."""
-        if self.teacher is not None:
-            advance_(layer, self.teacher, self.kwargs, self.probe.device)
-
-    def advance_(self, layer: nn.Module) -> None:
-        """Bring the quantized network's samples, and the probe, behind `layer`, which is quantized."""
-        self.probe = layer_output(layer, self.probe, self.kwargs)
-        if self.student is not None:
-            advance_(layer, self.student, self.kwargs, self.probe.device)
-
-    def view(self, layer: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> LayerView:
-        """What the samples show of `layer`, in full precision: the teacher's, if any, which then are behind it."""
-        hidden = self.student if self.teacher is None else self.teacher
-        centered = settings.extras.channel_shift
-        keeps = hidden.device if settings.aims_at_teacher else None
-        with viewed(layer, spec, self.total * hidden.shape[1], centered, keeps) as view:
-            for batch in batches_of(hidden):
-                output = layer_output(layer, batch.to(self.probe.device), self.kwargs)
-                if self.teacher is not None:
-                    batch.copy_(output)
-        return view
-
-    def rows(self, layer: nn.Module, group: InputGroup, known: KnownOutputs | None = None) -> GroupRows:
-        """What `layer`, as it is now, gives the linears of a group of the quantized network's samples."""
-        return GroupRows(layer, group, self.student, self.kwargs, self.probe.device, self.allocate, known)
-
-    def finish_(self, layer: nn.Module, known: KnownOutputs) -> None:
-        """`advance_` with what is known already of the layer's outputs."""
-        self.probe = layer_output(layer, self.probe, self.kwargs)
-        with expanded(layer):
-            for batch in known.batches(layer, self.student, self.probe.device):
-                batch.copy_(layer_output(layer, batch.to(self.probe.device), self.kwargs))
 
 
 @dataclass(frozen=True)
@@ -166,10 +114,11 @@ def decide(
             decision.open_(group)
         decision.round_(group)
         decision.tell_built(group)
+    inputs.advance_probe_(layer, decision.probed, spec.attention)
     if decision.known.outputs:
-        inputs.finish_(layer, decision.known)
-    else:
-        inputs.advance_(layer)
+        inputs.advance_student_(layer, decision.known)
+    elif inputs.student is not None:
+        advance_(layer, inputs.student, inputs.kwargs, inputs.probe.device)
     error = (inputs.probe - reference).float().norm() / reference.float().norm()
     added = {name: value for each in observers for name, value in each.layer_built(layer, inputs.kwargs).items()}
     figures = (error.item(), tuple(decision.reports), training, added, decision.search_seconds)
@@ -196,6 +145,8 @@ class Decision:
         self.rows: GroupRows | None = None  # of the group that is being decided
         self.shared: dict[str, GroupInput] = {}
         self.known = KnownOutputs(spec.attention, inputs.allocate)
+        self.x: Tensor | None = None  # what the probe gives the group that is being decided
+        self.probed: dict[str, Tensor] = {}  # what the probe gives modules whose inputs will not change any more
 
     def begin_(self, activation_peaks: dict[str, Tensor] | None) -> None:
         """Decide what is done to heads, and the smoothing scales; fold them."""
@@ -228,7 +179,8 @@ class Decision:
         """Search the group's transform, fit what rounds its input, and open its linears."""
         builder, settings, inputs = self.builder, self.settings, self.inputs
         self.rows = inputs.rows(self.layer, group, self.known) if settings.reads_rows else None
-        x = capture_rows(self.layer, group.inputs, inputs.probe, inputs.kwargs)
+        with known_outputs(self.layer, self.probed, self.spec.attention):
+            self.x = x = capture_rows(self.layer, group.inputs, inputs.probe, inputs.kwargs)
         require_finite(x, self.spec.linear_key(self.index, group.linears[0]))
         online, folded = builder.online_scale(group), builder.folded_scale(group)
         if settings.probe is Probe.PEAKS:
@@ -289,7 +241,9 @@ class Decision:
         self.builder.round_(group, self.state, moments)
         if self.rows is not None and group.closes is not None:
             self.known.close_(self.layer, group, self.rows, tuple(self.inputs.student.shape[:2]))
-        self.rows = None
+        if self.settings.training is None and group.closes is not None:
+            self.probed[group.closes] = self.layer.get_submodule(group.linears[0])(self.x)
+        self.rows = self.x = None
 
     def _moments(self, group: InputGroup) -> Moments:
         """What samples give the group's linears, and beside it what the full-precision network would give them.

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from duquant.attention import install
 from quantize.build import build_
-from quantize.layer import LayerInputs, decide
+from quantize.inputs import LayerInputs
+from quantize.layer import decide
 from quantize.observe import layer_calls
 from quantize.observer import Observer
 from quantize.settings import USUAL_BLOCK, Probe, QuantSettings, Transform, check_widths

@@ -21,7 +21,8 @@ from duquant.attention import install
 from duquant.linear import GroupInput, QuantLinear
 from duquant.quantizer import NoClip
 from models import decoder_spec
-from quantize.layer import LayerInputs, decide
+from quantize.inputs import LayerInputs
+from quantize.layer import decide
 from quantize.observe import layer_calls
 from quantize.observer import LayerLog, describe_group
 from quantize.quantization import PROBE_SAMPLES, check_shapes, make_probe, other_blocks, quantize_model

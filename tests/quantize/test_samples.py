@@ -10,7 +10,7 @@ from torch import Tensor
 
 from duquant.attention import install
 from models import decoder_spec
-from quantize.layer import LayerInputs
+from quantize.inputs import LayerInputs
 from quantize.observe import capture_rows, layer_calls, layer_output
 from quantize.samples import GroupRows, heads_by_kv, mean_of, moment_of, parts_of, viewed
 from utils.memory import in_memory

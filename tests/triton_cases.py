@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from duquant.formats import Codes, IntegerFormat, PackedCodes, code_sums, decode_weight, pack
 from duquant.linear import GroupInput, QuantLinear
+from duquant.ops import reference
 from duquant.ops import triton as ops
 from duquant.ops import triton_launch as launch
 from duquant.quantizer import FoundClip, NoClip, Quantizer, RatioClip
@@ -228,6 +229,38 @@ def test_a_weight_that_is_unpacked_first_has_the_products_of_a_packed_one_to_the
     monkeypatch.setattr(launch, "MANY_ROWS", 40)
     monkeypatch.setattr(launch, "_launch", None)
     assert torch.equal(case.found(**options), expected)
+
+
+@pytest.mark.parametrize("channels", [8, 104, 1096 if DEVICE.type == "cpu" else 40968])
+@pytest.mark.parametrize(("bits", "symmetric", "dtype"), [(4, False, torch.float32), (3, True, torch.float16)])
+def test_one_row_of_four_bits_read_in_words_has_the_product_of_the_reference(
+    channels, bits, symmetric, dtype, monkeypatch
+):
+    case = Product(2, channels, 21, bits, IntegerFormat(4, symmetric))
+    monkeypatch.setattr(launch, "_launch_few", None)
+    for rows in (slice(0, 1), slice(1, 2)):
+        found = case.found(dtype, rows, sums_of_weight=code_sums(case.packed, case.form), input_bits=bits)
+        row = Codes(*(each[rows] for each in case.input.tensors().values()))
+        exact = reference.linear(row, pack(case.weight, case.form), case.form, case.bias)
+        terms = (exact.abs() + case.bias.abs()).max()
+        assert (found.double() - exact).abs().max() <= (1e-6 if dtype is torch.float32 else 1e-3) * terms
+
+
+@pytest.mark.parametrize("channels", [1032, 4096] if DEVICE.type == "cpu" else [32776, 131072])
+def test_one_row_read_in_words_is_exact_where_all_codes_are_the_largest(channels, monkeypatch):
+    case = Product(1, channels, 9, 4, IntegerFormat(4))
+    monkeypatch.setattr(launch, "_launch_few", None)
+    case.bias = None
+    case.input = Codes(torch.full((1, channels), 15, dtype=torch.uint8), torch.ones(1, 1), torch.zeros(1, 1))
+    case.weight = Codes(torch.full((9, channels), 15, dtype=torch.uint8), torch.ones(9, 1), torch.zeros(9, 1))
+    found = case.found(sums_of_weight=code_sums(case.packed, case.form), input_bits=4)
+    assert torch.equal(found, torch.full((1, 9), 225.0 * channels).float())
+
+
+@pytest.mark.parametrize("channels", [100, 66])  # rows that are no whole words
+def test_one_row_of_four_bits_of_any_width_has_the_product_of_the_reference(channels):
+    case = Product(1, channels, 21, 4, IntegerFormat(4))
+    case.assert_close(case.found(sums_of_weight=code_sums(case.packed, case.form), input_bits=4))
 
 
 def test_zero_points_beyond_the_codes_are_taken_off_too():

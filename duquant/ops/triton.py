@@ -10,9 +10,12 @@ With x̂ = (a − z_x)·s_x and ŵ = (b − z_w)·s_w,
 one product of integers and the sums of rows. Products go through the int8 tensor cores and are summed in int32, which
 is exact; weights stay packed in memory and are unpacked in registers.
 
-Both are custom operators, so `torch.compile` traces through them. On a GPU the first call for a shape measures several
-tile sizes (so it cannot be captured in a CUDA graph). With `TRITON_INTERPRET=1` set before Triton is imported
-everything runs on tensors of the CPU, slowly.
+Both are custom operators, so `torch.compile` traces through them. On a GPU the first call of a kernel compiles it,
+which takes half a second to two, for every dtype, number of bits and what else is a constant of it; what was compiled
+stays in Triton's cache on the disk. Products of 2 to 127 rows, or with groups, and rotations of other blocks than of
+16 to 128 then measure up to three tile sizes for every shape, half a second more (so such a first call cannot be
+captured in a CUDA graph); many rows, and one row of 4-bit codes, measure nothing. With `TRITON_INTERPRET=1` set before
+Triton is imported everything runs on tensors of the CPU, slowly.
 """
 
 from typing import NamedTuple

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from duquant.formats import SCALE_LIMITS, ZERO_LIMITS, IntegerFormat, packed_width
-from duquant.ops.triton_product import finish, product, product_bytes, product_few, unpack_bytes
+from duquant.ops.triton_product import (
+    EXACT_STEPS,
+    finish,
+    product,
+    product_bytes,
+    product_few,
+    row_words,
+    unpack_bytes,
+)
 from duquant.ops.triton_quantize import MATRIX_FACTOR, ROUNDING, quantize, rotate, rotate_halves
 from duquant.ops.triton_tools import interpreted, triton
 
@@ -14,7 +22,9 @@ PART_ELEMENTS = 2**24  # of the rows that are rotated at once: two float32 copie
 HALVED_BLOCKS = (16, 32, 64, 128)  # rotations that fit a program twice in float16
 HALVES = (64, 4, 1)  # rows, warps, stages of `rotate_halves`
 ROTATING_PROGRAMS = 4  # for each multiprocessor: each reads the rotation once
-MANY_ROWS = 256  # from here on unpacking the weight first costs less than unpacking it for every tile of rows
+MANY_ROWS = 128  # a tile of `product_bytes`: from here on unpacking the weight first pays
+BYTE_TILE = (128, 128, 4, 3)  # rows, outputs, warps, stages of `product_bytes`
+WORD_TILE = (8, 128, 4, 3)  # outputs, numbers of 32 bits, warps, stages of `row_words`
 FEW_ROWS = 16  # up to here the weight is all the traffic, and the channels are dealt to several programs
 UNPACKED = 4096  # packed bytes that a program unpacks
 PROGRAMS_PER_PROCESSOR = 4  # enough loads in flight to keep the memory of a GPU busy
@@ -196,7 +206,9 @@ def linear(
         **AS_WRITTEN,
     }
     with _on(codes.device):
-        if rows <= FEW_ROWS and max(numbers) == 1:
+        if rows == 1 and max(numbers) == 1 and _in_words(tensors, channels, bits, input_bits):
+            _launch_row(tensors, outputs, channels, options["BIASED"])
+        elif rows <= FEW_ROWS and max(numbers) == 1:
             _launch_few(tensors, rows, outputs, channels, options)
         elif rows >= MANY_ROWS and max(numbers) == 1 and options["W_SUMS"] and channels % _byte_block() == 0:
             _launch_bytes(tensors, rows, outputs, channels, options)
@@ -241,9 +253,30 @@ def _launch_bytes(tensors: list[Tensor | None], rows: int, outputs: int, channel
     codes = tensors[0] ^ 128 if options["X_OFFSET"] else tensors[0]
     sides = [codes.view(torch.int8), *tensors[1:4], weight.view(torch.int8), *tensors[5:]]
     shared = {name: value for name, value in options.items() if name != "W_SUMS"}
-    product_bytes[lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(outputs, meta["BLOCK_O"]),)](
-        *sides, rows, outputs, channels, _rows_key(rows), BLOCK_C=_byte_block(), **shared
-    )
+    block_t, block_o, warps, stages = (16, 32, 4, 1) if interpreted() else BYTE_TILE
+    product_bytes[(triton.cdiv(rows, block_t) * triton.cdiv(outputs, block_o),)](
+        *sides, rows, outputs, channels, BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_C=_byte_block(),
+        num_warps=warps, num_stages=stages, **shared,
+    )  # fmt: skip
+
+
+def _in_words(tensors: list[Tensor | None], channels: int, bits: int, input_bits: int) -> bool:
+    """Whether `row_words` reads these: 4 bits on both sides, whole numbers of 32 bits in a row, where such may lie."""
+    codes, values, sums_of_weight = tensors[0], tensors[4], tensors[7]
+    aligned = channels % 8 == 0 and codes.data_ptr() % 8 == 0 and values.data_ptr() % 4 == 0
+    return bits == 4 and input_bits <= 4 and sums_of_weight is not None and aligned
+
+
+def _launch_row(tensors: list[Tensor | None], outputs: int, channels: int, biased: bool) -> None:
+    """`row_words` over tiles of outputs."""
+    block_o, least, warps, stages = WORD_TILE
+    # long rows are taken in wider steps, so that there are at most EXACT_STEPS
+    block_w = _power_of_two(triton.cdiv(channels // 8, EXACT_STEPS), 4 if interpreted() else least, channels)
+    sides = [tensors[0].view(torch.uint64), *tensors[1:4], tensors[4].view(torch.uint32), *tensors[5:]]
+    row_words[(triton.cdiv(outputs, block_o),)](
+        *sides, outputs, channels, BIASED=biased, BLOCK_O=block_o, BLOCK_W=block_w, STAGES=stages,
+        num_warps=warps, **AS_WRITTEN,
+    )  # fmt: skip
 
 
 def _launch_few(tensors: list[Tensor | None], rows: int, outputs: int, channels: int, options: dict) -> None:

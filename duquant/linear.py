@@ -105,10 +105,10 @@ class QuantLinear(nn.Module):
         if kernel is None:
             return F.linear(self.group(x), self.decoded(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         multiply = self._multiply if kernel.traceable else self._multiply_untraced
-        return multiply(x, kernel).to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return multiply(x, kernel).view(*x.shape[:-1], self.out_features)
 
     def _multiply(self, x: Tensor, kernel: Kernel) -> Tensor:
-        return kernel.linear(self.group.encoded(x, kernel), self._prepared(kernel), self.bias)
+        return kernel.linear(self.group.encoded(x, kernel), self._prepared(kernel), self.bias, x.dtype)
 
     @torch.compiler.disable
     def _multiply_untraced(self, x: Tensor, kernel: Kernel) -> Tensor:

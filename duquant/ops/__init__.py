@@ -56,5 +56,5 @@ def trial_error(kernel: Kernel, device: torch.device) -> float:
     codes = kernel.encode(x, torch.nn.Identity(), None, Quantizer(form))
     exact = reference.linear(codes.codes, packed, form)
     weights = [kernel.prepare(packed, code_sums(packed, form), form, keep) for keep in (False, True)]
-    errors = [kernel.linear(codes, weight, None) - exact for weight in weights]
+    errors = [kernel.linear(codes, weight, None, torch.float32) - exact for weight in weights]
     return (torch.stack(errors).abs().max() / exact.abs().max()).item()

@@ -138,11 +138,11 @@ class TritonKernel:
         """See `Kernel.prepare`."""
         return PackedWeight(packed, sums, form)
 
-    def linear(self, x: RowCodes, weight: "PackedWeight", bias: Tensor | None) -> Tensor:
+    def linear(self, x: RowCodes, weight: "PackedWeight", bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """See `Kernel.linear`."""
         how = {"sums_of_weight": weight.sums, "input_bits": x.form.bits}
         inputs = (x.values, x.scale, x.zero, x.sums.to(torch.int32))
-        return linear(*inputs, weight.packed, weight.form, bias, torch.float32, **how)
+        return linear(*inputs, weight.packed, weight.form, bias, dtype, **how)
 
 
 class PackedWeight(NamedTuple):

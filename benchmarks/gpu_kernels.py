@@ -37,7 +37,7 @@ from duquant.formats import IntegerFormat, PackedCodes, code_sums
 from duquant.ops import triton as ops
 from duquant.ops.triton_launch import BYTE_TILE, HALVES, WORD_TILE
 from duquant.ops.triton_product import FEW_CONFIGS, PRODUCT_CONFIGS, product, product_bytes, product_few, row_words
-from duquant.ops.triton_quantize import MATRIX_FACTOR, ROUNDING, quantize, rotate_halves
+from duquant.ops.triton_quantize import MATRIX_FACTOR, ROUNDING, fake_quantize, quantize, rotate_halves
 from duquant.ops.triton_tools import triton
 from utils.device import DTYPES
 from utils.results import format_table
@@ -137,7 +137,7 @@ TYPES = {
     **dict.fromkeys(("x", "w", "codes"), "*u8"),
     **dict.fromkeys(("x_sums", "w_sums", "sums", "parts", "part_sums"), "*i32"),
     **dict.fromkeys(("x_scales", "x_zeros", "w_scales", "w_zeros", "scales", "zeros", "scale", "shift"), "*fp32"),
-    **dict.fromkeys(("low_ratio", "high_ratio", "rotation"), "*fp32"),
+    **dict.fromkeys(("low_ratio", "high_ratio", "rotation", "ratios"), "*fp32"),
     **dict.fromkeys(("scale_low", "scale_high", "zero_low", "zero_high"), "fp32"),
     "bias": "*fp16",
     "permutation": "*i64",
@@ -205,12 +205,18 @@ def builds() -> list[Build]:
     tiled = {**packed, "MASKED": False, "X_SUMS": True, "GROUPED": False, "groups": 1, "x_groups": 1, "w_groups": 1}
     rounding = {"BITS": 4, "SYMMETRIC": False, "SCALED": False, "SHIFTED": False, "PER_BYTE": 1}
     rounding |= {"ROUNDING": ROUNDING, "INVERTED": True}
+    numbers = {"y": "*fp16", "low_ratio": "fp32", "high_ratio": "fp32"}
+    fake = {"BITS": 4, "SYMMETRIC": False, "RATIOS": False, "INVERTED": True, "ROUNDING": ROUNDING, "WHOLE": True}
+    numbers = {"y": "*fp16", "low_ratio": "fp32", "high_ratio": "fp32"}
     block_t, block_o, *bytes_launched = BYTE_TILE
     row_o, row_w, *row_launched = WORD_TILE
     return [
         Build(rotate_halves, first, *HALVES[1:], {"x": "*fp16"}),
         Build(rotate_halves, second, *HALVES[1:], {"x": "*fp32"}),
         Build(quantize, {**rounding, "BLOCK_V": 1, "BLOCK_C": 4096}, 8, 3),
+        Build(fake_quantize, {**fake, "BLOCK_V": 1, "BLOCK_C": 4096}, 8, 3, {"x": "*fp32", **numbers}),
+        Build(fake_quantize, {**fake, "BLOCK_V": 32, "BLOCK_C": 128}, 8, 3, {"x": "*fp16", **numbers}),
+        Build(fake_quantize, {**fake, "BLOCK_V": 1, "BLOCK_C": 16384}, 16, 3, {"x": "*fp32", **numbers}),
         Build(
             row_words,
             {"BIASED": False, "BLOCK_O": row_o, "BLOCK_W": row_w, "STAGES": row_launched[1]},

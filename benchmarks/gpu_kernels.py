@@ -6,7 +6,8 @@
 
 Every linear of a layer (those that read the same input as one) for a few numbers of rows: `F.linear` in half precision,
 then the two steps of a W4A4 linear: rows are transformed (blocks of 128, one permutation) and rounded, and codes are
-multiplied. Times are medians over `--repeats` replays of a CUDA graph, before each of which the L2 cache is emptied:
+multiplied; and fake quantization, which takes the place of both in the reference runtime, by its kernel and by torch's
+operations. Times are medians over `--repeats` replays of a CUDA graph, before each of which the L2 cache is emptied:
 between two calls a model's other weights go through it. The first call of each step compiles its kernels and, for a few
 rows, measures tile sizes: half a minute in the first run.
 
@@ -34,11 +35,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from duquant.formats import IntegerFormat, PackedCodes, code_sums
+from duquant.ops import fused
 from duquant.ops import triton as ops
 from duquant.ops.triton_launch import BYTE_TILE, HALVES, WORD_TILE
 from duquant.ops.triton_product import FEW_CONFIGS, PRODUCT_CONFIGS, product, product_bytes, product_few, row_words
 from duquant.ops.triton_quantize import MATRIX_FACTOR, ROUNDING, fake_quantize, quantize, rotate_halves
 from duquant.ops.triton_tools import triton
+from duquant.quantizer import Quantizer, RatioClip
 from utils.device import DTYPES
 from utils.results import format_table
 
@@ -271,7 +274,10 @@ def seconds(function: Callable[[], Tensor], repeats: int) -> float:
 
 
 def measured(rows: int, inputs: int, outputs: int, dtype: torch.dtype, repeats: int) -> list[float]:
-    """Seconds of the half-precision linear, of the transform and of the product, on random numbers."""
+    """Seconds of the half-precision linear, of the transform and of the product, on random numbers.
+
+    Behind them those of fake quantization, of float32 to `dtype`: by the kernel, and by torch's operations.
+    """
     make = {"device": "cuda", "generator": torch.Generator("cuda").manual_seed(0)}
     x = torch.randn(rows, inputs, dtype=dtype, **make)
     weight = torch.randn(outputs, inputs, dtype=dtype, **make)
@@ -291,20 +297,28 @@ def measured(rows: int, inputs: int, outputs: int, dtype: torch.dtype, repeats: 
     def multiplied() -> Tensor:
         return ops.linear(*codes, packed, FORM, None, dtype, sums_of_weight=sums, input_bits=4)
 
-    return [half, seconds(transformed, repeats), seconds(multiplied, repeats)]
+    wide, quantizer = x.float(), Quantizer(FORM, RatioClip(0.9))
+    steps = [
+        transformed,
+        multiplied,
+        lambda: fused.launched(wide, quantizer, dtype),
+        lambda: quantizer.computed(wide, dtype),
+    ]
+    return [half, *(seconds(step, repeats) for step in steps)]
 
 
 def measure(args: argparse.Namespace) -> None:
     """Print a table for every dtype."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n")
-    names = [name.removesuffix(" ≥") for name in TIMES]
+    names = [*(name.removesuffix(" ≥") for name in TIMES), "fake quantization", "by torch"]
     for dtype in args.dtypes:
         lines = []
         for model in args.models:
             for name, (inputs, outputs) in LINEARS[model].items():
                 for rows in args.rows:
                     times = measured(rows, inputs, outputs, DTYPES[dtype], args.repeats)
-                    lines.append([f"{model} {name} {inputs}→{outputs}", str(rows), *shown(times)])
+                    fake = [f"{each * 1e6:,.1f}" for each in times[3:]]
+                    lines.append([f"{model} {name} {inputs}→{outputs}", str(rows), *shown(times[:3]), *fake])
         print(format_table([dtype, "rows", *names], lines), flush=True)
         print()
 

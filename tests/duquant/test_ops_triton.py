@@ -10,6 +10,7 @@ from conftest import ROOT, run_script
 
 pytest.importorskip("triton")
 
+CASES = ("tests/triton_cases.py", "tests/triton_fake_cases.py")
 IMPORT_WITHOUT_TRITON = """
 import importlib, pkgutil, sys
 sys.modules["triton"] = None  # importing it now raises ImportError
@@ -24,34 +25,30 @@ print(available(torch.device("cpu")), available(torch.device("cuda")))
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     # whether Triton interprets is decided when it is imported: in a process of its own
-    settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    left_out = ("TRITON_INTERPRET", "PYTEST_")
+    settings = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     settings |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=600, check=False)
 
 
-def run_cases(**environment: str) -> None:
-    plugins = (
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "--noconftest",
-    )  # the cases need none of it, and importing it takes seconds
-    done = run_python("-m", "pytest", *plugins, "tests/triton_cases.py", **environment)
+def run_cases(*options: str, **environment: str) -> None:
+    # the cases need nothing of `conftest.py`, and importing it takes seconds
+    options = ("-p", "no:cacheprovider", "--noconftest", *options)
+    done = run_python("-m", "pytest", *options, *CASES, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
     assert "skipped" not in done.stdout
 
 
 def test_the_kernels_hold_under_tritons_interpreter():
-    run_cases(TRITON_INTERPRET="1")
+    run_cases("-p", "no:xdist", TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_the_kernels_hold_on_a_gpu():
-    run_cases()
+    run_cases("-n", str(min(8, os.cpu_count())))  # compiling is most of it
 
 
 def test_without_triton_the_modules_are_imported_and_say_that_no_kernel_is_available():

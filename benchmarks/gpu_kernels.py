@@ -6,9 +6,10 @@
 
 Every linear of a layer (those that read the same input as one) for a few numbers of rows: `F.linear` in half precision,
 then the two steps of a W4A4 linear: rows are transformed (blocks of 128, one permutation) and rounded, and codes are
-multiplied. Times are medians over `--repeats` replays of a CUDA graph, before each of which the L2 cache is emptied:
-between two calls a model's other weights go through it. The first call of each step measures tile sizes, so the first
-run takes minutes.
+multiplied; and fake quantization, which takes the place of both in the reference runtime, by its kernel and by torch's
+operations. Times are medians over `--repeats` replays of a CUDA graph, before each of which the L2 cache is emptied:
+between two calls a model's other weights go through it. The first call of each step compiles its kernels and, for a few
+rows, measures tile sizes: half a minute in the first run.
 
 On paper: a bound is the larger of bytes over bandwidth and operations over peak, as the vendor's data sheets have them
 (dense). What lies between the launches of the transform stays in the L2 cache, whose bandwidth no data sheet gives: it
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,10 +35,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from duquant.formats import IntegerFormat, PackedCodes, code_sums
+from duquant.ops import fused
 from duquant.ops import triton as ops
-from duquant.ops.triton_product import product, product_few
-from duquant.ops.triton_quantize import ROUNDING, quantize, rotate
+from duquant.ops.triton_launch import BYTE_TILE, HALVES, WORD_TILE
+from duquant.ops.triton_product import FEW_CONFIGS, PRODUCT_CONFIGS, product, product_bytes, product_few, row_words
+from duquant.ops.triton_quantize import MATRIX_FACTOR, ROUNDING, fake_quantize, quantize, rotate_halves
 from duquant.ops.triton_tools import triton
+from duquant.quantizer import Quantizer, RatioClip
 from utils.device import DTYPES
 from utils.results import format_table
 
@@ -60,15 +64,14 @@ class Gpu:
     bandwidth: float
     half: float
     int8: float
-    tf32: float
     shared: int
     registers: int = 65536
     threads: int = 2048
 
 
 GPUS = {
-    "a100": Gpu(80, 2.0e12, 312e12, 624e12, 156e12, 164 * 1024),
-    "h100": Gpu(90, 3.35e12, 989e12, 1979e12, 494e12, 228 * 1024),
+    "a100": Gpu(80, 2.0e12, 312e12, 624e12, 164 * 1024),
+    "h100": Gpu(90, 3.35e12, 989e12, 1979e12, 228 * 1024),
 }
 
 
@@ -90,8 +93,8 @@ def half_work(rows: int, inputs: int, outputs: int) -> Work:
 
 
 def transform_work(rows: int, inputs: int) -> Work:
-    """Two rotations, a permutation and the rounding: x and codes; a float32 factor is three products of TF32."""
-    return Work(rows * inputs * (2 + 1) + 2 * 4 * BLOCK**2 + 8 * inputs, 3 * 2 * 2 * rows * inputs * BLOCK)
+    """Two rotations, a permutation and the rounding: x and codes; of float16 halves two products, then three."""
+    return Work(rows * inputs * (2 + 1) + 2 * 4 * BLOCK**2 + 8 * inputs, (2 + 3) * 2 * rows * inputs * BLOCK)
 
 
 def transform_cached(rows: int, inputs: int) -> int:
@@ -115,7 +118,7 @@ def paper_table(models: list[str], all_rows: list[int], gpu: Gpu) -> str:
                     transform_work(rows, inputs),
                     product_work(rows, inputs, outputs),
                 ]
-                peaks = (gpu.half, gpu.tf32, gpu.int8)
+                peaks = (gpu.half, gpu.half, gpu.int8)
                 times = [each.bound(gpu.bandwidth, peak) for each, peak in zip(works, peaks, strict=True)]
                 work = [f"{each.bytes / 1e6:,.1f}" for each in works]
                 work.insert(2, f"{transform_cached(rows, inputs) / 1e6:,.1f}")
@@ -137,7 +140,7 @@ TYPES = {
     **dict.fromkeys(("x", "w", "codes"), "*u8"),
     **dict.fromkeys(("x_sums", "w_sums", "sums", "parts", "part_sums"), "*i32"),
     **dict.fromkeys(("x_scales", "x_zeros", "w_scales", "w_zeros", "scales", "zeros", "scale", "shift"), "*fp32"),
-    **dict.fromkeys(("low_ratio", "high_ratio", "rotation"), "*fp32"),
+    **dict.fromkeys(("low_ratio", "high_ratio", "rotation", "ratios"), "*fp32"),
     **dict.fromkeys(("scale_low", "scale_high", "zero_low", "zero_high"), "fp32"),
     "bias": "*fp16",
     "permutation": "*i64",
@@ -146,12 +149,13 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Build:
-    """A kernel as it is compiled for one configuration: `constants` by name."""
+    """A kernel as it is compiled for one configuration: `constants` by name, and types of arguments if not `TYPES`."""
 
     kernel: object
     constants: dict[str, object]
     warps: int
     stages: int
+    types: dict[str, str] = field(default_factory=dict)
 
     def resources(self, gpu: Gpu) -> tuple[int, int, int]:
         """Registers a thread, bytes of stack (spilled registers) and bytes of shared memory."""
@@ -161,8 +165,7 @@ class Build:
         function = self.kernel if isinstance(self.kernel, triton.JITFunction) else self.kernel.fn
         names = function.arg_names
         types = {"y": "*fp16" if "outputs" in names else "*fp32", **TYPES}
-        if "rotation" in names:
-            types["x"] = "*fp32" if self.constants["GATHER"] else "*fp16"
+        types |= self.types
         signature = {name: "constexpr" if name in self.constants else types.get(name, "i32") for name in names}
         constants = {(names.index(name),): value for name, value in self.constants.items()}
         # what the launcher finds in a model: pointers and sizes that are multiples of 16
@@ -196,21 +199,47 @@ class Build:
 
 
 def builds() -> list[Build]:
-    """The kernels as a W4A4 linear without groups uses them, one or two tile sizes of each."""
-    gathered = {"B": BLOCK, "SCALED": False, "PRECISION": "tf32x3", "x_row": 1, "y_channel": 1, "GATHER": True}
-    plain = {"B": BLOCK, "SCALED": False, "PRECISION": "tf32x3", "x_channel": 1, "y_row": 1, "GATHER": False}
-    offsets = {"X_OFFSET": 0, "W_OFFSET": 0, "BITS": 4, "PER_BYTE": 2, "W_SUMS": True, "BIASED": False}
-    many = {**offsets, "MASKED": False, "X_SUMS": True, "GROUPED": False, "groups": 1, "x_groups": 1, "w_groups": 1}
+    """The kernels as a W4A4 linear without groups uses them, in the tile sizes that are launched."""
+    rotation = {"B": BLOCK, "SCALED": False, "MATRIX_FACTOR": MATRIX_FACTOR, "BLOCK_T": HALVES[0]}
+    first = {**rotation, "x_channel": 1, "y_row": 1, "GATHER": False, "EXACT": True}
+    second = {**rotation, "x_row": 1, "y_channel": 1, "GATHER": True, "EXACT": False}
+    offsets = {"X_OFFSET": 0, "W_OFFSET": 0, "BITS": 4, "BIASED": False}
+    packed = {**offsets, "PER_BYTE": 2, "W_SUMS": True}
+    tiled = {**packed, "MASKED": False, "X_SUMS": True, "GROUPED": False, "groups": 1, "x_groups": 1, "w_groups": 1}
     rounding = {"BITS": 4, "SYMMETRIC": False, "SCALED": False, "SHIFTED": False, "PER_BYTE": 1}
     rounding |= {"ROUNDING": ROUNDING, "INVERTED": True}
+    numbers = {"y": "*fp16", "low_ratio": "fp32", "high_ratio": "fp32"}
+    fake = {"BITS": 4, "SYMMETRIC": False, "RATIOS": False, "INVERTED": True, "ROUNDING": ROUNDING, "WHOLE": True}
+    numbers = {"y": "*fp16", "low_ratio": "fp32", "high_ratio": "fp32"}
+    block_t, block_o, *bytes_launched = BYTE_TILE
+    row_o, row_w, *row_launched = WORD_TILE
     return [
-        Build(rotate, {**plain, "BLOCK_T": 64, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 2),
-        Build(rotate, {**gathered, "BLOCK_T": 16, "BLOCK_N": 128, "BLOCK_K": 32}, 4, 2),
+        Build(rotate_halves, first, *HALVES[1:], {"x": "*fp16"}),
+        Build(rotate_halves, second, *HALVES[1:], {"x": "*fp32"}),
         Build(quantize, {**rounding, "BLOCK_V": 1, "BLOCK_C": 4096}, 8, 3),
-        Build(product, {**many, "BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_C": 128}, 8, 3),
-        Build(product, {**many, "BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_C": 128}, 4, 4),
-        Build(product_few, {**offsets, "SPLITS": 2, "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_C": 256}, 4, 3),
-        Build(product_few, {**offsets, "SPLITS": 2, "BLOCK_T": 1, "BLOCK_O": 16, "BLOCK_C": 512}, 4, 3),
+        Build(fake_quantize, {**fake, "BLOCK_V": 1, "BLOCK_C": 4096}, 8, 3, {"x": "*fp32", **numbers}),
+        Build(fake_quantize, {**fake, "BLOCK_V": 32, "BLOCK_C": 128}, 8, 3, {"x": "*fp16", **numbers}),
+        Build(fake_quantize, {**fake, "BLOCK_V": 1, "BLOCK_C": 16384}, 16, 3, {"x": "*fp32", **numbers}),
+        Build(
+            row_words,
+            {"BIASED": False, "BLOCK_O": row_o, "BLOCK_W": row_w, "STAGES": row_launched[1]},
+            *row_launched,
+            {"x": "*u64", "w": "*u32"},
+        ),
+        *(
+            Build(product_few, {**packed, "SPLITS": 2, "BLOCK_T": 16, "BLOCK_O": outputs, "BLOCK_C": 256}, *launched)
+            for outputs, *launched in FEW_CONFIGS
+        ),
+        *(
+            Build(product, {**tiled, "BLOCK_T": rows, "BLOCK_O": outputs, "BLOCK_C": 128}, *launched)
+            for rows, outputs, *launched in PRODUCT_CONFIGS
+        ),
+        Build(
+            product_bytes,
+            {**offsets, "BLOCK_T": block_t, "BLOCK_O": block_o, "BLOCK_C": 128},
+            *bytes_launched,
+            {"x": "*i8", "w": "*i8"},
+        ),
     ]
 
 
@@ -245,7 +274,10 @@ def seconds(function: Callable[[], Tensor], repeats: int) -> float:
 
 
 def measured(rows: int, inputs: int, outputs: int, dtype: torch.dtype, repeats: int) -> list[float]:
-    """Seconds of the half-precision linear, of the transform and of the product, on random numbers."""
+    """Seconds of the half-precision linear, of the transform and of the product, on random numbers.
+
+    Behind them those of fake quantization, of float32 to `dtype`: by the kernel, and by torch's operations.
+    """
     make = {"device": "cuda", "generator": torch.Generator("cuda").manual_seed(0)}
     x = torch.randn(rows, inputs, dtype=dtype, **make)
     weight = torch.randn(outputs, inputs, dtype=dtype, **make)
@@ -265,20 +297,28 @@ def measured(rows: int, inputs: int, outputs: int, dtype: torch.dtype, repeats: 
     def multiplied() -> Tensor:
         return ops.linear(*codes, packed, FORM, None, dtype, sums_of_weight=sums, input_bits=4)
 
-    return [half, seconds(transformed, repeats), seconds(multiplied, repeats)]
+    wide, quantizer = x.float(), Quantizer(FORM, RatioClip(0.9))
+    steps = [
+        transformed,
+        multiplied,
+        lambda: fused.launched(wide, quantizer, dtype),
+        lambda: quantizer.computed(wide, dtype),
+    ]
+    return [half, *(seconds(step, repeats) for step in steps)]
 
 
 def measure(args: argparse.Namespace) -> None:
     """Print a table for every dtype."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n")
-    names = [name.removesuffix(" ≥") for name in TIMES]
+    names = [*(name.removesuffix(" ≥") for name in TIMES), "fake quantization", "by torch"]
     for dtype in args.dtypes:
         lines = []
         for model in args.models:
             for name, (inputs, outputs) in LINEARS[model].items():
                 for rows in args.rows:
                     times = measured(rows, inputs, outputs, DTYPES[dtype], args.repeats)
-                    lines.append([f"{model} {name} {inputs}→{outputs}", str(rows), *shown(times)])
+                    fake = [f"{each * 1e6:,.1f}" for each in times[3:]]
+                    lines.append([f"{model} {name} {inputs}→{outputs}", str(rows), *shown(times[:3]), *fake])
         print(format_table([dtype, "rows", *names], lines), flush=True)
         print()
 

@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from duquant.hadamard import hadamard
-from duquant.quantizer import FoundClip, make_quantizer
+from duquant.quantizer import FoundClip, make_quantizer, quantized
 from duquant.scheme import Scheme
 from duquant.tensors import widen
 
@@ -59,11 +59,11 @@ class AttentionQuantizer(nn.Module):
 
     def quantized_query(self, query: Tensor) -> Tensor:
         """The multiplied and quantized query, in its dtype."""
-        return self.query(by_head(widen(query), self.matrix)).to(query.dtype)
+        return quantized(self.query, by_head(widen(query), self.matrix), query.dtype)
 
     def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The quantized (key, value), in their dtypes."""
-        return self.key(self.multiplied_key(key)).to(key.dtype), self.value(value)
+        return quantized(self.key, self.multiplied_key(key), key.dtype), self.value(value)
 
     def multiplied_key(self, key: Tensor) -> Tensor:
         """kM⁻ᵀ before it is rounded, in at least float32."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from duquant.formats import Codes, IntegerFormat, PackedCodes, code_sums, decode_weight, pack
 from duquant.ops import kernel_for
 from duquant.ops.base import Kernel, RowCodes
-from duquant.quantizer import Quantizer
+from duquant.quantizer import Quantizer, quantized
 
 
 class GroupInput(nn.Module):
@@ -61,7 +61,7 @@ class GroupInput(nn.Module):
 
     def _computed(self, x: Tensor) -> Tensor:
         y = self.transform(x)
-        return self.quantizer(y if self.shift is None else y - self.shift).to(x.dtype)
+        return quantized(self.quantizer, y if self.shift is None else y - self.shift, x.dtype)
 
     def _forget(self) -> None:
         self._seen, self._version, self._left, self._result, self._kernel = None, 0, 0, None, None
@@ -105,10 +105,10 @@ class QuantLinear(nn.Module):
         if kernel is None:
             return F.linear(self.group(x), self.decoded(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         multiply = self._multiply if kernel.traceable else self._multiply_untraced
-        return multiply(x, kernel).to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return multiply(x, kernel).view(*x.shape[:-1], self.out_features)
 
     def _multiply(self, x: Tensor, kernel: Kernel) -> Tensor:
-        return kernel.linear(self.group.encoded(x, kernel), self._prepared(kernel), self.bias)
+        return kernel.linear(self.group.encoded(x, kernel), self._prepared(kernel), self.bias, x.dtype)
 
     @torch.compiler.disable
     def _multiply_untraced(self, x: Tensor, kernel: Kernel) -> Tensor:

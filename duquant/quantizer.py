@@ -71,10 +71,19 @@ class Quantizer(nn.Module):
         """Scale and zero point of the clipped range of every vector: [..., 1]."""
         return self.format.parameters(*self.clip(*ends(vectors)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake quantization: decode(encode(x)), same shape and dtype as `x`."""
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Fake quantization: decode(encode(x)), in the shape of `x`, rounded once to `dtype` or to that of `x`."""
+        dtype, result = dtype or x.dtype, None
+        if x.device.type == "cuda":
+            from duquant.ops.fused import fake_quantize  # which itself needs quantizers
+
+            result = fake_quantize(x, self, dtype)
+        return self.computed(x, dtype) if result is None else result
+
+    def computed(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`forward` by torch's operations, which can be differentiated."""
         vectors = self.vectors(x)
-        return self.format.fake(vectors, self.parameters(vectors)).view(x.shape).to(x.dtype)
+        return self.format.fake(vectors, self.parameters(vectors)).view(x.shape).to(dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Codes:
@@ -109,10 +118,10 @@ class CenteredQuantizer(Quantizer):
         super().__init__(form, clip, group_size)
         self.register_buffer("mean", mean)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake quantization, same shape and dtype as `x`."""
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Fake quantization, in the shape of `x`, rounded to `dtype` or to that of `x`."""
         wide = widen(x)
-        return (super().forward(wide - self.mean) + self.mean).to(x.dtype)
+        return (super().forward(wide - self.mean) + self.mean).to(dtype or x.dtype)
 
     def encode(self, x: Tensor) -> Codes:
         """The codes of x − c."""
@@ -121,6 +130,11 @@ class CenteredQuantizer(Quantizer):
     def decode(self, codes: Codes) -> Tensor:
         """x̂ [..., C], c included, in the dtype of the scale."""
         return super().decode(codes) + self.mean
+
+
+def quantized(quantizer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Q(x) in `dtype`; `quantizer` may be anything that takes and gives a tensor, such as the identity."""
+    return quantizer(x, dtype) if isinstance(quantizer, Quantizer) else quantizer(x).to(dtype)
 
 
 def make_quantizer(scheme: TensorScheme, clip: nn.Module | None = None, mean: Tensor | None = None) -> nn.Module:

@@ -6,6 +6,7 @@ transform has no such excuse, and is compared to the bit.
 """
 
 import os
+import zlib
 
 import pytest
 import torch
@@ -13,14 +14,28 @@ from torch import Tensor, nn
 
 from duquant.formats import Codes, IntegerFormat, PackedCodes, code_sums, decode_weight, pack
 from duquant.linear import GroupInput, QuantLinear
+from duquant.ops import reference
 from duquant.ops import triton as ops
 from duquant.ops import triton_launch as launch
+from duquant.ops.triton_product import product, product_few
+from duquant.ops.triton_quantize import rotate
 from duquant.quantizer import FoundClip, NoClip, Quantizer, RatioClip
 from duquant.transform import DualTransform
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 TIE = 5e-3
 HALF = 2.0**-24  # of a float32's last bit, relative
+
+
+# each case has one of a kernel's tile sizes, all cases have all of them: to measure them all in each takes minutes
+TILES = {kernel: kernel.configs for kernel in (product, product_few, rotate)}
+
+
+@pytest.fixture(autouse=True)
+def one_tile(request, monkeypatch):
+    for kernel, configs in TILES.items():
+        chosen = zlib.crc32(request.node.name.encode()) % len(configs)
+        monkeypatch.setattr(kernel, "configs", [configs[chosen]])
 
 
 def generator(seed: int) -> torch.Generator:
@@ -192,6 +207,19 @@ def test_products_of_codes_of_all_widths_are_those_of_float64(rows, bits, symmet
     case.assert_close(case.found())
 
 
+@pytest.mark.parametrize("rows", [5, 40])
+def test_whichever_tile_is_measured_to_be_the_fastest_the_product_is_the_same(rows, monkeypatch):
+    case = Product(rows, 192, 70, 4, IntegerFormat(4))
+    expected = case.found()
+    for kernel, configs in TILES.items():
+        monkeypatch.setattr(kernel, "configs", configs)
+    assert torch.equal(case.found(), expected)
+    for kernel, configs in TILES.items():
+        for config in configs:
+            monkeypatch.setattr(kernel, "configs", [config])
+            assert torch.equal(case.found(), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 17])
 def test_the_product_is_rounded_to_the_dtype_asked_for_once(rows, dtype):
@@ -228,6 +256,38 @@ def test_a_weight_that_is_unpacked_first_has_the_products_of_a_packed_one_to_the
     monkeypatch.setattr(launch, "MANY_ROWS", 40)
     monkeypatch.setattr(launch, "_launch", None)
     assert torch.equal(case.found(**options), expected)
+
+
+@pytest.mark.parametrize("channels", [8, 104, 1096 if DEVICE.type == "cpu" else 40968])
+@pytest.mark.parametrize(("bits", "symmetric", "dtype"), [(4, False, torch.float32), (3, True, torch.float16)])
+def test_one_row_of_four_bits_read_in_words_has_the_product_of_the_reference(
+    channels, bits, symmetric, dtype, monkeypatch
+):
+    case = Product(2, channels, 21, bits, IntegerFormat(4, symmetric))
+    monkeypatch.setattr(launch, "_launch_few", None)
+    for rows in (slice(0, 1), slice(1, 2)):
+        found = case.found(dtype, rows, sums_of_weight=code_sums(case.packed, case.form), input_bits=bits)
+        row = Codes(*(each[rows] for each in case.input.tensors().values()))
+        exact = reference.linear(row, pack(case.weight, case.form), case.form, case.bias)
+        terms = (exact.abs() + case.bias.abs()).max()
+        assert (found.double() - exact).abs().max() <= (1e-6 if dtype is torch.float32 else 1e-3) * terms
+
+
+@pytest.mark.parametrize("channels", [1032, 4096] if DEVICE.type == "cpu" else [32776, 131072])
+def test_one_row_read_in_words_is_exact_where_all_codes_are_the_largest(channels, monkeypatch):
+    case = Product(1, channels, 9, 4, IntegerFormat(4))
+    monkeypatch.setattr(launch, "_launch_few", None)
+    case.bias = None
+    case.input = Codes(torch.full((1, channels), 15, dtype=torch.uint8), torch.ones(1, 1), torch.zeros(1, 1))
+    case.weight = Codes(torch.full((9, channels), 15, dtype=torch.uint8), torch.ones(9, 1), torch.zeros(9, 1))
+    found = case.found(sums_of_weight=code_sums(case.packed, case.form), input_bits=4)
+    assert torch.equal(found, torch.full((1, 9), 225.0 * channels).float())
+
+
+@pytest.mark.parametrize("channels", [100, 66])  # rows that are no whole words
+def test_one_row_of_four_bits_of_any_width_has_the_product_of_the_reference(channels):
+    case = Product(1, channels, 21, 4, IntegerFormat(4))
+    case.assert_close(case.found(sums_of_weight=code_sums(case.packed, case.form), input_bits=4))
 
 
 def test_zero_points_beyond_the_codes_are_taken_off_too():

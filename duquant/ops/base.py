@@ -50,8 +50,8 @@ class Kernel(Protocol):
     def packed(self, weight: Any, form: IntegerFormat) -> Tensor:
         """The packed codes of what `prepare` kept, where `recovers` says so: they need not be held beside it."""
 
-    def linear(self, x: RowCodes, weight: Any, bias: Tensor | None) -> Tensor:
-        """x̂ ŵᵀ + b [T, O], float32."""
+    def linear(self, x: RowCodes, weight: Any, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """x̂ ŵᵀ + b [T, O] in `dtype`, rounded to it from float32."""
 
 
 def encode(x: Tensor, transform: nn.Module, shift: Tensor | None, quantizer: Quantizer) -> RowCodes:

@@ -62,7 +62,7 @@ class ByteKernel:
         """See `Kernel.packed`."""
         return pack_last(weight.values.to_dense().t().view(torch.uint8) + half_range(form), form)
 
-    def linear(self, x: RowCodes, weight: ByteWeight, bias: Tensor | None) -> Tensor:
+    def linear(self, x: RowCodes, weight: ByteWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """See `Kernel.linear`; off by a few units in the last place, in float32, of the largest term."""
         multiply = _multiply_packed if isinstance(weight.values, PackedCodes) else _multiply_kept
         # y = s_x (s_w a(b − h)ᵀ − z_x s_w Σ(b − h) − (Σa − C z_x) s_w (z_w − h) + bias/s_x): all but the product, as a
@@ -70,7 +70,7 @@ class ByteKernel:
         columns, rows = [x.zero, x.sums - x.values.shape[1] * x.zero], weight.sides
         if bias is not None:
             columns, rows = [*columns, 1 / x.scale], torch.cat((rows, bias[None].to(rows.dtype)))
-        return multiply(x, weight, columns, rows)
+        return multiply(x, weight, columns, rows).to(dtype)
 
 
 def half_range(form: IntegerFormat) -> int:

@@ -10,9 +10,12 @@ With x̂ = (a − z_x)·s_x and ŵ = (b − z_w)·s_w,
 one product of integers and the sums of rows. Products go through the int8 tensor cores and are summed in int32, which
 is exact; weights stay packed in memory and are unpacked in registers.
 
-Both are custom operators, so `torch.compile` traces through them. On a GPU the first call for a shape measures several
-tile sizes (so it cannot be captured in a CUDA graph). With `TRITON_INTERPRET=1` set before Triton is imported
-everything runs on tensors of the CPU, slowly.
+Both are custom operators, so `torch.compile` traces through them. On a GPU the first call of a kernel compiles it,
+which takes half a second to two, for every dtype, number of bits and what else is a constant of it; what was compiled
+stays in Triton's cache on the disk. Products of 2 to 127 rows, or with groups, and rotations of other blocks than of
+16 to 128 then measure up to three tile sizes for every shape, half a second more (so such a first call cannot be
+captured in a CUDA graph); many rows, and one row of 4-bit codes, measure nothing. With `TRITON_INTERPRET=1` set before
+Triton is imported everything runs on tensors of the CPU, slowly.
 """
 
 from typing import NamedTuple
@@ -135,11 +138,11 @@ class TritonKernel:
         """See `Kernel.prepare`."""
         return PackedWeight(packed, sums, form)
 
-    def linear(self, x: RowCodes, weight: "PackedWeight", bias: Tensor | None) -> Tensor:
+    def linear(self, x: RowCodes, weight: "PackedWeight", bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """See `Kernel.linear`."""
         how = {"sums_of_weight": weight.sums, "input_bits": x.form.bits}
         inputs = (x.values, x.scale, x.zero, x.sums.to(torch.int32))
-        return linear(*inputs, weight.packed, weight.form, bias, torch.float32, **how)
+        return linear(*inputs, weight.packed, weight.form, bias, dtype, **how)
 
 
 class PackedWeight(NamedTuple):

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from duquant.formats import SCALE_LIMITS, ZERO_LIMITS, IntegerFormat, packed_width
-from duquant.ops.triton_product import finish, product, product_bytes, product_few, unpack_bytes
+from duquant.ops.triton_product import (
+    EXACT_STEPS,
+    finish,
+    product,
+    product_bytes,
+    product_few,
+    row_words,
+    unpack_bytes,
+)
 from duquant.ops.triton_quantize import MATRIX_FACTOR, ROUNDING, quantize, rotate, rotate_halves
 from duquant.ops.triton_tools import interpreted, triton
 
@@ -14,7 +22,9 @@ PART_ELEMENTS = 2**24  # of the rows that are rotated at once: two float32 copie
 HALVED_BLOCKS = (16, 32, 64, 128)  # rotations that fit a program twice in float16
 HALVES = (64, 4, 1)  # rows, warps, stages of `rotate_halves`
 ROTATING_PROGRAMS = 4  # for each multiprocessor: each reads the rotation once
-MANY_ROWS = 256  # from here on unpacking the weight first costs less than unpacking it for every tile of rows
+MANY_ROWS = 128  # a tile of `product_bytes`: from here on unpacking the weight first pays
+BYTE_TILE = (128, 128, 4, 3)  # rows, outputs, warps, stages of `product_bytes`
+WORD_TILE = (8, 128, 4, 3)  # outputs, numbers of 32 bits, warps, stages of `row_words`
 FEW_ROWS = 16  # up to here the weight is all the traffic, and the channels are dealt to several programs
 UNPACKED = 4096  # packed bytes that a program unpacks
 PROGRAMS_PER_PROCESSOR = 4  # enough loads in flight to keep the memory of a GPU busy
@@ -26,7 +36,7 @@ def ranges(scale: Tensor) -> int:
     return scale.shape[1] if scale.dim() == 3 else 1
 
 
-def _power_of_two(number: int, least: int, most: int) -> int:
+def power_of_two(number: int, least: int, most: int) -> int:
     """The power of two that holds `number`, between two others."""
     return min(max(1 << (number - 1).bit_length(), least), most)
 
@@ -48,7 +58,7 @@ def quantize_rows(
     """`duquant.ops.triton.quantize_rows`, in the types an operator of torch has."""
     results = _empty_rows(x, IntegerFormat(bits), group_size, packed)
     if x.numel():
-        with _on(x.device):
+        with on(x.device):
             for part in _row_parts(*x.shape):
                 y = x[part].contiguous()
                 for index, rotation in enumerate(rotations):
@@ -91,7 +101,7 @@ def _rotated(x: Tensor, rotation: Tensor, permutation: Tensor | None, scale: Ten
     y = y.T if gathered else y
     if size in HALVED_BLOCKS:
         most, warps, stages = HALVES
-        block_t = 16 if interpreted() else _power_of_two(rows, 16, most)
+        block_t = 16 if interpreted() else power_of_two(rows, 16, most)
         tiles, blocks = triton.cdiv(rows, block_t), channels // size
         each = max(1, tiles * blocks // (_processors(x.device) * ROTATING_PROGRAMS))
         rotate_halves[(tiles, triton.cdiv(blocks, each))](
@@ -101,7 +111,7 @@ def _rotated(x: Tensor, rotation: Tensor, permutation: Tensor | None, scale: Ten
             num_warps=warps if block_t == most else 4, num_stages=stages, **AS_WRITTEN,
         )  # fmt: skip
         return y
-    block_n = _power_of_two(size, 16, 128)
+    block_n = power_of_two(size, 16, 128)
 
     def grid(meta: dict) -> tuple[int, int]:
         return triton.cdiv(rows, meta["BLOCK_T"]), channels // size * triton.cdiv(size, block_n)
@@ -109,7 +119,7 @@ def _rotated(x: Tensor, rotation: Tensor, permutation: Tensor | None, scale: Ten
     rotate[grid](
         x, y, rotation, permutation, scale, rows, channels, _rows_key(rows), *x.stride(), *y.stride(),
         B=size, GATHER=permutation is not None, SCALED=scale is not None, PRECISION=_precision(x.device),
-        BLOCK_N=block_n, BLOCK_K=_power_of_two(size, 16, 32),
+        BLOCK_N=block_n, BLOCK_K=power_of_two(size, 16, 32),
     )  # fmt: skip
     return y
 
@@ -129,13 +139,13 @@ def _launch_rounding(
     """`quantize` over the vectors of y [T, C]; `outputs`: codes, scales, zero points and sums, to be filled."""
     channels = y.shape[1]
     length = group_size or channels
-    vectors, block = y.numel() // length, _power_of_two(length, 16, 64 if interpreted() else 4096)
-    block_v = _power_of_two(4096 // block, 1, 32)
+    vectors, block = y.numel() // length, power_of_two(length, 16, 64 if interpreted() else 4096)
+    block_v = power_of_two(4096 // block, 1, 32)
     quantize[(triton.cdiv(vectors, block_v),)](
         y, scale, shift, low_ratio, high_ratio, *outputs, vectors, channels, length, *SCALE_LIMITS, *ZERO_LIMITS,
         BITS=bits, SYMMETRIC=symmetric, SCALED=scale is not None, SHIFTED=shift is not None,
-        PER_BYTE=8 // bits if packed else 1, INVERTED=_inverted(y.device), ROUNDING=ROUNDING,
-        BLOCK_V=block_v, BLOCK_C=block, num_warps=_power_of_two(block * block_v // 512, 1, 8), **AS_WRITTEN,
+        PER_BYTE=8 // bits if packed else 1, INVERTED=inverted(y.device), ROUNDING=ROUNDING,
+        BLOCK_V=block_v, BLOCK_C=block, num_warps=power_of_two(block * block_v // 512, 1, 8), **AS_WRITTEN,
     )  # fmt: skip
 
 
@@ -144,7 +154,7 @@ def _precision(device: torch.device) -> str:
     return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
 
 
-def _inverted(device: torch.device) -> bool:
+def inverted(device: torch.device) -> bool:
     """Whether torch divides by a number there by multiplying with its reciprocal, the last bit of which shows."""
     return device.type == "cuda"
 
@@ -156,10 +166,10 @@ def _processors(device: torch.device) -> int:
 
 def _rows_key(rows: int) -> int:
     """Numbers of rows that share a configuration: prompts have all lengths, and each would be measured."""
-    return _power_of_two(rows, 1, 8192)
+    return power_of_two(rows, 1, 8192)
 
 
-def _on(device: torch.device) -> AbstractContextManager:
+def on(device: torch.device) -> AbstractContextManager:
     """Inside the block Triton launches on `device`."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -195,8 +205,10 @@ def linear(
         "BIASED": bias is not None,
         **AS_WRITTEN,
     }
-    with _on(codes.device):
-        if rows <= FEW_ROWS and max(numbers) == 1:
+    with on(codes.device):
+        if rows == 1 and max(numbers) == 1 and _in_words(tensors, channels, bits, input_bits):
+            _launch_row(tensors, outputs, channels, options["BIASED"])
+        elif rows <= FEW_ROWS and max(numbers) == 1:
             _launch_few(tensors, rows, outputs, channels, options)
         elif rows >= MANY_ROWS and max(numbers) == 1 and options["W_SUMS"] and channels % _byte_block() == 0:
             _launch_bytes(tensors, rows, outputs, channels, options)
@@ -241,9 +253,30 @@ def _launch_bytes(tensors: list[Tensor | None], rows: int, outputs: int, channel
     codes = tensors[0] ^ 128 if options["X_OFFSET"] else tensors[0]
     sides = [codes.view(torch.int8), *tensors[1:4], weight.view(torch.int8), *tensors[5:]]
     shared = {name: value for name, value in options.items() if name != "W_SUMS"}
-    product_bytes[lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(outputs, meta["BLOCK_O"]),)](
-        *sides, rows, outputs, channels, _rows_key(rows), BLOCK_C=_byte_block(), **shared
-    )
+    block_t, block_o, warps, stages = (16, 32, 4, 1) if interpreted() else BYTE_TILE
+    product_bytes[(triton.cdiv(rows, block_t) * triton.cdiv(outputs, block_o),)](
+        *sides, rows, outputs, channels, BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_C=_byte_block(),
+        num_warps=warps, num_stages=stages, **shared,
+    )  # fmt: skip
+
+
+def _in_words(tensors: list[Tensor | None], channels: int, bits: int, input_bits: int) -> bool:
+    """Whether `row_words` reads these: 4 bits on both sides, whole numbers of 32 bits in a row, where such may lie."""
+    codes, values, sums_of_weight = tensors[0], tensors[4], tensors[7]
+    aligned = channels % 8 == 0 and codes.data_ptr() % 8 == 0 and values.data_ptr() % 4 == 0
+    return bits == 4 and input_bits <= 4 and sums_of_weight is not None and aligned
+
+
+def _launch_row(tensors: list[Tensor | None], outputs: int, channels: int, biased: bool) -> None:
+    """`row_words` over tiles of outputs."""
+    block_o, least, warps, stages = WORD_TILE
+    # long rows are taken in wider steps, so that there are at most EXACT_STEPS
+    block_w = power_of_two(triton.cdiv(channels // 8, EXACT_STEPS), 4 if interpreted() else least, 2**20)
+    sides = [tensors[0].view(torch.uint64), *tensors[1:4], tensors[4].view(torch.uint32), *tensors[5:]]
+    row_words[(triton.cdiv(outputs, block_o),)](
+        *sides, outputs, channels, BIASED=biased, BLOCK_O=block_o, BLOCK_W=block_w, STAGES=stages,
+        num_warps=warps, **AS_WRITTEN,
+    )  # fmt: skip
 
 
 def _launch_few(tensors: list[Tensor | None], rows: int, outputs: int, channels: int, options: dict) -> None:

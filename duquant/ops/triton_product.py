@@ -7,19 +7,10 @@ from __future__ import annotations  # the annotations name what is not there wit
 
 from duquant.ops.triton_tools import autotuned, jit, tl
 
-# the first is what the interpreter runs
-PRODUCT_CONFIGS = [  # rows, outputs, warps, stages
-    (16, 32, 4, 4),
-    (16, 64, 4, 4),
-    (32, 64, 4, 4),
-    (64, 64, 4, 4),
-    (64, 128, 4, 3),
-    (128, 64, 4, 3),
-    (128, 128, 8, 3),
-    (256, 128, 8, 3),
-]
-FEW_CONFIGS = [(16, 4, 3), (32, 4, 3), (32, 4, 5), (64, 4, 3), (64, 8, 4)]  # outputs, warps, stages
-BYTE_CONFIGS = [(128, 256, 8, 4), (128, 128, 8, 4), (128, 256, 8, 3)]  # rows, outputs, warps, stages
+# few, for each is compiled and measured when a shape first comes; the first is what the interpreter runs
+PRODUCT_CONFIGS = [(32, 64, 4, 4), (64, 64, 4, 4), (128, 128, 8, 3)]  # rows, outputs, warps, stages
+FEW_CONFIGS = [(32, 4, 5), (64, 4, 3), (64, 8, 4)]  # outputs, warps, stages
+EXACT_STEPS = 32  # of `row_words`, each of which adds two products of codes four times: 32 · 4 · 2 · 15² < 2¹⁶
 
 
 @jit
@@ -208,6 +199,36 @@ def product(
         )  # fmt: skip
 
 
+@jit
+def row_words(
+    x, x_scales, x_zeros, x_sums, w, w_scales, w_zeros, w_sums, bias, y, outputs, channels,
+    BIASED: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y [1, O] for codes of 4 bits on both sides: x [C] as numbers of 64 bits, w [O, C/2] as numbers of 32 bits.
+
+    A number of w holds 8 codes, of which the bits 4k … 4k + 3 and 16 + 4k … are those of the channels k and k + 4. With
+    the codes of x the other way round, (b_k + 2¹⁶ b_{k+4}) · (a_{k+4} + 2¹⁶ a_k) mod 2³² has b_k a_k + b_{k+4} a_{k+4}
+    in its upper half: one multiplication for two products. Both halves of a sum stay below 2¹⁶ for EXACT_STEPS steps.
+    """
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    words = channels // 8
+    w_rows = w + (o % outputs).to(tl.int64)[:, None] * words
+    total = tl.zeros([BLOCK_O, BLOCK_W], tl.uint32)
+    for start in tl.range(0, words, BLOCK_W, num_stages=STAGES):
+        i = start + tl.arange(0, BLOCK_W)
+        a = tl.load(x + i, mask=i < words, other=0)
+        b = tl.load(w_rows + i[None, :], mask=(i < words)[None, :], other=0)
+        lower, upper = a.to(tl.uint32), (a >> 32).to(tl.uint32)
+        for k in tl.static_range(4):
+            pair = (upper >> 8 * k & 15) | ((lower >> 8 * k & 15) << 16)
+            total += (b >> 4 * k & 0x000F000F) * pair[None, :]
+    whole = tl.sum((total >> 16).to(tl.int32), axis=1)
+    decode_and_write(
+        whole[:, None], 0, x_scales, x_zeros, x_sums, w_scales, w_zeros, w_sums, bias, y,
+        1, outputs, channels, tl.arange(0, 1), o, 0, 0, 4, True, BIASED,
+    )  # fmt: skip
+
+
 @autotuned(("BLOCK_O",), FEW_CONFIGS, ["BLOCK_T", "outputs", "channels", "BITS"])
 @jit
 def product_few(
@@ -288,10 +309,9 @@ def unpack_bytes(w, b, count, BITS: tl.constexpr, PER_BYTE: tl.constexpr, W_OFFS
     tl.store(b + at, spread, mask=at < count)
 
 
-@autotuned(("BLOCK_T", "BLOCK_O"), BYTE_CONFIGS, ["rows_key", "outputs", "channels"])
 @jit
 def product_bytes(
-    x, x_scales, x_zeros, x_sums, w, w_scales, w_zeros, w_sums, bias, y, rows, outputs, channels, rows_key,
+    x, x_scales, x_zeros, x_sums, w, w_scales, w_zeros, w_sums, bias, y, rows, outputs, channels,
     X_OFFSET: tl.constexpr, W_OFFSET: tl.constexpr, BITS: tl.constexpr, BIASED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip

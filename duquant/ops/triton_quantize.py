@@ -64,6 +64,22 @@ def vector_part(
 
 
 @jit
+def nothing(SIZE: tl.constexpr):
+    """The ends of SIZE ranges in which nothing is: ∞ and −∞."""
+    return tl.full([SIZE], float("inf"), tl.float32), tl.full([SIZE], float("-inf"), tl.float32)
+
+
+@jit
+def ends(part, inside, low, high):
+    """Ranges low … high widened to a part of their vectors, float32; not numbers where one of it is not."""
+    broken = tl.max((part != part).to(tl.int32), axis=1) > 0  # a minimum of Triton passes over those
+    least = tl.where(broken, float("nan"), tl.min(tl.where(inside, part, float("inf")), axis=1))
+    most = tl.where(broken, float("nan"), tl.max(tl.where(inside, part, float("-inf")), axis=1))
+    low = tl.minimum(low, least, propagate_nan=tl.PropagateNan.ALL)
+    return low, tl.maximum(high, most, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def parameters(
     low, high, scale_low, scale_high, zero_low, zero_high,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, INVERTED: tl.constexpr, ROUNDING: tl.constexpr,
@@ -73,12 +89,13 @@ def parameters(
     INVERTED: as torch on a GPU, which divides by a number by multiplying with its reciprocal.
     """
     STEPS: tl.constexpr = 2 ** (BITS - 1) - 1 if SYMMETRIC else 2**BITS - 1
-    span = tl.maximum(tl.abs(low), tl.abs(high)) if SYMMETRIC else high - low
+    # of a range that is not a number neither is the scale
+    span = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL) if SYMMETRIC else high - low
     if INVERTED:  # noqa: SIM108 - only one branch is compiled
         step = span * (1.0 / STEPS)
     else:
         step = tl.div_rn(span, tl.full(span.shape, STEPS, tl.float32))
-    step = tl.minimum(tl.maximum(step, scale_low), scale_high)
+    step = tl.clamp(step, scale_low, scale_high, propagate_nan=tl.PropagateNan.ALL)
     if SYMMETRIC:
         zero = tl.full(span.shape, STEPS, tl.float32)
     else:
@@ -88,9 +105,9 @@ def parameters(
 
 @jit
 def rounded(x, steps, zero, BITS: tl.constexpr, ROUNDING: tl.constexpr):
-    """The codes of x, int32; `steps` of the shape of x. Beyond 2²² no integers are added, but far outside the codes."""
+    """The codes of x, float32; `steps` of its shape. Beyond 2²² no integers are added, but far outside the codes."""
     code = tl.div_rn(x, steps) + ROUNDING - ROUNDING + zero
-    return tl.minimum(tl.maximum(code, 0.0), 2**BITS - 1.0).to(tl.int32)
+    return tl.minimum(tl.maximum(code, 0.0), 2**BITS - 1.0)
 
 
 @jit
@@ -105,13 +122,11 @@ def quantize(
     A row of `channels` holds channels / length vectors. PER_BYTE codes go into a byte; `codes` [vectors, ⌈length / n⌉].
     """
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    low = tl.full([BLOCK_V], float("inf"), tl.float32)
-    high = tl.full([BLOCK_V], float("-inf"), tl.float32)
+    low, high = nothing(BLOCK_V)
     for start in range(0, length, BLOCK_C):
         i = start + tl.arange(0, BLOCK_C)
         part, inside = vector_part(y, scale, shift, vectors, v, i, channels, length, SCALED, SHIFTED)
-        low = tl.minimum(low, tl.min(tl.where(inside, part, float("inf")), axis=1))
-        high = tl.maximum(high, tl.max(tl.where(inside, part, float("-inf")), axis=1))
+        low, high = ends(part, inside, low, high)
     step, zero = parameters(
         low * tl.load(low_ratio).to(tl.float32), high * tl.load(high_ratio).to(tl.float32),
         scale_low, scale_high, zero_low, zero_high, BITS, SYMMETRIC, INVERTED, ROUNDING,
@@ -124,7 +139,7 @@ def quantize(
     for start in range(0, length, BLOCK_C):
         i = start + tl.arange(0, BLOCK_C)
         part, inside = vector_part(y, scale, shift, vectors, v, i, channels, length, SCALED, SHIFTED)
-        code = rounded(part, steps, zero[:, None], BITS, ROUNDING)
+        code = rounded(part, steps, zero[:, None], BITS, ROUNDING).to(tl.int32)
         code = tl.where(inside, code, 0)
         total += tl.sum(code, axis=1)
         if PER_BYTE > 1:
@@ -134,6 +149,53 @@ def quantize(
         at = v.to(tl.int64)[:, None] * width + byte[None, :]
         tl.store(codes + at, code.to(tl.uint8), mask=(v < vectors)[:, None] & (byte < width)[None, :])
     tl.store(sums + v, total, mask=v < vectors)
+
+
+@jit
+def fake_quantize(
+    x, y, ratios, low_ratio, high_ratio, vectors, length, groups, size_1, size_2,
+    x_0, x_1, x_2, y_0, y_1, y_2, scale_low, scale_high, zero_low, zero_high,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, RATIOS: tl.constexpr, INVERTED: tl.constexpr, ROUNDING: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = (q − zero) · scale for the codes q of some vectors of x [·, size_1, size_2, groups · length].
+
+    `x_0` … `y_2`: the strides of the first three dimensions; that of the last is 1. RATIOS: what the ends of a range
+    are multiplied by is `ratios` [2], instead of two numbers. WHOLE: a vector fits BLOCK_C, and is read once.
+    """
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    row, skipped = v // groups, v % groups * length
+    first, middle, last = (row // (size_1 * size_2)).to(tl.int64), (row // size_2 % size_1).to(tl.int64), row % size_2
+    x_rows = (x + first * x_0 + middle * x_1 + last.to(tl.int64) * x_2 + skipped)[:, None]
+    y_rows = (y + first * y_0 + middle * y_1 + last.to(tl.int64) * y_2 + skipped)[:, None]
+    i = tl.arange(0, BLOCK_C)[None, :]
+    exists = (v < vectors)[:, None]
+    if RATIOS:
+        low_ratio = tl.load(ratios).to(tl.float32)
+        high_ratio = tl.load(ratios + 1).to(tl.float32)
+    low, high = nothing(BLOCK_V)
+    inside = exists & (i < length)
+    part = tl.load(x_rows + i, mask=inside, other=0).to(tl.float32)
+    low, high = ends(part, inside, low, high)
+    if not WHOLE:
+        for start in range(BLOCK_C, length, BLOCK_C):
+            inside = exists & (start + i < length)
+            part = tl.load(x_rows + start + i, mask=inside, other=0).to(tl.float32)
+            low, high = ends(part, inside, low, high)
+    step, zero = parameters(
+        low * low_ratio, high * high_ratio, scale_low, scale_high, zero_low, zero_high,
+        BITS, SYMMETRIC, INVERTED, ROUNDING,
+    )  # fmt: skip
+    steps = tl.broadcast_to(step[:, None], [BLOCK_V, BLOCK_C])
+    if WHOLE:
+        result = (rounded(part, steps, zero[:, None], BITS, ROUNDING) - zero[:, None]) * steps
+        tl.store(y_rows + i, result.to(y.dtype.element_ty), mask=inside)
+    else:
+        for start in range(0, length, BLOCK_C):
+            inside = exists & (start + i < length)
+            part = tl.load(x_rows + start + i, mask=inside, other=0).to(tl.float32)
+            result = (rounded(part, steps, zero[:, None], BITS, ROUNDING) - zero[:, None]) * steps
+            tl.store(y_rows + start + i, result.to(y.dtype.element_ty), mask=inside)
 
 
 @jit

@@ -78,7 +78,7 @@ def test_the_kernel_is_the_reference_within_the_rounding_of_its_terms(form, shap
     bias = torch.randn(outputs, generator=torch.Generator().manual_seed(2))
     kernel = ByteKernel()
     prepared = kernel.prepare(weight, code_sums(weight, form), form, keep)
-    off = (kernel.linear(x, prepared, bias) - reference.linear(x.codes, weight, form, bias)).abs()
+    off = (kernel.linear(x, prepared, bias, torch.float32) - reference.linear(x.codes, weight, form, bias)).abs()
     assert (off <= 6 * 2**-24 * (largest_term(x, weight, form) + bias.abs())).all()
 
 
@@ -88,9 +88,21 @@ def test_inputs_and_weights_may_have_other_formats(form):
     x, other = coded(some_rows(9, 40), form), IntegerFormat(12 - form.bits)
     weight, kernel = some_weight(21, 40, other), ByteKernel()
     for keep in (False, True):
-        y = kernel.linear(x, kernel.prepare(weight, code_sums(weight, other), other, keep), None)
+        y = kernel.linear(x, kernel.prepare(weight, code_sums(weight, other), other, keep), None, torch.float32)
         exact = reference.linear(x.codes, weight, other)
         assert ((y - exact).abs() <= 6 * 2**-24 * largest_term(x, weight, other)).all()
+
+
+@needs_bytes
+@pytest.mark.parametrize("keep", [False, True], ids=["per call", "kept"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_product_is_rounded_once_to_the_dtype_asked_for(dtype, keep):
+    form, kernel = IntegerFormat(4), ByteKernel()
+    x, weight = coded(some_rows(9, 40), form), some_weight(21, 40, form)
+    prepared = kernel.prepare(weight, code_sums(weight, form), form, keep)
+    assert torch.equal(
+        kernel.linear(x, prepared, None, dtype), kernel.linear(x, prepared, None, torch.float32).to(dtype)
+    )
 
 
 @needs_bytes
@@ -130,14 +142,14 @@ def tried_anew():
 class Wrong(ByteKernel):
     """A kernel that gives something else."""
 
-    def linear(self, x, weight, bias):
-        return super().linear(x, weight, bias) + 1
+    def linear(self, x, weight, bias, dtype):
+        return super().linear(x, weight, bias, dtype) + 1
 
 
 class Broken(ByteKernel):
     """A kernel whose operator is not there."""
 
-    def linear(self, x, weight, bias):
+    def linear(self, x, weight, bias, dtype):
         raise NotImplementedError("no such operator")
 
 

@@ -1,0 +1,126 @@
+"""Fake quantization on a GPU in one pass: `Quantizer.forward` to the bit, without a dozen elementwise operations.
+
+The kernel reads what is quantized once and writes it once. It is used where Triton is there and, tried once for each
+format on a few vectors, it gives what torch's operations give; where gradients are needed, while something is traced
+and for clips that do more than multiply the ends of a range, torch's operations are.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from duquant.formats import SCALE_LIMITS, ZERO_LIMITS, IntegerFormat
+from duquant.ops.triton import available, clip_ratios
+from duquant.ops.triton_launch import AS_WRITTEN, inverted, on, power_of_two
+from duquant.ops.triton_quantize import ROUNDING
+from duquant.ops.triton_quantize import fake_quantize as kernel
+from duquant.ops.triton_tools import interpreted, triton
+
+if TYPE_CHECKING:
+    from duquant.quantizer import Quantizer
+
+logger = logging.getLogger(__name__)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LONGEST = 16384  # channels that a program holds at once: 32 a thread
+TILE = 4096  # numbers of several short vectors that a program takes
+
+
+def fake_quantize(x: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> Tensor | None:
+    """`quantizer.computed(x, dtype)` from the kernel; None where that does not serve."""
+    if x.device.type != "cuda" or not served(x, quantizer, dtype) or not works(x.device.type, quantizer.format):
+        return None
+    return launched(x, quantizer, dtype)
+
+
+def served(x: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> bool:
+    """Whether the kernel computes this: plain tensors, nothing traced, nothing differentiated, a clip of ratios."""
+    # a compiler fuses these operations by itself; a subclass of Tensor may be one without content
+    if type(x) is not Tensor or torch.compiler.is_compiling() or not x.numel() or not {x.dtype, dtype} <= {*DTYPES}:
+        return False
+    ratios = clip_ratios(quantizer.clip)
+    parts = (x, *(each for each in ratios or () if isinstance(each, Tensor)))
+    return ratios is not None and not (torch.is_grad_enabled() and any(part.requires_grad for part in parts))
+
+
+@cache
+def works(device: str, form: IntegerFormat) -> bool:
+    """Whether the kernel gives on a type of device what torch gives, for this format. Tried and announced once."""
+    if not available(torch.device(device)):
+        return False
+    try:
+        same = trial(torch.device(device), form)
+    except RuntimeError as problem:
+        same, reason = False, str(problem).splitlines()[0]
+    else:
+        reason = "its numbers are not torch's"
+    if not same:
+        logger.warning("fake quantization to %d bits in one kernel does not work here: %s", form.bits, reason)
+        return False
+    logger.info("fake quantization to %d bits is one kernel (Triton)", form.bits)
+    return True
+
+
+def trial(device: torch.device, form: IntegerFormat) -> bool:
+    """Whether some vectors, of all sizes and on either side of zero, are rounded to the bit as torch rounds them."""
+    from duquant.quantizer import Quantizer, RatioClip  # which looks for this module
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 256, generator=generator) * torch.logspace(-6, 6, 64)[:, None]
+    x = (x + x.abs().amax(dim=1, keepdim=True) * torch.arange(-2, 2).repeat(16)[:, None] / 2).to(device)
+    quantizer = Quantizer(form, RatioClip(0.9))
+    pairs = [(each, dtype) for each in (x, x.half()) for dtype in (torch.float32, torch.float16)]
+    with torch.no_grad():
+        return all(
+            torch.equal(launched(each, quantizer, dtype), quantizer.computed(each, dtype)) for each, dtype in pairs
+        )
+
+
+def launched(x: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> Tensor:
+    """`quantizer.computed(x, dtype)` from the kernel, laid out as `x` is where its last dimension is dense."""
+    low, high = clip_ratios(quantizer.clip)
+    ratios = getattr(quantizer.clip, "ratios", None)
+    if ratios is not None:
+        low, high, ratios = 1.0, 1.0, ratios.contiguous()
+    dense = x if x.stride(-1) == 1 else x.contiguous()
+    shaped = dense if x.dim() <= 4 else dense.flatten(0, -4)
+    form = quantizer.format
+    y = operator(shaped, ratios, low, high, form.bits, form.symmetric, quantizer.group_size or x.shape[-1], dtype)
+    return y.view(x.shape)
+
+
+@torch.library.custom_op("duquant::triton_fake_quantize", mutates_args=())
+def operator(
+    x: Tensor,
+    ratios: Tensor | None,
+    low_ratio: float,
+    high_ratio: float,
+    bits: int,
+    symmetric: bool,
+    length: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Fake quantization of vectors of `length` along the last axis of `x`, of up to four dimensions, as `dtype`."""
+    y = torch.empty_like(x, dtype=dtype)
+    groups, (_, *sizes) = x.shape[-1] // length, (1,) * (4 - x.dim()) + tuple(x.shape[:-1])
+    x_strides, y_strides = ((0,) * (4 - x.dim()) + each.stride()[:-1] for each in (x, y))
+    block = power_of_two(length, 16, 64 if interpreted() else LONGEST)
+    block_v = power_of_two(TILE // block, 1, 32)
+    vectors = x.numel() // length
+    with on(x.device):
+        kernel[(triton.cdiv(vectors, block_v),)](
+            x, y, ratios, low_ratio, high_ratio, vectors, length, groups, *sizes, *x_strides, *y_strides,
+            *SCALE_LIMITS, *ZERO_LIMITS, BITS=bits, SYMMETRIC=symmetric, RATIOS=ratios is not None,
+            INVERTED=inverted(x.device), ROUNDING=ROUNDING, WHOLE=length <= block, BLOCK_V=block_v, BLOCK_C=block,
+            num_warps=power_of_two(block * block_v // 512, 1, 16), **AS_WRITTEN,
+        )  # fmt: skip
+    return y
+
+
+@operator.register_fake
+def _(x, ratios, low_ratio, high_ratio, bits, symmetric, length, dtype):
+    return torch.empty_like(x, dtype=dtype)

@@ -149,7 +149,7 @@ def _window_means(
 
     One window of one variant at a time: logits over a large vocabulary are the largest tensors of all.
     """
-    means = torch.full((len(variants), len(tokens), 2), math.nan, dtype=torch.float64)
+    means = torch.full((len(variants), len(tokens), 2), math.nan, dtype=torch.float64, device=device)
 
     def logits_of(hidden: Tensor) -> Tensor:
         return head_logits(model, spec, window[None], hidden.to(device))[0, :-1].float()
@@ -162,7 +162,7 @@ def _window_means(
                 mean[0] = F.cross_entropy(logits, window[1:]).double()
                 if wanted is not None:
                     mean[1] = token_divergence(wanted, logits).mean().double()
-    return means
+    return means.cpu()
 
 
 def token_divergence(wanted: Tensor, logits: Tensor) -> Tensor:

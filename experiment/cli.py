@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 import signal
 import sys
@@ -81,6 +82,8 @@ def run_script(parse_flags: Callable[[], argparse.Namespace], main: Callable[[ar
     Wrong input ends it with one line on stderr and exit code 2, Ctrl-C with 130, any other failure with 1.
     """
     setup_console()
+    # read when torch is imported: threads that spin while they wait make a busy machine several times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     signal.signal(signal.SIGTERM, _terminate)
     try:
         args = parse_flags()

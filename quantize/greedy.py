@@ -17,7 +17,8 @@ SMALL_PRODUCT = 2**22  # multiply-adds of one step below which it runs on one th
 STEPS_PER_CHECK = 16  # steps between two looks at whether more rows are needed: each look waits for the device
 PREFIXES_CHECKED = 8  # of a search on chosen rows, how many of the best prefixes are looked at on all rows
 FACTOR_ELEMENTS = 2**22  # of the matrices that are multiplied up at once
-LEAST_CAPTURED = 64  # rows; on a GPU numbers of rows are rounded up to powers of two, each of which is captured once
+# On a GPU so many rows take a step as fast as few, and numbers of rows are powers of two: each is captured once.
+LEAST_CAPTURED = 2048
 
 
 @dataclass(frozen=True)

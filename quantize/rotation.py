@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 from quantize.settings import RotationOrder
+from utils.device import cpu_threads
+
+SMALL = 256  # channels, up to which waking threads costs more than it gives
 
 
 def base_rotation(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -27,7 +30,8 @@ def base_rotation(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """Q = diag(1, q) [size, size], float64, with q drawn uniformly (Haar) from the orthogonal matrices."""
     gaussian = torch.randn(size - 1, size - 1, dtype=torch.float64, generator=generator)
-    q, r = torch.linalg.qr(gaussian)
+    with cpu_threads(1 if size <= SMALL else None):
+        q, r = torch.linalg.qr(gaussian)
     return torch.block_diag(torch.ones(1, 1, dtype=torch.float64), q * r.diagonal().sign())
 
 

@@ -54,8 +54,8 @@ def works(device: str, form: IntegerFormat) -> bool:
         return False
     try:
         same = trial(torch.device(device), form)
-    except RuntimeError as problem:
-        same, reason = False, str(problem).splitlines()[0]
+    except Exception as problem:  # a compiler that is missing, or fails in a way of its own
+        same, reason = False, (str(problem).splitlines() or [type(problem).__name__])[0]
     else:
         reason = "its numbers are not torch's"
     if not same:

@@ -38,7 +38,7 @@ def first_layer(family: str, tokens: Tensor = SEEN) -> SimpleNamespace:
     return SimpleNamespace(layer=layer, spec=spec.at(0), hidden=calls.hidden, kwargs=calls.kwargs[0], inputs=inputs)
 
 
-def view_of(case: SimpleNamespace, centered: bool = False, keep_rows: bool = False):
+def view_of(case: SimpleNamespace, centered: bool = False, keep_rows: torch.device | None = None):
     with viewed(case.layer, case.spec, SEEN.numel(), centered, keep_rows) as view:
         for sample in case.hidden.split(2):
             layer_output(case.layer, sample, case.kwargs)
@@ -98,7 +98,7 @@ def test_a_token_of_zeros_has_no_weight():
 @every_family
 def test_rows_are_kept_in_the_order_of_the_samples_if_they_are_wanted(family):
     case = first_layer(family)
-    view = view_of(case, keep_rows=True)
+    view = view_of(case, keep_rows=torch.device("cpu"))
     for group in case.spec.groups:
         if len(group.inputs) == 1:
             assert torch.equal(view.rows[group.name], rows_of(case, group))

@@ -15,6 +15,7 @@ from utils.log import setup_console
 from utils.settings import destination, from_flags, start_flags_from, way_off
 
 Settings = TypeVar("Settings")
+SPINS = "3000"  # some microseconds, in which an idle machine is at the barrier
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -82,8 +83,9 @@ def run_script(parse_flags: Callable[[], argparse.Namespace], main: Callable[[ar
     Wrong input ends it with one line on stderr and exit code 2, Ctrl-C with 130, any other failure with 1.
     """
     setup_console()
-    # read when torch is imported: threads that spin while they wait make a busy machine several times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # read when torch is imported: threads that spin for long while they wait make a busy machine several times slower
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         args = parse_flags()

@@ -15,10 +15,10 @@ from utils.device import cpu_threads
 
 SMALL_PRODUCT = 2**22  # multiply-adds of one step below which it runs on one thread of the CPU
 STEPS_PER_CHECK = 16  # steps between two looks at whether more rows are needed: each look waits for the device
-PREFIXES_CHECKED = 8  # of a search on chosen rows, how many of the best prefixes are looked at on all rows
+PREFIXES_CHECKED = 4  # of a search on chosen rows, how many of the best prefixes are looked at on all rows
 FACTOR_ELEMENTS = 2**22  # of the matrices that are multiplied up at once
 # On a GPU so many rows take a step as fast as few, and numbers of rows are powers of two: each is captured once.
-LEAST_CAPTURED = 2048
+LEAST_CAPTURED = 512
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def greedy_rotation(
     most = len(rows) if most is None else min(most, len(rows))
     norms, numbers = rows.norm(dim=1).sort(descending=True, stable=True)
     margin = 1 - 64 * torch.finfo(rows.dtype).eps  # norms and extremes are rounded: let a row join a little early
-    search, exact = _Search(rows, numbers, step.to(rows.device), rule), True
+    search, exact = _Search(rows, numbers, step.to(rows.device), rule, most), True
 
     def needed(*floors: Tensor) -> list[int]:
         """How many rows can hold an extreme, for each floor; all are read in one wait for the device."""
@@ -70,11 +70,11 @@ def greedy_rotation(
     (active,) = needed(torch.maximum(state.floor, rows.abs().max() / len(step) ** 0.5))
     for done in range(0, steps, STEPS_PER_CHECK):
         count = min(STEPS_PER_CHECK, steps - done)
-        state = search.resize(state, min(active, most))
+        state = search.resize(state, active)
         ahead = search.advance(state, count)
         at_least, active = needed(ahead.least_floor, ahead.floor)
         while min(at_least, most) > state.columns.shape[1]:
-            state = search.resize(state, min(at_least, most))
+            state = search.resize(state, at_least)
             ahead = search.advance(state, count)
             at_least, active = needed(ahead.least_floor, ahead.floor)
         exact = exact and at_least <= state.columns.shape[1]
@@ -104,12 +104,16 @@ class _State:
 
 @dataclass(frozen=True)
 class _Search:
-    """The fixed data of one search: all rows [N, B], their numbers by falling norm [N], the step matrix, the rule."""
+    """The fixed data of one search: all rows [N, B], their numbers by falling norm [N], the step matrix, the rule.
+
+    At `most` so many rows take steps.
+    """
 
     all_rows: Tensor
     row_numbers: Tensor
     step: Tensor
     rule: SearchRule
+    most: int
 
     def start(self) -> _State:
         """The state before the first step: what all rows hold, and none of them active yet."""
@@ -123,8 +127,8 @@ class _Search:
     def resize(self, state: _State, active: int) -> _State:
         """Bring in rows up to `active`, rotated as far as the others; drop rows if fewer than half are needed."""
         if self.all_rows.device.type == "cuda":
-            active = min(len(self.all_rows), 1 << max(active - 1, LEAST_CAPTURED - 1).bit_length())
-        present = state.columns.shape[1]
+            active = 1 << max(active - 1, LEAST_CAPTURED - 1).bit_length()
+        active, present = min(active, self.most), state.columns.shape[1]
         if active > present:
             product = state.product @ product_of(self.step, state.exchanges[state.multiplied :])
             joining = self.all_rows[self.row_numbers[present:active]] @ product.to(self.all_rows.dtype)
@@ -166,11 +170,12 @@ class _Search:
         prefixes = 1 + peaks[1:].topk(min(PREFIXES_CHECKED, len(peaks) - 1), largest=False).indices.sort().values
         prefixes = torch.cat([prefixes.new_zeros(1), prefixes])
         product = torch.eye(len(self.step), dtype=torch.float64, device=self.step.device)
-        rotations, found = [], []
+        rotations, found, rotated = [], [], torch.empty_like(self.all_rows)
         for before, prefix in itertools.pairwise([0, *prefixes.tolist()]):
             product = product @ product_of(self.step, state.exchanges[before:prefix])
             rotations.append(product.float())
-            found.append(torch.stack(torch.aminmax(self.all_rows @ product.to(self.all_rows.dtype))).diff())
+            torch.mm(self.all_rows, product.to(self.all_rows.dtype), out=rotated)
+            found.append(torch.stack(torch.aminmax(rotated)).diff())
         found = torch.cat(found).cpu()
         best = int(found.argmin())
         return GreedySearch(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 UNQUANTIZED_BITS = 16  # as in `duquant.scheme`, which is not imported for a flag: transformers loads for seconds
 USUAL_BLOCK = 128  # the paper's block size
-SEARCH_ROWS = 2048  # of a probe of 2048 tokens of a 7B model, one in 32
+SEARCH_ROWS = 512
 AUTO_BLOCK_LIMIT = 128  # what `--block_size auto` does not exceed
 
 

@@ -286,7 +286,8 @@ def test_rows_leave_and_come_back_as_the_extremes_rise_and_fall(rule, active_row
 def test_no_step_waits_for_the_device(rule):
     """On the meta device there are no values, so nothing that a step looks at can be read on the host."""
     rows = torch.empty(40, 16, device="meta")
-    search = greedy._Search(rows, torch.empty(40, dtype=torch.int64, device="meta"), make_step(16, 0).to("meta"), rule)
+    numbers = torch.empty(40, dtype=torch.int64, device="meta")
+    search = greedy._Search(rows, numbers, make_step(16, 0).to("meta"), rule, 40)
     ahead = search.advance(search.resize(search.start(), 24), 5)
     assert ahead.columns.shape == (16, 24)
     assert len(ahead.exchanges) == 5
@@ -294,7 +295,7 @@ def test_no_step_waits_for_the_device(rule):
 
 def test_steps_leave_the_rows_they_started_from_as_they_were():
     rows = make_probe("normal", 16, 0).reshape(-1, 16)
-    search = greedy._Search(rows, torch.arange(len(rows)), make_step(16, 0), SearchRule.CHANNEL)
+    search = greedy._Search(rows, torch.arange(len(rows)), make_step(16, 0), SearchRule.CHANNEL, len(rows))
     state = search.resize(search.start(), len(rows))
     state = search.advance(state, 3)
     before = state.columns.clone()

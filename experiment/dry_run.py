@@ -83,7 +83,7 @@ def dry_run(prepared: Prepared) -> None:
     }
     needs += disk_needs(folders)
     logger.log(RESULT, "%s\n", need_table(needed, needs))
-    logger.log(RESULT, "%s\n", time_table(setup, quant, plan))
+    logger.log(RESULT, "%s\n", time_table(setup, quant, plan, kept))
     if prepared.missing:
         logger.log(RESULT, "missing for a real run (evaluations without their data are not counted above):")
     for line in prepared.missing:
@@ -187,9 +187,9 @@ def need_table(needed: Estimate, needs: list[Need]) -> str:
     return format_table(["what", "bytes", "free"], rows)
 
 
-def time_table(setup: Setup, quant: QuantSettings, plan: Plan) -> str:
+def time_table(setup: Setup, quant: QuantSettings, plan: Plan, kept: Residence) -> str:
     """Seconds by stage at the rates this machine has now."""
-    work = work_of(setup.skeleton, setup.spec, quant, plan)
+    work = work_of(setup.skeleton, setup.spec, quant, plan, kept.states, kept.weights)
     rates = measure_rates(setup.device, setup.dtype, work.steps, probe_tokens(quant, plan), quant.rotation)
     seconds = stage_seconds(work, rates)
     rows = [[stage, duration(value)] for stage, value in {**seconds, "all": sum(seconds.values())}.items() if value]

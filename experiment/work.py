@@ -38,8 +38,15 @@ class Work:
     moved: float
 
 
-def work_of(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> Work:
-    """What a run has to compute."""
+def work_of(
+    skeleton: nn.Module,
+    spec: DecoderSpec,
+    settings: QuantSettings,
+    plan: Plan,
+    kept_states: bool = False,
+    kept_weights: bool = False,
+) -> Work:
+    """What a run has to compute; hidden states and weights may be kept on the GPU, where weights go once."""
     samples, length = plan.calibration
     quantizes, learned = plan.quantizes(settings), settings.training
     once = samples * length * forward_operations(skeleton, spec, length)
@@ -51,9 +58,9 @@ def work_of(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pla
         for group in spec.at(index).groups:
             members = [layer.get_submodule(path) for path in group.linears]
             width, size = members[0].in_features, count(linear.weight for linear in members)
-            # the probe runs up to every group, and twice through the layer; every weight is rotated
+            # the probe runs twice through the layer, and while it is trained up to every group; every weight is rotated
             rotated = settings.transform.rotations(times) * settings.rotation.block_size_for(width)
-            operations += 2 * probe * (before + 2 * size) + 2 * rotated * size
+            operations += 2 * probe * (before * (learned is not None) + 2 * size) + 2 * rotated * size
             steps[width] = steps.get(width, 0) + settings.transform.searches(times) * settings.rotation.steps
             before += size
     layers = len(spec.decoder_layers(skeleton))
@@ -70,7 +77,9 @@ def work_of(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pla
         evaluation=sum(n * t * forward_operations(skeleton, spec, t, head=True) for n, t in tests)
         + sum(n * t * joining_operations(skeleton, spec, t) for n, t in plan.joining),
         steps={width: number for width, number in steps.items() if number} if quantizes else {},
-        moved=2.0 * (floats + layers * walking) if plan.on_gpu else 0.0,
+        moved=floats * (1.0 if kept_weights else 2.0) + 2.0 * layers * walking * (not kept_states)
+        if plan.on_gpu
+        else 0.0,
     )
 
 

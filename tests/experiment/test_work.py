@@ -115,3 +115,10 @@ def test_rates_are_measured_on_this_machine():
 def test_a_step_on_very_large_blocks_is_not_tried_out():
     rates = measure_rates(CPU, torch.float32, [30000], 32, RotationSettings(block_size=-1))
     assert rates.step[30000] == pytest.approx((2 * 32 * 30000**2 + 4 * 30000**3) / rates.operations)
+
+
+def test_what_stays_on_a_gpu_does_not_travel():
+    config, plan = tiny_config(), replace(PLAN, on_gpu=True)
+    shapes = load_skeleton(config), decoder_spec(config), QUANT, plan
+    nothing, states, everything = (work_of(*shapes, *kept).moved for kept in ((), (True,), (True, True)))
+    assert nothing > states == 2 * everything > 0

@@ -78,6 +78,13 @@ def test_quantizing_on_the_gpu_twice_gives_the_same_to_the_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_model_that_stays_on_the_gpu_gets_the_bits_of_one_that_visits_it():
+    visiting, staying = quantized(tiny_model().half(), 4, CUDA), quantized(tiny_model().half().to(CUDA), 4, CUDA)
+    assert (places(visiting), places(staying)) == ({"cpu"}, {"cuda"})
+    found = staying.state_dict()
+    assert all(torch.equal(tensor, found[name].cpu()) for name, tensor in visiting.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_training_in_half_precision_lowers_the_loss_and_leaves_codes_on_the_host(dtype):
     model = tiny_model(dtype)

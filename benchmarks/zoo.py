@@ -19,6 +19,7 @@ import pstats
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from models import decoder_spec
 from models.load import load_skeleton, pick_dtype
 from models.zoo import SHAPES, zoo_config
 from quantize.quantization import Quantization
-from quantize.settings import BitSettings, ClipSettings, QuantSettings, SmoothSettings
+from quantize.settings import BitSettings, ClipSettings, QuantSettings, RotationSettings, SmoothSettings
 from quantize.spec import DecoderSpec
 from quantize.statistics import channel_statistics
 from quantize.walk import layers_in_memory, walk
@@ -133,14 +134,20 @@ class Stopwatch:
 
 
 def measure(
-    model: nn.Module, spec: DecoderSpec, tokens: torch.Tensor, windows: int, integers: bool, device: torch.device
+    model: nn.Module,
+    spec: DecoderSpec,
+    tokens: torch.Tensor,
+    settings: QuantSettings,
+    windows: int,
+    integers: bool,
+    device: torch.device,
 ) -> dict[str, float]:
     """Seconds of statistics, quantization and perplexity of the whole of `model`, and of its searches among that."""
     watch = Stopwatch(device)
     with watch.stage("statistics"):
         peaks = channel_statistics(model, spec, tokens, device).scales
     with watch.stage("quantize"):
-        quantization = Quantization(model, spec, tokens, peaks, SETTINGS, device)
+        quantization = Quantization(model, spec, tokens, peaks, settings, device)
         walk(layers_in_memory(model, spec, device), [quantization], len(spec.decoder_layers(model)), "quantizing")
     if windows:
         test = torch.randint(VOCABULARY, (windows, tokens.shape[1]), generator=torch.Generator().manual_seed(1))
@@ -173,6 +180,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--windows", type=int, default=0, help="test windows, which need the model's own vocabulary")
     parser.add_argument("--integers", action="store_true", help="perplexity multiplies codes")
+    parser.add_argument("--search_rows", type=int, help="as main.py's (default: all)")
     parser.add_argument("--keep", choices=list(Keep), default=Keep.AUTO, help="as main.py's")
     parser.add_argument("--profile", action="store_true", help="also the functions that took longest")
     args = parser.parse_args()
@@ -196,7 +204,8 @@ def main() -> None:
     profile = cProfile.Profile()
     if args.profile:
         profile.enable()
-    seconds = measure(model, spec, tokens, args.windows, args.integers, device)
+    settings = replace(SETTINGS, rotation=RotationSettings(rows=args.search_rows))
+    seconds = measure(model, spec, tokens, settings, args.windows, args.integers, device)
     if args.profile:
         profile.disable()
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)

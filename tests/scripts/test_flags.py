@@ -27,7 +27,7 @@ FIRST = {
     "get_rot": "--sizes 8 12|--output o|--quiet",
     "generate_act_scale_shift": f"{MODEL}\n{CALIBRATION}\n--scales-output-path s|--shifts-output-path t|--quiet",
 }
-ROLES = f"""--keep host|--search_rows 64|--search_rows all
+ROLES = f"""--keep host|--search_rows 64
 --qbits 8|--kbits 8|--vbits 8|--act_group_size 64|--act_symmetric|--weight_symmetric|--lac_kv 0.9
 --act_scales s|--act_shifts t|--sensitivity|--sensitivity --sensitivity_windows 3
 {BOS}"""

@@ -258,9 +258,8 @@ def teach(comparison: Comparison) -> None:
 def settle(comparison: Comparison, model: nn.Module, setup: Setup, quant: QuantSettings) -> None:
     """Bring `model` to the GPU if a row has room for it there."""
     evaluations = comparison.evaluations
-    alone = replace(evaluations, members=())  # nothing else is measured in the same walk
     computed = comparison.settings.statistics.act_scales is None
-    plan = make_plan(setup, quant, evaluations, alone, computed)
+    plan = make_plan(setup, quant, evaluations, evaluations.teaching(), computed)  # what was taught is kept there too
     settle_(model, setup, quant, plan, whole=not evaluations.spread)
 
 

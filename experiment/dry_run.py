@@ -154,7 +154,8 @@ def memory_needs(
         smaller = "read its layers one by one with --stream"
     needs = [Need("host memory", layers if streamed else whole, host, smaller)]
     if needed.device:
-        needs.append(Need("GPU memory", kept.needed, device, "lower --seqlen, or use another --device"))
+        remedy = "say --keep host" if kept.states else "lower --seqlen, or use another --device"
+        needs.append(Need("GPU memory", kept.needed, device, remedy))
     return needs
 
 

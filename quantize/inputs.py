@@ -35,10 +35,20 @@ class LayerInputs:
         if self.teacher is not None:
             advance_(layer, self.teacher, self.kwargs, self.probe.device)
 
-    def advance_(self, layer: nn.Module) -> None:
-        """Bring the quantized network's samples, and the probe, behind `layer`, which is quantized."""
-        self.advance_probe_(layer, {}, "")
-        if self.student is not None:
+    def advance_(
+        self, layer: nn.Module, probed: Mapping[str, Tensor] | None = None, known: KnownOutputs | None = None
+    ) -> None:
+        """Bring the quantized network's samples, and the probe, behind `layer`, which is quantized.
+
+        `known` has what modules give for the samples, as far as that is known already, and `probed` for the probe.
+        """
+        with known_outputs(layer, probed or {}, known.attention if known else ""):
+            self.probe = layer_output(layer, self.probe, self.kwargs)
+        if known is not None and known.outputs:
+            with expanded(layer):
+                for batch in known.batches(layer, self.student, self.probe.device):
+                    batch.copy_(layer_output(layer, batch.to(self.probe.device), self.kwargs))
+        elif self.student is not None:
             advance_(layer, self.student, self.kwargs, self.probe.device)
 
     def view(self, layer: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> LayerView:
@@ -56,14 +66,3 @@ class LayerInputs:
     def rows(self, layer: nn.Module, group: InputGroup, known: KnownOutputs | None = None) -> GroupRows:
         """What `layer`, as it is now, gives the linears of a group of the quantized network's samples."""
         return GroupRows(layer, group, self.student, self.kwargs, self.probe.device, self.allocate, known)
-
-    def advance_probe_(self, layer: nn.Module, known: Mapping[str, Tensor], attention: str) -> None:
-        """Bring the probe behind `layer`, with what is known already of its modules' outputs."""
-        with known_outputs(layer, known, attention):
-            self.probe = layer_output(layer, self.probe, self.kwargs)
-
-    def advance_student_(self, layer: nn.Module, known: KnownOutputs) -> None:
-        """Bring the quantized network's samples behind `layer`, with what is known already of its modules' outputs."""
-        with expanded(layer):
-            for batch in known.batches(layer, self.student, self.probe.device):
-                batch.copy_(layer_output(layer, batch.to(self.probe.device), self.kwargs))

@@ -114,11 +114,7 @@ def decide(
             decision.open_(group)
         decision.round_(group)
         decision.tell_built(group)
-    inputs.advance_probe_(layer, decision.probed, spec.attention)
-    if decision.known.outputs:
-        inputs.advance_student_(layer, decision.known)
-    elif inputs.student is not None:
-        advance_(layer, inputs.student, inputs.kwargs, inputs.probe.device)
+    inputs.advance_(layer, decision.probed, decision.known)
     error = (inputs.probe - reference).float().norm() / reference.float().norm()
     added = {name: value for each in observers for name, value in each.layer_built(layer, inputs.kwargs).items()}
     figures = (error.item(), tuple(decision.reports), training, added, decision.search_seconds)

@@ -13,8 +13,11 @@ COPIED_BYTES = 2**26
 
 
 def free_device_memory(device: torch.device) -> int | None:
-    """Bytes that a GPU has free; None for the CPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    """Bytes that a GPU has free, what PyTorch only caches among them; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def nearest_existing(folder: Path) -> Path:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from utils.capacity import free_device_memory
 from utils.device import on_device
 from utils.errors import InputError
 from utils.memory import available_memory
@@ -77,8 +78,7 @@ def free_memory() -> dict[int | str, int]:
     """Free bytes of every visible GPU, by number, and of the host ("cpu"); what PyTorch only caches is free."""
     free: dict[int | str, int] = {"cpu": available_memory()}
     for number in range(torch.cuda.device_count()):
-        cached = torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
-        free[number] = torch.cuda.mem_get_info(number)[0] + cached
+        free[number] = free_device_memory(torch.device("cuda", number))
     return free
 
 

@@ -65,7 +65,7 @@ def two_gpus(model, monkeypatch) -> int:
     """Two GPUs with room for the model and a twentieth more each; half of it is in PyTorch's cache. Bytes that fit."""
     room = sum(tensor.nbytes for _, tensor in tensors(model)) * 21 // 20
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (room // 2, 10 * room))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room // 2, 10 * room))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda number: room)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda number: room - room // 2)
     return room

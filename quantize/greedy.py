@@ -19,6 +19,7 @@ PREFIXES_CHECKED = 4  # of a search on chosen rows, how many of the best prefixe
 FACTOR_ELEMENTS = 2**22  # of the matrices that are multiplied up at once
 # On a GPU so many rows take a step as fast as few, and numbers of rows are powers of two: each is captured once.
 LEAST_CAPTURED = 512
+MOST_CAPTURED = 2**22  # elements: beyond, launches hide behind the work, and what is captured keeps its memory
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,10 @@ class _Search:
     rule: SearchRule
     most: int
 
+    def captures(self, rows: int) -> bool:
+        """Whether steps of so many rows are launched as one."""
+        return self.all_rows.device.type == "cuda" and rows * len(self.step) <= MOST_CAPTURED
+
     def start(self) -> _State:
         """The state before the first step: what all rows hold, and none of them active yet."""
         numbers = torch.arange(len(self.all_rows), device=self.all_rows.device) % len(self.step)
@@ -126,7 +131,7 @@ class _Search:
 
     def resize(self, state: _State, active: int) -> _State:
         """Bring in rows up to `active`, rotated as far as the others; drop rows if fewer than half are needed."""
-        if self.all_rows.device.type == "cuda":
+        if self.captures(active):
             active = 1 << max(active - 1, LEAST_CAPTURED - 1).bit_length()
         active, present = min(active, self.most), state.columns.shape[1]
         if active > present:
@@ -142,7 +147,7 @@ class _Search:
         columns = state.columns
         numbers = self.row_numbers[: columns.shape[1]] % len(self.step)
         take = partial(take_steps, rule=self.rule, count=steps)
-        if columns.device.type == "cuda":
+        if self.captures(columns.shape[1]):
             take = captured_steps(tuple(columns.shape), columns.dtype, columns.device, self.rule, steps)
         # few rows are a matter of latency: waking threads for products of microseconds costs more than it gives
         with cpu_threads(1 if columns.numel() * len(self.step) < SMALL_PRODUCT else None):

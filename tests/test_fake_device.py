@@ -20,6 +20,7 @@ from experiment.residence import choose_residence
 from models import decoder_spec
 from models.load import load_skeleton
 from models.zoo import zoo_config
+from quantize import greedy
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
 from quantize.refinements import RoundingSettings, Trained
@@ -196,6 +197,13 @@ def test_the_search_waits_and_launches_once_for_every_sixteen_steps_and_copies_n
     assert long.waits - short.waits == rotations * (32 - 16) // 16
     assert long.copies_to_device == short.copies_to_device
     assert 0 < long.launches - short.launches < rotations * (32 - 16) * 2  # a step alone is a dozen
+
+
+def test_steps_of_very_many_rows_are_launched_one_by_one(gpu, monkeypatch):
+    monkeypatch.setattr(greedy, "MOST_CAPTURED", 0)
+    short, long = (quantize(tiny_model(HALF), gpu, settings(steps=steps))[0] for steps in (16, 32))
+    assert long.launches - short.launches > GROUPS * LAYERS * (32 - 16) * 5
+    assert long.waits - short.waits == GROUPS * LAYERS * (32 - 16) // 16
 
 
 @pytest.mark.parametrize(("dtype", "waits"), [(HALF, 2), (BFLOAT, 1)])

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from evaluation.base import FULL, QUANTIZED
@@ -15,7 +16,7 @@ from evaluation.journal import Journal
 from evaluation.measured import Measured
 from evaluation.runner import Runner
 from experiment.dry_run import dry_run
-from experiment.options import RunSettings
+from experiment.options import Keep, RunSettings
 from experiment.prepare import Prepared, model_identity, prepare, resume_command
 from experiment.residence import settle_
 from experiment.results import (
@@ -124,6 +125,10 @@ def execute_noting_error(prepared: Prepared, outcome: Outcome, runner: Runner, o
             logger.error("finished layers are kept; go on with: %s", again)
         outcome.error = f"{type(error).__name__}: {error}".rstrip(": ")
         write_results(prepared, outcome)
+        if isinstance(error, torch.OutOfMemoryError):
+            keeps = "" if prepared.settings.model.keep is Keep.HOST else "--keep host, or "
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{reason}: too little memory for this run; try {keeps}a lower --seqlen") from None
         raise
 
 

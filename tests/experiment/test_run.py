@@ -19,7 +19,7 @@ from evaluation.journal import Journal
 from evaluation.runner import Runner
 from experiment.prepare import Prepared, must_stream, prepare
 from experiment.results import Outcome
-from experiment.run import choose_memory, execute
+from experiment.run import choose_memory, execute, execute_noting_error
 from quantize.quantization import Quantization
 from utils.errors import InputError
 from utils.memory import in_memory, on_disk
@@ -197,3 +197,19 @@ def test_windows_that_fail_are_recorded_and_everything_else_goes_on(
     assert [layer["output_error"] for layer in outcome.measured.layers] == [
         layer["output_error"] for layer in expected.layers
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"), [((), "try --keep host, or a lower"), (("--keep", "host"), "try a lower")]
+)
+def test_a_gpu_that_is_too_small_is_one_line_with_what_to_do(flags, remedy, sharded, data, tmp_path, monkeypatch):
+    def too_much(*args) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmore")
+
+    monkeypatch.setattr(experiment.run, "execute", too_much)
+    run = planned(sharded, data, tmp_path, *flags)
+    runner = Runner(run.evaluations, Journal(run.folder / "unfinished.jsonl", "tiny"), run.folder, "tiny", "tiny")
+    with pytest.raises(InputError, match=f"Tried to allocate 20.00 GiB: .*{remedy} --seqlen") as raised:
+        execute_noting_error(run, Outcome(), runner, [])
+    assert "more" not in str(raised.value)
+    assert "OutOfMemoryError" in (run.folder / "results.json").read_text()

@@ -186,13 +186,13 @@ class GroupRows:
 
         found = torch.cat([peaks(part) for part in self.parts()])
         own = self.rows[found.topk(min(count, len(found))).indices.to(self.rows.device)]
-        rows = torch.cat(gather(own)).to(self.device)
+        rows = torch.cat(gather(own.cpu())).to(self.device)  # a process could not use what is on another one's GPU
         return rows[peaks(rows).topk(min(count, len(rows))).indices]
 
     def some(self, count: int) -> Tensor:
         """About `count` rows of all processes, evenly spread over the samples, in float32."""
         own = self.rows[:: max(1, len(self.rows) * world_size() // count)]
-        return torch.cat(gather(own)).to(self.device).float()
+        return torch.cat(gather(own.cpu())).to(self.device).float()
 
     def peak(self) -> Tensor:
         """The largest magnitude of every channel [C] on all processes."""

@@ -9,6 +9,7 @@ from best_settings import EXTRAS, best
 from conftest import VOCABULARY, random_tokens, tiny_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from duquant.experts import unfuse_experts_
@@ -20,7 +21,7 @@ from experiment.residence import choose_residence
 from models import decoder_spec
 from models.load import load_skeleton
 from models.zoo import zoo_config
-from quantize import greedy
+from quantize import greedy, samples
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
 from quantize.refinements import RoundingSettings, Trained
@@ -405,6 +406,16 @@ def test_a_model_that_stays_on_the_device_is_quantized_and_measured_there(gpu, w
     quantize(model, gpu, settings() if way == "paper" else BEST[way])
     assert perplexity(model, decoder_spec(model.config), random_tokens(6, TOKENS), gpu.device).windows == 6
     assert places(model) == {gpu.device}
+
+
+@pytest.mark.parametrize("way", ["best", "peaks of values", "transform trained"])
+def test_what_processes_tell_each_other_is_on_the_host(gpu, way, monkeypatch):
+    told = []
+    monkeypatch.setattr(samples, "gather", lambda value: told.append(value) or [value])
+    quantize(tiny_model(HALF).to(gpu.device), gpu, BEST[way])
+    tensors = [each for each in tree_leaves(told) if isinstance(each, Tensor)]
+    assert len(tensors) > LAYERS * GROUPS
+    assert {tensor.device for tensor in tensors} == {CPU}
 
 
 def test_of_hidden_states_beside_a_model_on_the_device_nothing_travels(gpu):

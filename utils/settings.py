@@ -289,21 +289,23 @@ def _arguments(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     else:
         usual = {"type": kind} | ({"choices": list(kind)} if issubclass(kind, enum.Enum) else {})
     arguments = {"default": field.default} | usual | field.metadata["arguments"]
-    if kind != hint and arguments["type"] is kind:
+    optional = kind != hint
+    if arguments["type"] is kind and (optional or "choices" in arguments):
         choices = [str(each) for each in arguments.pop("choices", ())]
-        arguments["type"] = _or_none(kind, choices)
-        arguments |= {"metavar": f"{{{','.join([*choices, NONE])}}}"} if choices else {}
+        words = choices + [NONE] * optional
+        arguments["type"] = _reader(kind, choices, words)
+        arguments |= {"metavar": f"{{{','.join(words)}}}"} if choices else {}
     return arguments
 
 
-def _or_none(kind: Any, choices: Sequence[str]) -> Callable[[str], Any]:
-    """Reads a value of type `kind`, if there are `choices` one of them, and the word `none` as None."""
+def _reader(kind: Any, choices: Sequence[str], words: Sequence[str]) -> Callable[[str], Any]:
+    """Reads a value of type `kind`, if there are `choices` one of them, and `none`, if that is a word, as None."""
 
     def read(text: str) -> Any:
-        if text == NONE:
+        if text == NONE and NONE in words and NONE not in choices:
             return None
         if choices and text not in choices:
-            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join([*choices, NONE])})")
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(words)})")
         return kind(text)
 
     read.__name__ = kind.__name__  # argparse says it of a text that cannot be read

@@ -208,7 +208,6 @@ def builds() -> list[Build]:
     tiled = {**packed, "MASKED": False, "X_SUMS": True, "GROUPED": False, "groups": 1, "x_groups": 1, "w_groups": 1}
     rounding = {"BITS": 4, "SYMMETRIC": False, "SCALED": False, "SHIFTED": False, "PER_BYTE": 1}
     rounding |= {"ROUNDING": ROUNDING, "INVERTED": True}
-    numbers = {"y": "*fp16", "low_ratio": "fp32", "high_ratio": "fp32"}
     fake = {"BITS": 4, "SYMMETRIC": False, "RATIOS": False, "INVERTED": True, "ROUNDING": ROUNDING, "WHOLE": True}
     numbers = {"y": "*fp16", "low_ratio": "fp32", "high_ratio": "fp32"}
     block_t, block_o, *bytes_launched = BYTE_TILE

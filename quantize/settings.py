@@ -5,6 +5,7 @@ A setting is one field here: flag, help, JSON, identity and the run's folder fol
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
@@ -301,18 +302,15 @@ class GivenSize(int):
     """
 
 
-def _block_size(text: str) -> GivenSize | None:
-    """What `--block_size` says: a number, or None for auto."""
-    if text != "auto" and not text.lstrip("-").isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
-    return None if text == "auto" else GivenSize(text)
+def _number_or(word: str, kind: type[int]) -> Callable[[str], int | None]:
+    """Reads a flag's value: a number, or None for the `word`."""
 
+    def read(text: str) -> int | None:
+        if text != word and not text.lstrip("-").isdigit():
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {word}")
+        return None if text == word else kind(text)
 
-def _search_rows(text: str) -> int | None:
-    """What `--search_rows` says: a number, or None for all."""
-    if text != "all" and not text.lstrip("-").isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor all")
-    return None if text == "all" else int(text)
+    return read
 
 
 @dataclass(frozen=True)
@@ -329,7 +327,7 @@ class RotationSettings:
         "channels per block; -1: the whole width; auto: at most 128 (default: 128, and auto for a width that it does "
         "not divide)",
         tag="b",
-        type=_block_size,
+        type=_number_or("auto", GivenSize),
     )
     steps: int = option(256, "greedy steps per rotation", flag="max_rotation_step", tag="steps")
     permutation_times: int = option(1, "(rotation, permutation) pairs before the last", tag="p")
@@ -348,7 +346,7 @@ class RotationSettings:
         "rotation, the longest ones; faster, and a little worse (default: all)",
         flag="search_rows",
         tag="rows_",
-        type=_search_rows,
+        type=_number_or("all", int),
         metavar="N|all",
     )
 

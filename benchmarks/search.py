@@ -40,7 +40,7 @@ def make_probe(kind: str, tokens: int, channels: int) -> torch.Tensor:
 def timed(device: torch.device, x: torch.Tensor, step: torch.Tensor, steps: int, lazy: bool):
     """Seconds of one search, and its result."""
     started = time.perf_counter()
-    search = greedy_rotation(x, step, steps, SearchRule.CHANNEL, lazy)
+    search = greedy_rotation(x, step, steps, SearchRule.CHANNEL, lazy=lazy)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started, search

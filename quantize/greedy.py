@@ -37,7 +37,7 @@ class GreedySearch:
 
 
 def greedy_rotation(
-    x: Tensor, step: Tensor, steps: int, rule: SearchRule, most: int | None = None, lazy: bool = True
+    x: Tensor, step: Tensor, steps: int, rule: SearchRule, most: int | None = None, *, lazy: bool = True
 ) -> GreedySearch:
     """Rotate `x` step by step, each time where its outlier is, and keep the prefix of steps with the smallest peak.
 

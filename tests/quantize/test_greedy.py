@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import run_script
 from torch import Tensor
 
 from quantize import greedy
@@ -303,3 +304,11 @@ def test_steps_leave_the_rows_they_started_from_as_they_were():
     assert torch.equal(state.columns, before)
     assert torch.equal(first.columns, again.columns)
     assert not torch.equal(first.columns, before)
+
+
+def test_the_benchmark_of_the_search_finds_the_same_trajectories(tmp_path):
+    few = ("--tokens", 64, "--channels", 256, "--block_size", 16, "--steps", 20, "--repeats", 1)
+    done = run_script("benchmarks/search.py", *few, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if "yes" in line]
+    assert [row[1] for row in rows] == ["gaussian", "normal", "massive"]

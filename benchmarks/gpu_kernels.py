@@ -34,13 +34,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from duquant.formats import IntegerFormat, PackedCodes, code_sums
+from duquant.formats import IntegerFormat
 from duquant.ops import fused
 from duquant.ops import triton as ops
 from duquant.ops.triton_launch import BYTE_TILE, HALVES, WORD_TILE
 from duquant.ops.triton_product import FEW_CONFIGS, PRODUCT_CONFIGS, product, product_bytes, product_few, row_words
 from duquant.ops.triton_quantize import MATRIX_FACTOR, ROUNDING, fake_quantize, quantize, rotate_halves
 from duquant.ops.triton_tools import triton
+from duquant.packing import PackedCodes, code_sums
 from duquant.quantizer import Quantizer, RatioClip
 from utils.device import DTYPES
 from utils.results import format_table

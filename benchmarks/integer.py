@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.zoo import shape_config
 from duquant.attention import attach_, install, make_attention_quantizer
-from duquant.formats import IntegerFormat, PackedCodes, packed_width
+from duquant.formats import IntegerFormat
 from duquant.hadamard import hadamard
 from duquant.linear import GroupInput, QuantLinear
+from duquant.packing import PackedCodes, packed_width
 from duquant.quantizer import Quantizer, RatioClip
 from duquant.runtime import set_runtime_
 from duquant.scheme import Scheme

@@ -24,7 +24,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from duquant.attention import QUANTIZER, AttentionQuantizer
-from duquant.formats import Codes, IntegerFormat, pack_last, packed_width, unpack_last
+from duquant.formats import Codes, Format
+from duquant.packing import pack_last, packed_width, unpack_last
 from duquant.quantizer import Quantizer
 
 PART_ELEMENTS = 2**22  # decoded at once: 16 MB in float32, and few launches on a GPU
@@ -38,7 +39,7 @@ class RowLayout:
     `group_size`: channels that share a range; None: all. `wide`: the dtype of the scales, and of the decoded vector.
     """
 
-    form: IntegerFormat
+    form: Format
     channels: int
     group_size: int | None
     wide: torch.dtype

@@ -3,37 +3,26 @@
     parameters = form.parameters(low, high)   # once per range
     codes = form.encode(x, parameters)        # whole tensors, or column by column with fixed parameters
     x_hat = form.decode(codes)
-    packed = pack(codes, form)                # a weight at rest: as many codes in a byte as fit whole
 
-An integer format now; others plug in beside it with the same four functions.
+Integers of any bits, and 4-bit formats whose short blocks of channels have scales of 8 bits. A format is one class here
+and one line in FORMATS; `duquant.packing` puts codes and scales at rest.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from duquant.scheme import TensorScheme
-from duquant.tensors import row_parts
+from duquant.elements import E2M1, Int4, straight_through_round
+
+if TYPE_CHECKING:
+    from duquant.scheme import TensorScheme
+
 
 SCALE_LIMITS = (1e-5, 1e4)
 ZERO_LIMITS = (-1e4, 1e4)
-
-
-class _StraightThroughRound(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-def straight_through_round(x: Tensor) -> Tensor:
-    """Round to nearest (ties to even); the gradient passes as if rounding were the identity."""
-    return _StraightThroughRound.apply(x) if torch.is_grad_enabled() and x.requires_grad else x.round()
+E4M3_LARGEST, E4M3_LEAST = 448.0, 2.0**-9  # positive numbers of float8_e4m3fn
 
 
 class Parameters(NamedTuple):
@@ -47,52 +36,28 @@ class Parameters(NamedTuple):
 class Codes:
     """A quantized tensor: integers, and the scale and zero point (floats that broadcast) that decode them.
 
-    `values` [..., C], or [..., C/g, g] where every group of g channels has a range of its own.
+    `values` [..., C], or [..., C/g, g] where every group of g channels has a range of its own. `base` [1]: of a format
+    that `has_base`, what its scales at rest are multiplied with; it is in `scale` already.
     """
 
     values: Tensor
     scale: Tensor
     zero: Tensor
+    base: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes as they are held now."""
-        return self.values.nbytes + self.scale.nbytes + self.zero.nbytes
+        return sum(each.nbytes for each in self.tensors().values())
 
     def to(self, device: torch.device) -> "Codes":
         """The same on `device`."""
-        return Codes(self.values.to(device), self.scale.to(device), self.zero.to(device))
+        return Codes(**{name: each.to(device) for name, each in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """Its parts by name."""
-        return {"values": self.values, "scale": self.scale, "zero": self.zero}
-
-
-@dataclass(frozen=True)
-class PackedCodes:
-    """The codes of a weight [O, C], with n = 8 // bits of them in a byte; C is `channels`.
-
-    `values` [O, ⌈C/n⌉]: code i of a row is in byte i // n, the first in its lowest bits; the last byte is filled with
-    zeros. Codes of more than 8 bits stay [O, C]. `scale` and `zero` [O, 1], or [O, C/g, 1] for groups of g channels.
-    """
-
-    values: Tensor
-    scale: Tensor
-    zero: Tensor
-    channels: int
-
-    def to(self, device: torch.device) -> "PackedCodes":
-        """The same on `device`."""
-        return PackedCodes(self.values.to(device), self.scale.to(device), self.zero.to(device), self.channels)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its parts by name; the number of channels too is a tensor [1]."""
-        parts = {"values": self.values, "scale": self.scale, "zero": self.zero}
-        return {**parts, "channels": torch.tensor([self.channels], device=self.values.device)}
-
-    def rows(self, part: slice) -> "PackedCodes":
-        """Some rows of it."""
-        return PackedCodes(self.values[part], self.scale[part], self.zero[part], self.channels)
+        parts = {"values": self.values, "scale": self.scale, "zero": self.zero, "base": self.base}
+        return {name: each for name, each in parts.items() if each is not None}
 
 
 @dataclass(frozen=True)
@@ -105,6 +70,8 @@ class IntegerFormat:
 
     bits: int
     symmetric: bool = False
+    block: ClassVar[int | None] = None
+    has_base: ClassVar[bool] = False
 
     @property
     def largest(self) -> int:
@@ -126,8 +93,8 @@ class IntegerFormat:
         """How many codes a byte holds whole; 0 if it holds none."""
         return 8 // self.bits
 
-    def parameters(self, low: Tensor, high: Tensor) -> Parameters:
-        """Scale and zero point for values between `low` and `high` (same shapes out as in)."""
+    def parameters(self, low: Tensor, high: Tensor, base: Tensor | None = None) -> Parameters:
+        """Scale and zero point for values between `low` and `high` (same shapes out as in); there is no `base`."""
         if self.symmetric:
             scale = (torch.maximum(low.abs(), high.abs()) / self.middle).clamp(*SCALE_LIMITS)
             return Parameters(scale, torch.full_like(scale, self.middle))
@@ -151,72 +118,145 @@ class IntegerFormat:
         return (self.rounded(x, parameters) - parameters.zero) * parameters.scale
 
 
-def number_format(scheme: TensorScheme) -> IntegerFormat:
-    """The format of a tensor's codes."""
-    return IntegerFormat(scheme.bits, scheme.symmetric)
+class BlockFormat:
+    """x̂ = e · s: elements e of 4 bits, and for every `block` of channels a scale s that has 8 bits at rest.
 
-
-def pack_last(values: Tensor, form: IntegerFormat) -> Tensor:
-    """Codes [..., C] with as many in a byte as fit whole: [..., ⌈C/n⌉], laid out as `PackedCodes` says."""
-    number = form.per_byte
-    if number < 2:
-        return values.contiguous()
-    values = torch.nn.functional.pad(values, (0, -values.shape[-1] % number)).unflatten(-1, (-1, number))
-    packed = values[..., 0].clone()
-    for index in range(1, number):
-        packed |= values[..., index] << index * form.bits
-    return packed
-
-
-def unpack_last(packed: Tensor, channels: int, form: IntegerFormat) -> Tensor:
-    """The inverse of `pack_last` for vectors of so many channels: [..., ⌈C/n⌉] → [..., C].
-
-    Code i of a byte is moved from bit i · bits to bit 8i of an integer as wide as the codes are many, whose bytes (the
-    lowest first, as on every machine that torch is built for) then are the codes.
+    There is no zero point: that of its codes is 0. A clip ratio r takes r · max|x| in place of max|x|.
     """
-    number = form.per_byte
-    if number < 2:
-        return packed
-    wide, mask = {2: (torch.int16, 0x0101), 4: (torch.int32, 0x01010101)}[number]
-    values = torch.empty(packed.shape, dtype=wide, device=packed.device)
-    for part in row_parts(values) if packed.numel() else ():
-        own = packed[part].to(wide)
-        spread = own.clone()
-        for index in range(1, number):
-            spread |= own << index * (8 - form.bits)
-        torch.bitwise_and(spread, mask * form.largest, out=values[part])
-    return values.view(torch.uint8)[..., :channels]
+
+    name: ClassVar[str]
+    block: ClassVar[int]
+    elements: ClassVar[type[E2M1] | type[Int4]]
+    has_base: ClassVar[bool] = False
+    bits: ClassVar[int] = 4
+    symmetric: ClassVar[bool] = True
+    middle: ClassVar[int] = 0
+    largest: ClassVar[int] = 15
+    dtype: ClassVar[torch.dtype] = torch.uint8
+    per_byte: ClassVar[int] = 2
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def scale(self, peak: Tensor, base: Tensor | None) -> Tensor:
+        """The scale of blocks whose largest magnitude is `peak` [..., C/block, 1], in its dtype; never zero."""
+        raise NotImplementedError
+
+    def stored(self, scale: Tensor, base: Tensor | None) -> Tensor:
+        """The bits of such scales, uint8."""
+        raise NotImplementedError
+
+    def restored(self, bits: Tensor, base: Tensor | None) -> Tensor:
+        """The inverse of `stored`, float32."""
+        raise NotImplementedError
+
+    def parameters(self, low: Tensor, high: Tensor, base: Tensor | None = None) -> Parameters:
+        """The scale for blocks between `low` and `high` [..., C/block, 1]. Straight-through in these."""
+        peak = torch.maximum(low.abs(), high.abs())
+        scale = self.scale(peak.detach(), base)
+        if peak.requires_grad and torch.is_grad_enabled():
+            smooth = peak / self.elements.largest
+            scale = scale + (smooth - smooth.detach())
+        return Parameters(scale, torch.zeros_like(scale))
+
+    def encode(self, x: Tensor, parameters: Parameters) -> Codes:
+        """The bit patterns of `x` under parameters that broadcast against it."""
+        return Codes(self.elements.pattern(self.elements.nearest(x / parameters.scale)), *parameters)
+
+    def decode(self, codes: Codes) -> Tensor:
+        """x̂ in the dtype of the scale, shaped as the codes."""
+        return self.elements.number(codes.values, codes.scale.dtype) * codes.scale
+
+    def fake(self, x: Tensor, parameters: Parameters) -> Tensor:
+        """decode(encode(x)) without codes between them: the same numbers, and differentiable."""
+        return self.elements.nearest(x / parameters.scale) * parameters.scale
 
 
-def pack(codes: Codes, form: IntegerFormat) -> PackedCodes:
-    """Codes of a weight, [O, C] or [O, C/g, g], at rest."""
-    values = codes.values.flatten(1)
-    return PackedCodes(pack_last(values, form), codes.scale, codes.zero, values.shape[1])
+class PowerScales(BlockFormat):
+    """Blocks of 32 with a power of two for scale (E8M0): 2^(⌊log₂ max|x|⌋ − 2), for elements that reach 4 and more.
+
+    Magnitudes above the largest element are cut off to it. The rule that cuts off none, the least power of two that is
+    at least max|x|/6, is this one with a clip ratio of 4/3. Source: OCP MX 1.0.
+    """
+
+    block = 32
+
+    def scale(self, peak: Tensor, base: Tensor | None) -> Tensor:
+        """The power of two."""
+        exponent = torch.frexp(peak).exponent - 1 - self.elements.exponent  # peak = m · 2^e with m in [½, 1)
+        exponent = torch.where(peak > 0, exponent, -126).clamp(-126, 127)
+        return torch.ldexp(torch.ones_like(peak), exponent)
+
+    def stored(self, scale: Tensor, base: Tensor | None) -> Tensor:
+        """The exponent plus 127."""
+        return (torch.frexp(scale).exponent + 126).to(torch.uint8)
+
+    def restored(self, bits: Tensor, base: Tensor | None) -> Tensor:
+        """The power of two."""
+        return torch.ldexp(torch.ones(bits.shape, device=bits.device), bits.int() - 127)
 
 
-def unpack(packed: PackedCodes, form: IntegerFormat) -> Codes:
-    """The inverse of `pack`."""
-    values = unpack_last(packed.values, packed.channels, form)
-    if packed.scale.dim() == 3:
-        values = values.unflatten(1, (packed.scale.shape[1], -1))
-    return Codes(values, packed.scale, packed.zero)
+class MxFp4(PowerScales):
+    """MXFP4: E2M1 elements. Source: OCP MX 1.0."""
+
+    name = "mxfp4"
+    elements = E2M1
 
 
-def packed_width(channels: int, form: IntegerFormat) -> int:
-    """The second dimension of the packed codes of a weight with so many channels."""
-    return -(-channels // max(1, form.per_byte))
+class MxInt4(PowerScales):
+    """MXINT4: integers −8 … 7 with the scales of MXFP4, to compare with."""
+
+    name = "mxint4"
+    elements = Int4
 
 
-def code_sums(packed: PackedCodes, form: IntegerFormat) -> Tensor:
-    """The sums of the codes of every range of a weight: int32 [O], or [O, C/g] for groups of g channels."""
-    parts = [unpack(packed.rows(part), form).values for part in row_parts(packed.values)]
-    # float32 is exact below 2^24, and a CPU adds it ten times faster than bytes
-    return torch.cat([part.float().sum(dim=-1).to(torch.int32) for part in parts])
+class NvFp4(BlockFormat):
+    """NVFP4: E2M1 elements in blocks of 16 with scales E4M3(max|x| / 6 / base) · base, `base` a float32 number.
+
+    A base is max|tensor| / (448 · 6), so that the largest scale is the largest number of E4M3. It is one number of a
+    weight, and of a linear's input where it was calibrated; where none is given every vector has its own.
+    """
+
+    name = "nvfp4"
+    block = 16
+    elements = E2M1
+    has_base = True
+
+    def base_of(self, peak: Tensor) -> Tensor:
+        """The base of tensors whose largest magnitude is `peak`, in its shape."""
+        return (peak / (E4M3_LARGEST * self.elements.largest)).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def scale(self, peak: Tensor, base: Tensor | None) -> Tensor:
+        """The number of E4M3 times the base."""
+        base = self.base_of(peak.amax(dim=-2, keepdim=True)) if base is None else base.to(peak.dtype)
+        scale = (peak / self.elements.largest / base).clamp(E4M3_LEAST, E4M3_LARGEST)
+        return scale.float().to(torch.float8_e4m3fn).to(peak.dtype) * base
+
+    def stored(self, scale: Tensor, base: Tensor | None) -> Tensor:
+        """The bits of the number of E4M3. Raises ValueError without a base."""
+        if base is None:
+            raise ValueError("scales of NVFP4 are kept with the base of their tensor, and this one has none")
+        return (scale / base).float().to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def restored(self, bits: Tensor, base: Tensor | None) -> Tensor:
+        """The number of E4M3 times the base."""
+        return bits.view(torch.float8_e4m3fn).float() * base.float()
 
 
-def decode_weight(packed: PackedCodes, form: IntegerFormat, dtype: torch.dtype) -> Tensor:
-    """The weight [O, C] in `dtype`, decoded in float32 or more some rows at a time: no other large tensors."""
-    weight = torch.empty(len(packed.values), packed.channels, dtype=dtype, device=packed.values.device)
-    for part in row_parts(weight):
-        weight[part] = form.decode(unpack(packed.rows(part), form)).flatten(1)
-    return weight
+Format = IntegerFormat | BlockFormat
+BLOCK_FORMATS: dict[str, type[BlockFormat]] = {each.name: each for each in (MxFp4, NvFp4, MxInt4)}
+INTEGERS = "int"
+FORMATS = (INTEGERS, *BLOCK_FORMATS)
+
+
+def number_format(scheme: "TensorScheme") -> Format:
+    """The format of a tensor's codes."""
+    if scheme.format == INTEGERS:
+        return IntegerFormat(scheme.bits, scheme.symmetric)
+    return BLOCK_FORMATS[scheme.format]()

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duquant.formats import Codes, IntegerFormat, PackedCodes, code_sums, decode_weight, pack
+from duquant.formats import Codes, Format, IntegerFormat
 from duquant.ops import kernel_for
 from duquant.ops.base import Kernel, RowCodes
+from duquant.packing import PackedCodes, code_sums, decode_weight, pack
 from duquant.quantizer import Quantizer, quantized
 
 
@@ -79,9 +80,7 @@ class QuantLinear(nn.Module):
     was decoded by whoever saved it.
     """
 
-    def __init__(
-        self, weight: Codes | PackedCodes | Tensor, form: IntegerFormat, bias: Tensor | None, group: GroupInput
-    ):
+    def __init__(self, weight: Codes | PackedCodes | Tensor, form: Format, bias: Tensor | None, group: GroupInput):
         super().__init__()
         self.format, self.group = form, group
         weight = pack(weight, form) if isinstance(weight, Codes) else weight
@@ -90,10 +89,11 @@ class QuantLinear(nn.Module):
             self.register_buffer("codes", weight.values)
             self.register_buffer("scale", weight.scale)
             self.register_buffer("zero", weight.zero)
+            self.register_buffer("base", weight.base)
             self.plain = None
         else:
             self.out_features, self.in_features = weight.shape
-            self.codes = self.scale = self.zero = None
+            self.codes = self.scale = self.zero = self.base = None
             self.register_buffer("plain", weight)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.integers, self.keeps, self._kept, self._sums = False, False, None, None
@@ -137,7 +137,7 @@ class QuantLinear(nn.Module):
     def _choose_(self, device: str) -> None:
         quantizer, kernel = self.group.quantizer, None
         by_row = isinstance(quantizer, Quantizer) and not quantizer.group_size
-        if by_row and self.plain is None and self.scale.dim() == 2:
+        if by_row and self.plain is None and self.scale.dim() == 2 and isinstance(self.format, IntegerFormat):
             kernel = kernel_for(device)
         served = kernel is not None and kernel.serves(quantizer.format, self.format)
         self._kernel = device, kernel if served else None
@@ -195,8 +195,9 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """ŵ [O, C] in the dtype of its scale."""
-        return self.decoded((self.scale if self.plain is None else self.plain).dtype)
+        """ŵ [O, C] in the dtype of its scale, or in float32 where that is bits."""
+        dtype = (self.scale if self.plain is None else self.plain).dtype
+        return self.decoded(dtype if dtype.is_floating_point else torch.float32)
 
     @property
     def kept_bytes(self) -> int:
@@ -212,7 +213,7 @@ class QuantLinear(nn.Module):
             return None
         if self.codes is None:
             self._restore_()
-        return PackedCodes(self.codes, self.scale, self.zero, self.in_features)
+        return PackedCodes(self.codes, self.scale, self.zero, self.in_features, self.base)
 
     def extra_repr(self) -> str:
         """Show the shape and the format."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from duquant.formats import Codes, IntegerFormat, Parameters, number_format
+from duquant.formats import Codes, Format, Parameters, number_format
 from duquant.scheme import SEARCHED, TensorScheme
 from duquant.tensors import extremes, row_parts, widen
 
@@ -54,12 +54,20 @@ class Quantizer(nn.Module):
 
     The last axis of a weight [O, C] makes that one range per output channel; of a linear's input [..., T, C] per
     token; of q, k or v [batch, heads, T, head_dim] per token and head. `group_size` cuts the last axis into groups
-    with a range each. The range is that of the present tensor, so activations are quantized dynamically.
+    with a range each. The range is that of the present tensor, so activations are quantized dynamically. `base` [1]:
+    of a format that has one, the same for all tensors.
     """
 
-    def __init__(self, form: IntegerFormat, clip: nn.Module | None = None, group_size: int | None = None):
+    def __init__(
+        self,
+        form: Format,
+        clip: nn.Module | None = None,
+        group_size: int | None = None,
+        base: Tensor | None = None,
+    ):
         super().__init__()
         self.format = form
+        self.register_buffer("base", base)
         self.clip = clip if clip is not None else NoClip()
         self.group_size = group_size
 
@@ -69,7 +77,7 @@ class Quantizer(nn.Module):
 
     def parameters(self, vectors: Tensor) -> Parameters:
         """Scale and zero point of the clipped range of every vector: [..., 1]."""
-        return self.format.parameters(*self.clip(*ends(vectors)))
+        return self.format.parameters(*self.clip(*ends(vectors)), self.base)
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Fake quantization: decode(encode(x)), in the shape of `x`, rounded once to `dtype` or to that of `x`."""
@@ -93,7 +101,7 @@ class Quantizer(nn.Module):
         values = torch.empty(vectors.shape, dtype=self.format.dtype, device=x.device)
         for part in row_parts(vectors):
             values[part] = self.format.encode(vectors[part], Parameters(scale[part], zero[part])).values
-        return Codes(values, scale, zero)
+        return Codes(values, scale, zero, self.base)
 
     def decode(self, codes: Codes) -> Tensor:
         """x̂ [..., C] of the codes of x, in the dtype of their scale: rounded to the dtype of x, it is `forward(x)`."""
@@ -114,7 +122,7 @@ def ends(vectors: Tensor) -> tuple[Tensor, Tensor]:
 class CenteredQuantizer(Quantizer):
     """Q(x − c) + c with a constant `mean` c that broadcasts against x: what all vectors share is not rounded."""
 
-    def __init__(self, form: IntegerFormat, clip: nn.Module | None, group_size: int | None, mean: Tensor):
+    def __init__(self, form: Format, clip: nn.Module | None, group_size: int | None, mean: Tensor):
         super().__init__(form, clip, group_size)
         self.register_buffer("mean", mean)
 
@@ -137,14 +145,17 @@ def quantized(quantizer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     return quantizer(x, dtype) if isinstance(quantizer, Quantizer) else quantizer(x).to(dtype)
 
 
-def make_quantizer(scheme: TensorScheme, clip: nn.Module | None = None, mean: Tensor | None = None) -> nn.Module:
+def make_quantizer(
+    scheme: TensorScheme, clip: nn.Module | None = None, mean: Tensor | None = None, base: Tensor | None = None
+) -> nn.Module:
     """The quantizer of a tensor, with its own clip unless another is given; the identity for 16 bits.
 
-    A `mean` is left out of the rounding. Raises ValueError if the clip is to be searched and none is given.
+    A `mean` is left out of the rounding, where there is no `base`. Raises ValueError if the clip is to be
+    searched and none is given.
     """
     if not scheme.quantized:
         return nn.Identity()
     if clip is None and scheme.clip == SEARCHED:
         raise ValueError("the clip of this tensor is to be searched, and was not")
     how = (number_format(scheme), clip or fixed_clip(scheme.clip), scheme.group_size)
-    return Quantizer(*how) if mean is None else CenteredQuantizer(*how, mean)
+    return Quantizer(*how, base) if mean is None else CenteredQuantizer(*how, mean)

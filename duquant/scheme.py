@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass, fields
 
+from duquant.formats import BLOCK_FORMATS, FORMATS
+
 SEARCHED = "search"  # the clip that is not one number: every range has its own, searched when the model was made
 UNQUANTIZED_BITS = 16  # this many bits or more: the tensor is left as it is
 
@@ -10,9 +12,10 @@ UNQUANTIZED_BITS = 16  # this many bits or more: the tensor is left as it is
 class TensorScheme:
     """How one kind of tensor is quantized.
 
-    `format`: `int` is the only one yet. `bits`: 16 leaves the tensor alone. `group_size`: channels that share a range;
-    None: all of a vector's. `clip`: factor on both ends of the range; None: none; SEARCHED: factors of their own, which
-    are kept beside the codes. Raises ValueError for what cannot be.
+    `format`: one of `duquant.formats.FORMATS`. `bits`: 16 leaves the tensor alone. `group_size`: channels that share a
+    range; None: all of a vector's; formats of blocks have 4 bits, their own block and no zero point. `clip`: factor on
+    both ends of the range; None: none; SEARCHED: factors of their own, which are kept beside the codes. Raises
+    ValueError for what cannot be.
     """
 
     format: str = "int"
@@ -22,8 +25,8 @@ class TensorScheme:
     clip: float | str | None = None
 
     def __post_init__(self) -> None:
-        if self.format != "int":
-            raise ValueError(f"format {self.format!r} is not known; known is int")
+        if self.format not in FORMATS:
+            raise ValueError(f"format {self.format!r} is not known; known are {', '.join(FORMATS)}")
         for name, kinds in (
             ("bits", int),
             ("symmetric", bool),
@@ -35,11 +38,24 @@ class TensorScheme:
                 raise ValueError(f"{name} is {value!r}")
         if not 2 <= self.bits <= UNQUANTIZED_BITS:
             raise ValueError(f"{self.bits} bits: must be between 2 and {UNQUANTIZED_BITS}")
+        form = BLOCK_FORMATS.get(self.format)
+        if form is not None and (self.bits, self.group_size, self.symmetric) != (form.bits, form.block, form.symmetric):
+            raise ValueError(f"{self.format} has {form.bits} bits, blocks of {form.block} and no zero point")
 
     @property
     def quantized(self) -> bool:
         """Whether anything is rounded."""
         return self.bits < UNQUANTIZED_BITS
+
+
+def make_scheme(
+    form: str, bits: int, symmetric: bool, group_size: int | None, clip: float | str | None
+) -> TensorScheme:
+    """The scheme of a tensor: a format of blocks says by itself what `symmetric` and `group_size` say of integers."""
+    blocks = BLOCK_FORMATS.get(form)
+    if blocks is not None:
+        return TensorScheme(str(form), bits, blocks.symmetric, blocks.block, clip)
+    return TensorScheme(str(form), bits, symmetric, group_size, clip)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from duquant.attention import AttentionQuantizer, attach_, install, make_attention_quantizer
 from duquant.experts import unfuse_experts_
-from duquant.formats import PackedCodes, number_format, packed_width
+from duquant.formats import BlockFormat, number_format
 from duquant.hadamard import hadamard
 from duquant.linear import GroupInput, QuantLinear
+from duquant.packing import PackedCodes, packed_width
 from duquant.quantizer import FoundClip, make_quantizer
 from duquant.scheme import Scheme
 from duquant.structure import GroupStructure, LayerStructure, ModelStructure
@@ -74,7 +75,8 @@ def _group_input(group: GroupStructure, channels: int, scheme: Scheme) -> GroupI
     transform = DualTransform(rotations, permutations, _empty(channels) if group.scale else None)
     if scheme.input.group_size and channels % scheme.input.group_size:
         raise ValueError(f"inputs of {channels} channels do not divide by groups of {scheme.input.group_size}")
-    quantizer = make_quantizer(scheme.input, FoundClip(_empty(2)) if group.ratios else None)
+    clip, base = FoundClip(_empty(2)) if group.ratios else None, _empty(1) if group.base else None
+    quantizer = make_quantizer(scheme.input, clip, base=base)
     return GroupInput(transform, quantizer, group.readers, _empty(channels) if group.shift else None)
 
 
@@ -90,7 +92,12 @@ def _quant_linear(
         raise ValueError(f"{channels} channels of {path} do not divide by groups of {size}")
     ranges = (outputs, 1) if size is None else (outputs, channels // size, 1)
     values = _empty(outputs, packed_width(channels, form), dtype=form.dtype)
-    return QuantLinear(PackedCodes(values, _empty(*ranges), _empty(*ranges), channels), form, bias, shared)
+    if isinstance(form, BlockFormat):
+        base = _empty(1) if form.has_base else None
+        packed = PackedCodes(values, _empty(*ranges, dtype=torch.uint8), None, channels, base)
+    else:
+        packed = PackedCodes(values, _empty(*ranges), _empty(*ranges), channels)
+    return QuantLinear(packed, form, bias, shared)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,7 +4,7 @@ It is kept in a saved model's config.json. Most layers are alike, so every kind 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TypeVar
 
 from torch import nn
@@ -22,7 +22,7 @@ class GroupStructure:
     `readers`: how many of them read the same tensor. `block_size`: B of the `rotations` matrices [B, B], which stand
     around `permutations` permutations. `scale`, `shift` and `ratios`: whether there is an online scale, a shift of the
     transformed input, a clip of the input that was searched or trained. `biases` and `plain`: the linears that have a
-    bias, and those whose weight is not quantized.
+    bias, and those whose weight is not quantized. `base`: whether the input's format has one that was calibrated.
     """
 
     name: str
@@ -36,6 +36,7 @@ class GroupStructure:
     ratios: bool
     biases: tuple[str, ...]
     plain: tuple[str, ...]
+    base: bool = False
 
     def __post_init__(self) -> None:
         for path in (*self.linears, *self.biases, *self.plain):
@@ -43,7 +44,7 @@ class GroupStructure:
         counts = (self.readers, self.block_size, self.rotations, self.permutations)
         whole = all(type(count) is int and count >= 0 for count in counts)
         _require(whole and self.readers and self.block_size, f"group {self.name}: its counts are {counts}")
-        switches = (self.scale, self.shift, self.ratios)
+        switches = (self.scale, self.shift, self.ratios, self.base)
         _require(all(type(each) is bool for each in switches), f"group {self.name}: its switches are {switches}")
         _require(len(self.linears) > 0, f"group {self.name}: has no linears")
 
@@ -130,13 +131,15 @@ def _describe_group(group: GroupInput, linears: Mapping[str, QuantLinear], name:
         ratios="clip.ratios" in group.quantizer.state_dict(),
         biases=tuple(path for path, linear in linears.items() if linear.bias is not None),
         plain=tuple(path for path, linear in linears.items() if linear.plain is not None),
+        base=getattr(group.quantizer, "base", None) is not None,
     )
 
 
 def _part(cls: type[Part], values: dict) -> Part:
-    """A dataclass from JSON's values; lists become tuples."""
+    """A dataclass from JSON's values; lists become tuples. What has a default may be missing."""
     names = {field.name for field in fields(cls)}
-    odd = min(names ^ set(values), default=None)
+    needed = {field.name for field in fields(cls) if field.default is MISSING}
+    odd = min((needed - set(values)) | (set(values) - names), default=None)
     _require(odd is None, f"{'lacks' if odd in names else 'does not know'} {odd!r}")
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 

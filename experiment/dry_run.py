@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from duquant.formats import BLOCK_FORMATS
 from duquant.scheme import TensorScheme
 from experiment.estimate import Estimate, Plan, estimate, probe_tokens
 from experiment.prepare import Prepared
@@ -106,9 +107,12 @@ def describe_scheme(scheme: TensorScheme, vector: str) -> str:
     """`4 bits per token, asymmetric, clipping 0.9`; a `vector` has a range of its own, or groups of it have."""
     if not scheme.quantized:
         return "16 bits"
+    clip = f", clipping {scheme.clip}" if scheme.clip else ""
+    if scheme.format in BLOCK_FORMATS:
+        return f"{scheme.format} in blocks of {scheme.group_size}{clip}"
     vector = f"group of {scheme.group_size}" if scheme.group_size else vector
     kind = "symmetric" if scheme.symmetric else "asymmetric"
-    return f"{scheme.bits} bits per {vector}, {kind}" + (f", clipping {scheme.clip}" if scheme.clip else "")
+    return f"{scheme.bits} bits per {vector}, {kind}{clip}"
 
 
 def group_table(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> str:

@@ -63,10 +63,10 @@ VARIANTS = {  # where a part is left out that has a value, it has the paper's
 
 
 def preset_quant(values: Mapping[str, Any], shared: QuantSettings) -> QuantSettings:
-    """The method that a preset's `values` say, at the bits, seed and block size of `shared`."""
+    """The method that a preset's `values` say, at the bits, formats, seed and block size of `shared`."""
     quant = from_flat(QuantSettings, values)
     rotation = replace(quant.rotation, block_size=shared.rotation.block_size)
-    return replace(quant, bits=shared.bits, seed=shared.seed, rotation=rotation)
+    return replace(quant, bits=shared.bits, formats=shared.formats, seed=shared.seed, rotation=rotation)
 
 
 def preset_of(quant: QuantSettings) -> str | None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from duquant.formats import BLOCK_FORMATS
 from duquant.loading import BASE_LINE
 from duquant.scheme import Scheme, TensorScheme
 from utils.errors import InputError
@@ -59,6 +60,8 @@ def bits_row(role: str, scheme: TensorScheme) -> str:
     """Bits, kind of range and what shares one, as cells of the table."""
     if not scheme.quantized:
         return f"{scheme.bits} | – | –"
+    if scheme.format in BLOCK_FORMATS:
+        return f"{scheme.bits} ({scheme.format}) | symmetric | {scheme.group_size} channels"
     vector = {"weight": "an output channel", "input": "a token"}.get(role, "a token and head")
     shared = vector if scheme.group_size is None else f"{scheme.group_size} channels of {vector}"
     return f"{scheme.bits} | {'symmetric' if scheme.symmetric else 'asymmetric'} | {shared}"

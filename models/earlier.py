@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from duquant.attention import QUANTIZER, install
-from duquant.formats import Codes, IntegerFormat, pack, packed_width
+from duquant.formats import Codes, IntegerFormat
+from duquant.packing import pack, packed_width
 from duquant.skeleton import Stored
 from duquant.structure import GroupStructure, LayerStructure, ModelStructure
 from models.load import ModelSource, load_model

@@ -18,7 +18,7 @@ from duquant.tensors import widen
 from duquant.transform import DualTransform
 from quantize.heads import rotate_values_
 from quantize.observer import Observer
-from quantize.rounding import Moments, OpenLinear, data_codes
+from quantize.rounding import Moments, OpenLinear, data_codes, share_base_
 from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings
 from quantize.smoothing import scale_columns_
 from quantize.spec import Absorber, DecoderSpec, InputGroup, SharedRows
@@ -111,7 +111,8 @@ class LayerBuilder:
         clip = None if own.ratios is None else FoundClip(own.ratios)
         # of linears that see other tokens each (experts), none reads what another one has read
         readers = 1 if group.observed else len(group.linears)
-        shared = GroupInput(transform, make_quantizer(self.scheme.input, clip), readers, own.shift)
+        quantizer = make_quantizer(self.scheme.input, clip, base=own.base)
+        shared = GroupInput(transform, quantizer, readers, own.shift)
         for path in group.linears:
             linear = self.layer.get_submodule(path)
             bias = None if linear.bias is None else linear.bias.detach()
@@ -122,6 +123,8 @@ class LayerBuilder:
             learned = self.settings.learns_weight_clips
             bias = shifted_bias(bias, weight, own.shift)
             self.replace_(path, OpenLinear(weight, bias, self.scheme.weight, shared, learned))
+        if self.scheme.weight.quantized and not state.stored:
+            share_base_([self.layer.get_submodule(path) for path in group.linears])
         return shared
 
     def round_(self, group: InputGroup, state: LayerState, moments: Moments | None = None) -> None:

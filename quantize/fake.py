@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from duquant.formats import IntegerFormat
+from duquant.formats import Format, IntegerFormat
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -40,10 +40,12 @@ class _FakeQuantize(torch.autograd.Function):
         return inside, by_low - by_scale / ctx.form.largest, by_high + by_scale / ctx.form.largest, None
 
 
-def fake_quantize(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, form: IntegerFormat) -> Tensor:
+def fake_quantize(x: Tensor, low_ratio: Tensor, high_ratio: Tensor, form: Format) -> Tensor:
     """Fake quantization of every vector of `x` [..., C], float32, in its range times the ratios, differentiable in all.
 
     `low_ratio`, `high_ratio` broadcast against [..., 1]. The range moves with x too.
     """
     low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    if not isinstance(form, IntegerFormat):
+        return form.fake(x, form.parameters(low_ratio * low, high_ratio * high))
     return _FakeQuantize.apply(x, low_ratio * low, high_ratio * high, form)

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from duquant.formats import Codes, IntegerFormat, Parameters
+from duquant.formats import Codes, Format, Parameters
 
 BLOCK = 64  # columns between two updates of all that follow: the work inside a block stays in the caches
 MORE_DAMPING = 10.0  # factor, where a Hessian is not positive definite
@@ -14,9 +14,7 @@ LARGEST_DAMPING = 1e6  # then rounding one column has next to no effect on the o
 logger = logging.getLogger(__name__)
 
 
-def gptq(
-    weight: Tensor, hessian: Tensor, parameters: Parameters, form: IntegerFormat, damping: float, name: str
-) -> Tensor:
+def gptq(weight: Tensor, hessian: Tensor, parameters: Parameters, form: Format, damping: float, name: str) -> Tensor:
     """The codes [O, C] of `weight` [O, C], whose scales and zeros [O, 1] or [O, C] are fixed; those of H = X̂ᵀX̂ [C, C].
 
     Minimises ‖(W − Ŵ) X̂ᵀ‖² greedily, in the order of falling diag H: behind the rounding of column j each later column
@@ -66,7 +64,7 @@ def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
 
 
 def gptq_codes(
-    weight: Tensor, hessian: Tensor, parameters: Parameters, form: IntegerFormat, damping: float, name: str
+    weight: Tensor, hessian: Tensor, parameters: Parameters, form: Format, damping: float, name: str
 ) -> Codes:
     """`gptq` for parameters [O, 1], or [O, C/g, 1] where groups of g channels have ranges of their own."""
     scale, zero = parameters

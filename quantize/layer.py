@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from duquant.formats import number_format
 from duquant.linear import GroupInput
 from duquant.quantizer import make_quantizer
 from duquant.scheme import SEARCHED
@@ -21,7 +22,7 @@ from quantize.learning import train_transform
 from quantize.observe import advance_, capture_rows, known_outputs, layer_output, require_finite
 from quantize.observer import Observer
 from quantize.rounding import Moments, OpenLinear
-from quantize.samples import GroupRows, KnownOutputs, mean_of, moment_of, parts_of
+from quantize.samples import GroupRows, KnownOutputs, mean_of, moment_of, parts_of, peak_of
 from quantize.scales import group_peaks, smoothing_scales
 from quantize.settings import Probe, QuantSettings, SmoothMeasure, SmoothSettings, Transform
 from quantize.spec import DecoderSpec, InputGroup
@@ -216,14 +217,13 @@ class Decision:
         return report
 
     def fit_(self, group: InputGroup) -> None:
-        """Measure the shift of the group's input anew, behind what is rounded upstream by now."""
+        """Measure the group's input anew, behind what is rounded upstream by now."""
         if not self.settings.reads_rows:
             return
         self.rows = self.inputs.rows(self.layer, group, self.known)
         state = self.state.groups[group.name]
-        if self.settings.extras.channel_shift and self.settings.scheme.input.quantized:
-            transform = DualTransform(state.rotations, state.permutations, self.builder.online_scale(group))
-            self.state.groups[group.name] = replace(state, shift=mean_of(map(transform, self.rows.parts())))
+        transform = DualTransform(state.rotations, state.permutations, self.builder.online_scale(group))
+        self.state.groups[group.name] = measure_input(state, self.rows, transform, self.settings)
 
     def round_(self, group: InputGroup) -> None:
         """Round the group's weights, by what samples give them if that is asked for; everything upstream is rounded."""
@@ -265,17 +265,30 @@ class Decision:
 
 
 def fit_input(state: GroupState, rows: GroupRows, transform: DualTransform, settings: QuantSettings) -> GroupState:
-    """`state` with the shift and the clip ratios of the group's input that its `rows` ask for."""
-    scheme, shift = settings.scheme.input, None
-    if settings.extras.channel_shift and scheme.quantized:
-        shift = mean_of(map(transform, rows.parts()))
-        state = replace(state, shift=shift)
+    """`state` with the shift, the base and the clip ratios of the group's input that its `rows` ask for."""
+    scheme = settings.scheme.input
+    state = measure_input(state, rows, transform, settings)
+    shift = state.shift
     if scheme.quantized and scheme.clip == SEARCHED:
         some = transform(rows.some(CLIP_ROWS))
         some = some if shift is None else some - shift
         some = some / some.norm(dim=1, keepdim=True).clamp(min=1e-12)  # each token's error beside its own length
         ratio = search_activation_ratio(some, make_quantizer(scheme, nn.Identity()))
         state = replace(state, ratios=torch.tensor([ratio, ratio], device=some.device))
+    return state
+
+
+def measure_input(state: GroupState, rows: GroupRows, transform: DualTransform, settings: QuantSettings) -> GroupState:
+    """`state` with the mean of the group's transformed input, and the base of its format, where these are asked for."""
+    scheme = settings.scheme.input
+    if not scheme.quantized:
+        return state
+    form = number_format(scheme)
+    if settings.extras.channel_shift:
+        state = replace(state, shift=mean_of(map(transform, rows.parts())))
+    if form.has_base:
+        moved = (transform(x) if state.shift is None else transform(x) - state.shift for x in rows.parts())
+        state = replace(state, base=form.base_of(peak_of(moved).amax()[None]))
     return state
 
 

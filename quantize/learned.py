@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duquant.attention import HEAD_ROLES, QUANTIZER, AttentionQuantizer, attach_, by_head
-from duquant.formats import number_format
+from duquant.formats import BLOCK_FORMATS, number_format
 from duquant.scheme import Scheme, TensorScheme
 from duquant.transform import DualTransform, rotate_blocks
 from quantize.build import LayerBuilder
 from quantize.fake import fake_quantize
 from quantize.heads import multiplied_columns, multiplied_rows, value_rows
-from quantize.refinements import Rounding
+from quantize.refinements import LARGEST_BLOCK_RATIO, Rounding
 from quantize.settings import TrainingSettings
 from quantize.spec import DecoderSpec
 from quantize.state import GroupState, LayerState
@@ -38,23 +38,24 @@ Turn = Callable[[Tensor], Tensor]
 
 
 class LearnedRatios(nn.Module):
-    """Both ends of ranges multiplied by sigmoids of trainable logits of one shape."""
+    """Both ends of ranges multiplied by ratios in (0, limit), sigmoids of trainable logits of one shape."""
 
-    def __init__(self, low: Tensor, high: Tensor):
+    def __init__(self, low: Tensor, high: Tensor, limit: float = 1.0):
         super().__init__()
-        self.low, self.high = (nn.Parameter(each.clamp(max=LARGEST_START).logit()) for each in (low, high))
+        self.limit = limit
+        self.low, self.high = (nn.Parameter((each / limit).clamp(max=LARGEST_START).logit()) for each in (low, high))
 
     def ratios(self) -> tuple[Tensor, Tensor]:
         """Of the lower and of the upper end."""
-        return self.low.sigmoid(), self.high.sigmoid()
+        return self.limit * self.low.sigmoid(), self.limit * self.high.sigmoid()
 
 
 class LearnedQuantizer(nn.Module):
     """Fake quantization of vectors under learned ratios of their ranges; straight-through."""
 
-    def __init__(self, scheme: TensorScheme, low: Tensor, high: Tensor):
+    def __init__(self, scheme: TensorScheme, low: Tensor, high: Tensor, limit: float):
         super().__init__()
-        self.scheme, self.clip = scheme, LearnedRatios(low, high)
+        self.scheme, self.clip = scheme, LearnedRatios(low, high, limit)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as `x` [..., C]."""
@@ -64,12 +65,16 @@ class LearnedQuantizer(nn.Module):
 
 
 def learned_quantizer(scheme: TensorScheme, ratios: Tensor | None, shape: tuple[int, ...] = (1,)) -> nn.Module:
-    """That of a tensor, from the `ratios` [2] that were searched or else from the scheme's; the identity at 16 bits."""
+    """That of a tensor, from the `ratios` [2] that were searched or else from the scheme's; the identity at 16 bits.
+
+    One ratio for all vectors may exceed 1 where the format gives that a meaning.
+    """
     if not scheme.quantized:
         return nn.Identity()
+    limit = LARGEST_BLOCK_RATIO if scheme.format in BLOCK_FORMATS and shape == (1,) else 1.0
     fixed = scheme.clip if isinstance(scheme.clip, float) else 1.0
     low, high = (fixed, fixed) if ratios is None else ratios.tolist()
-    return LearnedQuantizer(scheme, torch.full(shape, low), torch.full(shape, high))
+    return LearnedQuantizer(scheme, torch.full(shape, low), torch.full(shape, high), limit)
 
 
 class LearnedGroup(nn.Module):

@@ -11,7 +11,7 @@ from quantize.inputs import LayerInputs
 from quantize.layer import decide
 from quantize.observe import layer_calls
 from quantize.observer import Observer
-from quantize.settings import USUAL_BLOCK, Probe, QuantSettings, Transform, check_widths
+from quantize.settings import USUAL_BLOCK, Probe, QuantSettings, Transform, check_heads, check_widths
 from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer
 from quantize.training import own_samples
@@ -164,6 +164,7 @@ def make_probe(hidden: Tensor, kind: Probe) -> Tensor:
 def check_shapes(model: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> None:
     """Raise InputError, naming the linear, if block or group sizes do not divide a width. Needs shapes, no weights."""
     check_widths(settings, linear_widths(model, spec))
+    check_heads(settings, spec.decoder_layers(model)[0].get_submodule(spec.attention).head_dim)
 
 
 def other_blocks(model: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> str | None:

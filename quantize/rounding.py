@@ -1,13 +1,15 @@
 """From a transformed weight to codes."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duquant.formats import Codes, PackedCodes, Parameters, number_format, pack
+from duquant.formats import Codes, Parameters, number_format
 from duquant.linear import GroupInput, QuantLinear
+from duquant.packing import PackedCodes, pack
 from duquant.quantizer import NoClip, Quantizer, make_quantizer
 from duquant.scheme import SEARCHED, TensorScheme
 from quantize.clipping import search_parameters
@@ -92,15 +94,29 @@ def data_codes(
         codes = form.encode(aimed if joined.scale.dim() == 2 else aimed.unflatten(1, (-1, size)), joined)
     counts = [len(linear.weight) for linear in linears.values()]
     split = [each.split(counts) for each in (codes.values, codes.scale, codes.zero)]
-    own = {path: Codes(*(part.clone() for part in parts)) for path, *parts in zip(paths, *split, strict=True)}
+    base = first.quantizer.base
+    own = {path: Codes(*(part.clone() for part in parts), base) for path, *parts in zip(paths, *split, strict=True)}
     return {path: pack(codes, form) for path, codes in own.items()}
+
+
+def share_base_(linears: Collection[OpenLinear]) -> None:
+    """Give the linears of one group the base of their format, if it has one, that is made of the largest of all.
+
+    Engines that multiply the weights of a group as one have one base for them.
+    """
+    form = number_format(next(iter(linears)).scheme)
+    if form.has_base:
+        base = form.base_of(torch.stack([linear.weight.abs().amax() for linear in linears]).amax()[None])
+        for linear in linears:
+            linear.quantizer.base = base.float()
 
 
 def _parameters(linear: OpenLinear, weight: Tensor, hessian: Tensor) -> Parameters:
     """Scale and zero of every range of `weight` [O, C], which stands for the linear's own."""
     if linear.scheme.clip == SEARCHED and linear.clip is None:
         importance = hessian.diagonal().to(weight.dtype)
-        return search_parameters(weight, number_format(linear.scheme), importance, linear.scheme.group_size)
+        form, size = number_format(linear.scheme), linear.scheme.group_size
+        return search_parameters(weight, form, importance, size, linear.quantizer.base)
     return linear.quantizer.parameters(linear.quantizer.vectors(weight))
 
 

@@ -196,14 +196,19 @@ class GroupRows:
 
     def peak(self) -> Tensor:
         """The largest magnitude of every channel [C] on all processes."""
-        own = torch.stack([part.abs().amax(dim=0) for part in self.parts()]).amax(dim=0)
-        return torch.stack([part.to(own.device) for part in gather(own.cpu())]).amax(dim=0)
+        return peak_of(self.parts())
 
 
 def parts_of(rows: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Rows [n, C], some at a time, on `device` and in at least float32."""
     for part in rows.split(ROWS_AT_ONCE):
         yield widen(part.to(device))
+
+
+def peak_of(parts: Iterable[Tensor]) -> Tensor:
+    """The largest magnitude of every channel [C] of the rows of all processes, given some [n, C] at a time."""
+    own = torch.stack([part.abs().amax(dim=0) for part in parts]).amax(dim=0)
+    return torch.stack([part.to(own.device) for part in gather(own.cpu())]).amax(dim=0)
 
 
 def mean_of(parts: Iterable[Tensor]) -> Tensor:

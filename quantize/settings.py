@@ -10,7 +10,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
-from quantize.refinements import SEARCH, ExtraSettings, HeadTransform, Ratio, Rounding, RoundingSettings, Trained
+from quantize.refinements import (
+    LARGEST_BLOCK_RATIO,
+    SEARCH,
+    ExtraSettings,
+    Format,
+    FormatSettings,
+    HeadTransform,
+    Ratio,
+    Rounding,
+    RoundingSettings,
+    Trained,
+    check_format,
+)
 from utils.errors import InputError
 from utils.settings import NONE, Changes, option, part
 
@@ -111,7 +123,7 @@ def _check_ratio(flag: str, value: Ratio) -> None:
     if isinstance(value, str):
         if value != SEARCH:
             raise InputError(f"{flag} {value}: must be a number in (0, 1] or {SEARCH}")
-    elif value is not None and not 0 < value <= 1:
+    elif value is not None and not 0 < value <= LARGEST_BLOCK_RATIO:
         raise InputError(f"{flag} {value:g}: the clip ratio must be in (0, 1]")
 
 
@@ -405,6 +417,7 @@ class QuantSettings:
         implied_by="train",
     )
     seed: int = seed_option()
+    formats: FormatSettings = part(FormatSettings)
 
     def __post_init__(self) -> None:
         check_seed("--seed", self.seed)
@@ -412,8 +425,30 @@ class QuantSettings:
             raise InputError("--lwc learns the clipping that --swc fixes: give one of them")
         if self.probe_tokens < 1:
             raise InputError(f"--probe_tokens {self.probe_tokens}: must be at least 1")
+        self._check_formats()
         if self.extras.head_transform is HeadTransform.BALANCED and not self.transform.rotates:
             raise InputError(f"--head_transform balanced: nothing is rotated with --transform {self.transform}")
+
+    def _check_formats(self) -> None:
+        """Raise InputError for formats that do not go with bits, groups or clips."""
+        bits, forms, clip = self.bits, self.formats, self.clip
+        kinds = {"group_size": bits.group_size, "symmetric": bits.symmetric}
+        check_format("wformat", forms.weight, bits.weight, "wbits", **kinds)
+        kinds = {"act_group_size": bits.act_group_size, "act_symmetric": bits.act_symmetric}
+        check_format("aformat", forms.activation, bits.activation, "abits", **kinds)
+        for role, number in bits.attention.items():
+            check_format(f"{role[0]}format", forms.of_head(role, number), number, f"{role[0]}bits")
+        heads = [forms.of_head(role, number) for role, number in bits.attention.items()]
+        clips = {
+            "--swc": (clip.weight_ratio, [forms.weight]),
+            "--lac": (clip.activation_ratio, [forms.activation, *heads[:2]]),
+            "--lac_kv": (clip.kv_ratio, heads[1:]),
+        }
+        for flag, (ratio, kinds) in clips.items():
+            if isinstance(ratio, float) and ratio > 1 and Format.INT in kinds:
+                raise InputError(
+                    f"{flag} {ratio:g}: the clip ratio must be in (0, 1]; only formats of blocks take more"
+                )
 
     @property
     def learns_transform(self) -> bool:
@@ -443,7 +478,9 @@ class QuantSettings:
     @property
     def reads_rows(self) -> bool:
         """Whether what samples give the linears of a group decides something (`quantize.samples.GroupRows`)."""
-        searches = self.clip.activation_ratio == SEARCH or self.probe is Probe.PEAKS
+        searches = (
+            self.clip.activation_ratio == SEARCH or self.probe is Probe.PEAKS or self.formats.activation.calibrated
+        )
         return searches or self.extras.channel_shift or self.rounds_by_data
 
     @property
@@ -464,32 +501,43 @@ class QuantSettings:
     @property
     def scheme(self) -> "Scheme":
         """What is rounded to what."""
-        from duquant.scheme import Scheme, TensorScheme
+        from duquant.scheme import Scheme, make_scheme
 
-        bits, clip = self.bits, self.clip
+        bits, clip, forms = self.bits, self.clip, self.formats
         head_clip = {"query": clip.activation_ratio, "key": clip.kv_ratio or clip.activation_ratio}
         clips_values = self.extras.value_rotation or clip.activation_ratio == SEARCH
         head_clip["value"] = clip.kv_ratio or (clip.activation_ratio if clips_values else None)
         heads = {
-            role: TensorScheme(bits=number, symmetric=bits.act_symmetric, clip=head_clip[role])
+            role: make_scheme(forms.of_head(role, number), number, bits.act_symmetric, None, head_clip[role])
             for role, number in bits.attention.items()
         }
         inputs = (bits.activation, bits.act_symmetric, bits.act_group_size, clip.activation_ratio)
         return Scheme(
-            weight=TensorScheme("int", bits.weight, bits.symmetric, bits.group_size, clip.weight_ratio),
-            input=TensorScheme("int", *inputs),
+            weight=make_scheme(forms.weight, bits.weight, bits.symmetric, bits.group_size, clip.weight_ratio),
+            input=make_scheme(forms.activation, *inputs),
             **heads,
             rotate_heads=self.transform.rotates,
         )
 
     @property
     def label(self) -> str:
-        """Short name of the bit widths: `w4a4`, and `w4a4g32` where groups of weights have ranges of their own."""
+        """Short name of the bit widths: `w4a4`, `w4a4g32` where groups of weights have ranges of their own.
+
+        A format of blocks stands in the place of its bits: `wmxfp4a4`; the same of both, by itself: `mxfp4`.
+        """
         group = f"g{self.bits.group_size}" if self.bits.group_size else ""
         others = "".join(
             f"{role[0]}{bits}" for role, bits in self.bits.attention.items() if bits != self.bits.activation
         )
-        return f"w{self.bits.weight}a{self.bits.activation}{others}{group}"
+        weight, activation = (
+            str(bits) if form is Format.INT else str(form)
+            for bits, form in (
+                (self.bits.weight, self.formats.weight),
+                (self.bits.activation, self.formats.activation),
+            )
+        )
+        same = weight == activation and self.formats.weight is not Format.INT
+        return (weight if same else f"w{weight}a{activation}") + others + group
 
 
 def check_widths(settings: QuantSettings, widths: dict[str, int]) -> None:
@@ -507,6 +555,19 @@ def check_widths(settings: QuantSettings, widths: dict[str, int]) -> None:
                 options = fitting + ["auto"] * (flag == "--block_size")
                 advice = f"try {' or '.join(options)}" if options else "no size divides all widths of this model"
                 raise InputError(f"{name}: {channels} input channels do not divide by {flag} {size}; {advice}")
+        for flag, scheme in (("--wformat", settings.scheme.weight), ("--aformat", settings.scheme.input)):
+            if scheme.format != Format.INT and channels % scheme.group_size:
+                blocks = f"blocks of {scheme.group_size}, which do not divide its {channels} input channels"
+                raise InputError(f"{name}: {flag} {scheme.format} has {blocks}; try nvfp4 (blocks of 16) or int")
+
+
+def check_heads(settings: QuantSettings, head_dim: int) -> None:
+    """Raise InputError if the blocks of a format do not divide heads of that size."""
+    for role in settings.bits.attention:
+        scheme = getattr(settings.scheme, role)
+        if scheme.group_size is not None and head_dim % scheme.group_size:
+            flag = f"--{role[0]}format {scheme.format}"
+            raise InputError(f"{flag} has blocks of {scheme.group_size}, which do not divide heads of {head_dim}")
 
 
 def _common_divisors(numbers: list[int], nearest_to: int) -> list[str]:

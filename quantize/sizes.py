@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from duquant.formats import number_format, packed_width
+from duquant.formats import BLOCK_FORMATS, number_format
+from duquant.packing import packed_width
 from duquant.scheme import SEARCHED, TensorScheme
 from quantize.build import absorbers
 from quantize.refinements import HeadTransform
@@ -67,25 +68,27 @@ def ranges(outputs: int, inputs: int, scheme: TensorScheme) -> int:
 def packed_bytes(outputs: int, inputs: int, scheme: TensorScheme) -> int:
     """A weight [outputs, inputs] packed: codes, a float16 scale per range, and zero points of as many bits as codes.
 
-    Symmetric ranges need no zero point. A weight that is not quantized is in float16.
+    A scale of a format of blocks has 8 bits. Symmetric ranges need no zero point. A weight that is not quantized is in
+    float16.
     """
     if not scheme.quantized:
         return HALF * outputs * inputs
     scales = ranges(outputs, inputs, scheme)
     zeros = 0 if scheme.symmetric else scales
-    return math.ceil(scheme.bits * (outputs * inputs + zeros) / 8) + HALF * scales
+    codes = math.ceil(scheme.bits * (outputs * inputs + zeros) / 8)
+    return codes + (1 if scheme.format in BLOCK_FORMATS else HALF) * scales
 
 
 def codes_bytes(outputs: int, inputs: int, scheme: TensorScheme, dtype: torch.dtype) -> int:
     """A weight [outputs, inputs] as a quantized linear holds it: packed codes, scales and zeros in float32.
 
-    One that is not quantized is in `dtype`.
+    Scales of a format of blocks are bytes. One that is not quantized is in `dtype`.
     """
     if not scheme.quantized:
         return dtype.itemsize * outputs * inputs
     form = number_format(scheme)
     codes = form.dtype.itemsize * outputs * packed_width(inputs, form)
-    return codes + 2 * WIDE * ranges(outputs, inputs, scheme)
+    return codes + (1 if form.block else 2 * WIDE) * ranges(outputs, inputs, scheme) + WIDE * form.has_base
 
 
 def transform_bytes(width: int, settings: QuantSettings, number: int = HALF, index: int = INDEX) -> int:
@@ -107,11 +110,12 @@ def online_bytes(group: InputGroup, width: int, settings: QuantSettings, number:
 
 
 def input_extras(width: int, settings: QuantSettings, number: int = HALF) -> int:
-    """What rounds a group's input beside its transform: the shift of its channels, and the clip's two ratios."""
+    """What rounds a group's input beside its transform: the shift of its channels, the clip's two ratios, the base."""
     scheme = settings.scheme.input
     if not scheme.quantized:
         return 0
-    return number * (width * settings.extras.channel_shift + 2 * (scheme.clip == SEARCHED))
+    base = number_format(scheme).has_base
+    return number * (width * settings.extras.channel_shift + 2 * (scheme.clip == SEARCHED) + base)
 
 
 def added_biases(members: Iterable[nn.Module], settings: QuantSettings) -> int:

@@ -6,23 +6,26 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from duquant.formats import Codes, PackedCodes
+from duquant.formats import Codes
+from duquant.packing import PackedCodes
 from quantize.spec import DecoderSpec
 
-CODES = ("values", "scale", "zero")  # the parts of `Codes`, and with `channels` those of `PackedCodes`
+CODES = ("values", "scale", "zero", "base")  # the parts of `Codes`, and with `channels` those of `PackedCodes`
 COMPACT = {torch.int64: torch.int32}  # permutations; everything else keeps its dtype, so that the result is the same
 
 
 @dataclass(frozen=True)
 class GroupState:
     """One input group: the smoothing scale as computed [C] (None without smoothing), rotations [n+1, B, B] and
-    permutations [n, C]. `shift` [C] of the transformed input and its clip `ratios` [2], where there are any."""
+    permutations [n, C]. `shift` [C] of the transformed input, its clip `ratios` [2] and the `base` [1] of its format,
+    where there are any."""
 
     scale: Tensor | None
     rotations: Tensor
     permutations: Tensor
     shift: Tensor | None = None
     ratios: Tensor | None = None
+    base: Tensor | None = None
 
     def to(self, device: torch.device) -> "GroupState":
         """The same with its tensors on `device`."""
@@ -101,8 +104,8 @@ class LayerState:
         for group in spec.groups:
             prefix = f"groups.{group.name}"
             permutations = tensors[f"{prefix}.permutations"].to(torch.int64)
-            scale, shift, ratios = (tensors.get(f"{prefix}.{part}") for part in ("scale", "shift", "ratios"))
-            found = GroupState(scale, tensors[f"{prefix}.rotations"], permutations, shift, ratios)
+            scale, *others = (tensors.get(f"{prefix}.{part}") for part in ("scale", "shift", "ratios", "base"))
+            found = GroupState(scale, tensors[f"{prefix}.rotations"], permutations, *others)
             state.groups[group.name] = found
             for path in group.linears:
                 if f"clips.{path}.low" in tensors:
@@ -116,9 +119,9 @@ class LayerState:
 
 def read_codes(tensors: dict[str, Tensor], prefix: str) -> PackedCodes | Codes:
     """What `tensors()` of either wrote; whole bytes for every code were written by earlier versions."""
-    parts = [tensors[f"{prefix}.{part}"] for part in CODES]
+    parts = {part: tensors.get(f"{prefix}.{part}") for part in CODES}
     channels = tensors.get(f"{prefix}.channels")
-    return Codes(*parts) if channels is None else PackedCodes(*parts, channels.item())
+    return Codes(**parts) if channels is None else PackedCodes(**parts, channels=channels.item())
 
 
 @dataclass(frozen=True)

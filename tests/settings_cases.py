@@ -34,6 +34,8 @@ def switched_on(cls: type, option: Option) -> Any:
         (held,) = (each for each in fields(get(settings, switch[:-1])) if each.name == switch[-1])
         if get(settings, switch) is None:
             settings = put(settings, switch, held.metadata["part"]())
+    if option.path[-2:] == ("formats", "activation"):  # of 16 bits there is one format
+        settings = put(settings, (*option.path[:-2], "bits", "activation"), 4)
     return settings
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from duquant.formats import Codes, IntegerFormat, PackedCodes, code_sums, decode_weight, pack
+from duquant.formats import Codes, IntegerFormat
 from duquant.linear import GroupInput, QuantLinear
 from duquant.ops import reference
 from duquant.ops import triton as ops
 from duquant.ops import triton_launch as launch
 from duquant.ops.triton_product import product, product_few
 from duquant.ops.triton_quantize import rotate
+from duquant.packing import PackedCodes, code_sums, decode_weight, pack
 from duquant.quantizer import FoundClip, NoClip, Quantizer, RatioClip
 from duquant.transform import DualTransform
 

@@ -9,11 +9,12 @@ from functools import cache
 
 import torch
 
-from duquant.formats import Codes, IntegerFormat, Parameters, code_sums, pack
+from duquant.formats import Codes, IntegerFormat, Parameters
 from duquant.ops import reference
 from duquant.ops.base import Kernel
 from duquant.ops.cpu import ByteKernel
 from duquant.ops.triton import TritonKernel, available
+from duquant.packing import code_sums, pack
 from duquant.quantizer import Quantizer
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from duquant.formats import Codes, IntegerFormat, PackedCodes
+from duquant.formats import Codes, IntegerFormat
+from duquant.packing import PackedCodes
 from duquant.quantizer import Quantizer
 
 PART_ELEMENTS = 2**18  # of an activation that a CPU works on at once: a megabyte of float32

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from duquant.formats import IntegerFormat, PackedCodes, pack_last, unpack
+from duquant.formats import IntegerFormat
 from duquant.ops.base import RowCodes, encode
+from duquant.packing import PackedCodes, pack_last, unpack
 from duquant.quantizer import Quantizer
 
 PART_CODES = 2**22  # codes of a packed weight that are bytes at once

@@ -38,9 +38,11 @@ def fake_quantize(x: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> Tensor
 
 
 def served(x: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> bool:
-    """Whether the kernel computes this: plain tensors, nothing traced, nothing differentiated, a clip of ratios."""
+    """Whether the kernel computes this: plain tensors, nothing traced or differentiated, integers, a clip of ratios."""
     # a compiler fuses these operations by itself; a subclass of Tensor may be one without content
     if type(x) is not Tensor or torch.compiler.is_compiling() or not x.numel() or not {x.dtype, dtype} <= {*DTYPES}:
+        return False
+    if not isinstance(quantizer.format, IntegerFormat):
         return False
     ratios = clip_ratios(quantizer.clip)
     parts = (x, *(each for each in ratios or () if isinstance(each, Tensor)))

@@ -12,7 +12,8 @@ import math
 
 from torch import Tensor
 
-from duquant.formats import Codes, IntegerFormat, PackedCodes, unpack
+from duquant.formats import Codes, IntegerFormat
+from duquant.packing import PackedCodes, unpack
 
 
 def linear(x: Codes, weight: PackedCodes, form: IntegerFormat, bias: Tensor | None = None) -> Tensor:

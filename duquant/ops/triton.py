@@ -23,11 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from duquant.formats import IntegerFormat, PackedCodes
+from duquant.formats import IntegerFormat
 from duquant.ops import triton_launch as launch
 from duquant.ops.base import RowCodes, encode
 from duquant.ops.triton_launch import ranges
 from duquant.ops.triton_tools import interpreted, triton
+from duquant.packing import PackedCodes
 from duquant.quantizer import FoundClip, NoClip, Quantizer, RatioClip
 from duquant.transform import DualTransform
 

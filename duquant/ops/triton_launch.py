@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from duquant.formats import SCALE_LIMITS, ZERO_LIMITS, IntegerFormat, packed_width
+from duquant.formats import SCALE_LIMITS, ZERO_LIMITS, IntegerFormat
 from duquant.ops.triton_product import (
     EXACT_STEPS,
     finish,
@@ -17,6 +17,7 @@ from duquant.ops.triton_product import (
 )
 from duquant.ops.triton_quantize import MATRIX_FACTOR, ROUNDING, quantize, rotate, rotate_halves
 from duquant.ops.triton_tools import interpreted, triton
+from duquant.packing import packed_width
 
 PART_ELEMENTS = 2**24  # of the rows that are rotated at once: two float32 copies of so many are 128 MB
 HALVED_BLOCKS = (16, 32, 64, 128)  # rotations that fit a program twice in float16

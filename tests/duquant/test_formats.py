@@ -4,18 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from duquant.formats import (
-    SCALE_LIMITS,
-    ZERO_LIMITS,
-    Codes,
-    IntegerFormat,
-    Parameters,
-    decode_weight,
-    pack,
-    packed_width,
-    straight_through_round,
-    unpack,
-)
+from duquant.formats import SCALE_LIMITS, ZERO_LIMITS, Codes, IntegerFormat, Parameters, straight_through_round
+from duquant.packing import decode_weight, pack, packed_width, unpack
 from duquant.quantizer import Quantizer
 
 BITS = (2, 3, 4, 6, 8)

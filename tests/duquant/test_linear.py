@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duquant.formats import Codes, IntegerFormat, packed_width, unpack
+from duquant.formats import Codes, IntegerFormat
 from duquant.linear import GroupInput, QuantLinear, expanded
+from duquant.packing import packed_width, unpack
 from duquant.quantizer import Quantizer
 from duquant.transform import DualTransform
 

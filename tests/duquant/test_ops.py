@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from duquant import ops
-from duquant.formats import Codes, IntegerFormat, PackedCodes, code_sums, decode_weight, pack, unpack
+from duquant.formats import Codes, IntegerFormat
 from duquant.ops import reference
 from duquant.ops.base import RowCodes, encode
 from duquant.ops.cpu import ByteKernel
+from duquant.packing import PackedCodes, code_sums, decode_weight, pack, unpack
 from duquant.quantizer import Quantizer, RatioClip
 from duquant.transform import DualTransform
 

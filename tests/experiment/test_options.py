@@ -19,7 +19,7 @@ from utils.settings import Changes, Option, from_dict, identity, options, to_dic
 MMLU = ("--eval_mmlu", "--mmlu_data_dir", "d")  # neither is accepted without the other
 # Most settings have another value that is accepted alone, or where those are that they belong to.
 COMPANY = ((), ("--smooth",), ("--report",), ("--eval_ppl",), ("--tasks", "piqa"), MMLU, ("--multigpu",))
-COMPANY += (("--sensitivity",), ("--eval_mtbench",), ("--eval_mtbench", "--judge_base_url", "u"))
+COMPANY += (("--abits", "4"), ("--sensitivity",), ("--eval_mtbench",), ("--eval_mtbench", "--judge_base_url", "u"))
 
 # Marked as changing no figure: written out, so that a wrong mark is seen. The same experiment with another value of
 # these replaces its own results.

@@ -13,7 +13,7 @@ from models.load import load_skeleton
 from models.saved import ModelWriter
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
-from quantize.refinements import Rounding, RoundingSettings
+from quantize.refinements import Format, FormatSettings, Rounding, RoundingSettings
 from quantize.settings import (
     BitSettings,
     ClipSettings,
@@ -136,6 +136,8 @@ CASES = {
     "none": replace(QUANT, transform=Transform.NONE),
     "three permutations": replace(QUANT, rotation=replace(ROTATION, permutation_times=3)),
     "groups": replace(QUANT, bits=BitSettings(4, 4, group_size=16)),
+    "blocks": replace(QUANT, formats=FormatSettings(Format.NVFP4, Format.NVFP4)),
+    "blocks by samples": best(formats=FormatSettings(Format.NVFP4, Format.NVFP4)),
     "ten bits": replace(QUANT, bits=BitSettings(10, 4)),
     "weights left alone": replace(QUANT, bits=BitSettings(16, 4)),
     "trained": TRAINED,

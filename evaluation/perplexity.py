@@ -22,6 +22,8 @@ from utils.distributed import own_part, together
 from utils.errors import InputError
 from utils.memory import Allocate
 
+LOGITS_AT_ONCE = 2**26  # numbers, of the logits made at a time: 2048 tokens over Llama-2's vocabulary, 512 over Llama-3's
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -147,27 +149,43 @@ def _window_means(
 ) -> Tensor:
     """Mean token loss of every window, and mean KL divergence from the teacher (NaN without one): float64 [V, N, 2].
 
-    One window of one variant at a time: logits over a large vocabulary are the largest tensors of all.
+    Logits are the largest tensors of all: those of one window of one variant, in as many parts as its vocabulary asks
+    for (`tokens_at_once`).
     """
-    means = torch.full((len(variants), len(tokens), 2), math.nan, dtype=torch.float64, device=device)
+    predicted = tokens.shape[1] - 1
+    size = tokens_at_once(model.config.vocab_size)
+    sums = torch.zeros(len(variants), len(tokens), 2, dtype=torch.float64, device=device)
+    if teacher is None:
+        sums[:, :, 1] = math.nan
 
-    def logits_of(hidden: Tensor) -> Tensor:
-        return head_logits(model, spec, window[None], hidden.to(device))[0, :-1].float()
+    def logits_of(hidden: Tensor, part: slice) -> Tensor:
+        return head_logits(model, spec, window[None, part], hidden[index, None, part].to(device))[0].float()
 
     with shell_on_device(model, spec, device):
         for index, window in enumerate(tokens.to(device)):
-            wanted = None if teacher is None else logits_of(teacher[index, None])
-            for mean, hidden in zip(means[:, index], variants, strict=True):
-                logits = logits_of(hidden[index, None])
-                mean[0] = F.cross_entropy(logits, window[1:]).double()
-                if wanted is not None:
-                    mean[1] = token_divergence(wanted, logits).mean().double()
-    return means.cpu()
+            for part in (slice(start, min(start + size, predicted)) for start in range(0, predicted, size)):
+                wanted = None if teacher is None else logits_of(teacher, part)
+                for total, hidden in zip(sums[:, index], variants, strict=True):
+                    logits = logits_of(hidden, part)
+                    total[0] += F.cross_entropy(logits, window[1:][part], reduction="sum")
+                    if wanted is not None:
+                        total[1] += token_divergence(wanted, logits).sum()
+    return sums.cpu() / predicted
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens' logits over a `vocabulary` are made at a time."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 def token_divergence(wanted: Tensor, logits: Tensor) -> Tensor:
-    """KL(P ‖ Q) = Σ P (log P − log Q) of every token, in nats: logits [T, vocabulary] of P and of Q → [T]."""
-    return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    """KL(P ‖ Q) = Σ P (log P − log Q) of every token, in nats: logits [T, vocabulary] of P and of Q → [T].
+
+    Two tensors as large as they are made, and no more.
+    """
+    wanted, difference = wanted.log_softmax(-1), logits.log_softmax(-1)
+    torch.sub(wanted, difference, out=difference)
+    return wanted.exp_().mul_(difference).sum(-1)
 
 
 def head_logits(model: nn.Module, spec: DecoderSpec, tokens: Tensor, hidden: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import nn
 
+from evaluation.perplexity import tokens_at_once
 from quantize.observe import TOKENS_PER_FORWARD
 from quantize.quantization import PROBE_SAMPLES
 from quantize.samples import HEAD_TOKENS, ROWS_AT_ONCE
@@ -267,10 +268,10 @@ def activation_bytes(tokens: int, width: int, held: int, rounded: bool) -> int:
 
 
 def logits_bytes(skeleton: nn.Module, plan: Plan) -> int:
-    """The logits of one test window, in the model's dtype, in float32, and their log-softmax; twice for the divergence.
+    """The logits of a part of a test window, in float32, and their log-softmax; twice for the divergence.
 
     See `evaluation.perplexity`.
     """
     longest = max((length for _, length in plan.windows), default=0)
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
-    return longest * vocabulary * (plan.held.itemsize + 2 * WIDE) * (2 if plan.divergence else 1)
+    return min(longest, tokens_at_once(vocabulary)) * vocabulary * 2 * WIDE * (2 if plan.divergence else 1)

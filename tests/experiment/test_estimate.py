@@ -13,13 +13,15 @@ from medium_model import MEDIUM, medium_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from evaluation.perplexity import Windows, score, scores
+from evaluation import perplexity
+from evaluation.perplexity import Windows, score, scores, tokens_at_once
 from evaluation.sensitivity import Variants
 from experiment.estimate import (
     CONTEXT_BYTES,
     PROCESS_BYTES,
     Plan,
     estimate,
+    logits_bytes,
 )
 from models import decoder_spec
 from models.load import ModelSource, load_skeleton
@@ -160,6 +162,19 @@ def test_a_streamed_run_allocates_nearly_what_was_estimated_and_no_more(name, tm
     with LayerReader(shell, spec, shards, torch.float32, CPU) as reader:
         peak = peak_of(shell, reader.layers(), settings, plan)
     assert 0.6 < peak / (needed(settings, plan).host_streamed - PROCESS_BYTES) <= 1
+
+
+@pytest.mark.parametrize("divergence", [False, True])
+def test_the_logits_of_a_large_vocabulary_are_made_in_parts_and_those_are_what_is_counted(divergence, monkeypatch):
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 2**21)
+    model, windows = medium_model(vocab_size=2**16), random_windows((1, 128))
+    spec, plan = decoder_spec(model.config), replace(PLAN, windows=((1, 128),), divergence=divergence)
+    hidden = torch.randn(1, 128, MEDIUM["hidden_size"])
+    with LiveBytes(*model.parameters(), *model.buffers()) as live:
+        held = live.now
+        score(model, spec, windows, hidden, CPU, hidden.clone() if divergence else None)
+    assert tokens_at_once(2**16) == 32
+    assert 0.9 < (live.peak - held) / logits_bytes(model, plan) <= 1.01
 
 
 def test_what_a_gpu_holds_is_not_on_the_host():

@@ -22,6 +22,7 @@ from quantize.settings import (
     TrainingSettings,
 )
 from quantize.statistics import channel_statistics
+from utils.ferry import Ferry
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 
@@ -83,6 +84,15 @@ def test_a_model_that_stays_on_the_gpu_gets_the_bits_of_one_that_visits_it():
     assert (places(visiting), places(staying)) == ({"cpu"}, {"cuda"})
     found = staying.state_dict()
     assert all(torch.equal(tensor, found[name].cpu()) for name, tensor in visiting.state_dict().items())
+
+
+def test_hidden_states_that_travel_beside_the_work_are_those_that_are_copied_before_it():
+    states = torch.randn(24, 512, 256)
+    expected = (states.to(CUDA).cumsum(dim=1) @ torch.eye(256, device=CUDA)).cpu()
+    with Ferry(CUDA) as ferry:
+        for part in (range(start, start + 2) for start in range(0, 24, 2)):
+            ferry.give_back(states, part, ferry.bring(states, part).cumsum(dim=1) @ torch.eye(256, device=CUDA))
+    torch.testing.assert_close(states, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from evaluation.base import FULL, Candidate, Context, Evaluation, Finding
 from evaluation.settings import EvaluationSettings, PerplexitySettings
 from quantize.observe import advance_, layer_calls, layers_replaced, shell_on_device
+from quantize.sizes import activation_bytes, layer_groups, widest
 from quantize.spec import DecoderSpec
 from quantize.walk import layers_in_memory, walk
 from utils import data
 from utils.batching import BatchSize
+from utils.capacity import SPARE, free_device_memory
 from utils.distributed import own_part, together
 from utils.errors import InputError
 from utils.memory import Allocate
 
-LOGITS_AT_ONCE = 2**26  # numbers, of the logits made at a time: 2048 tokens over Llama-2's vocabulary, 512 over Llama-3's
+LOGITS_AT_ONCE = (
+    2**26
+)  # numbers of the logits made at a time: 2048 tokens over Llama-2's vocabulary, 512 over Llama-3's
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Windows:
     ):
         own = own_part(tokens)
         self._calls = layer_calls(model, spec, own, device, allocate) if len(own) else None
-        self._device, self._batch_size = device, batch_size
+        self._spec, self._device, self._batch_size = spec, device, batch_size
 
     @property
     def hidden(self) -> Tensor:
@@ -88,7 +92,21 @@ class Windows:
     def advance_(self, index: int, layer: nn.Module, hidden: Tensor) -> None:
         """The same with other states of these windows, those of a variant of the network."""
         if self._calls is not None:
+            if self._batch_size is not None:
+                fit_(self._batch_size, layer, self._spec.at(index), hidden, self._device)
             advance_(layer, hidden, self._calls.kwargs[index], self._device, self._batch_size)
+
+
+def fit_(batches: BatchSize, layer: nn.Module, spec: DecoderSpec, hidden: Tensor, device: torch.device) -> None:
+    """Lower a size that was not given to what fits beside `layer`, with its `spec`, and all else on a GPU by now.
+
+    The windows of `hidden` [n, T, C] may go through a layer whose inputs are rounded.
+    """
+    free = free_device_memory(device)
+    if free is not None:
+        width = widest(linear for _, members in layer_groups(layer, spec) for linear in members)
+        window = activation_bytes(hidden.shape[1], width, hidden.dtype.itemsize, rounded=True)
+        batches.fit_(free * (1 - SPARE), window)
 
 
 def final_hidden(

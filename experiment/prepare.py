@@ -57,7 +57,8 @@ class Prepared:
         """What is done, as the estimate wants it."""
         settings, evaluations = self.settings, self.evaluations
         compared = evaluations.for_comparison(settings.report.report)
-        return make_plan(self.setup, self.quant, evaluations, compared, settings.statistics.act_scales is None)
+        computed, batch = settings.statistics.act_scales is None, settings.evaluation.eval_batch_size
+        return make_plan(self.setup, self.quant, evaluations, compared, computed, batch)
 
     @property
     def stays_whole(self) -> bool:

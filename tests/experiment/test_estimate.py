@@ -181,10 +181,20 @@ def test_what_a_gpu_holds_is_not_on_the_host():
     plan = replace(PLAN, dtype=torch.float16, on_gpu=True)
     cpu, gpu = needed(QUANT, replace(plan, on_gpu=False)), needed(QUANT, plan)
     assert cpu.device == 0
-    assert gpu.weights == cpu.weights == gpu.host - PROCESS_BYTES - CONTEXT_BYTES - gpu.hidden
+    assert gpu.weights == cpu.weights == gpu.host - PROCESS_BYTES - CONTEXT_BYTES - gpu.hidden - gpu.pinned
     assert 2 * gpu.hidden == cpu.hidden  # float16, which a CPU widens
     work = gpu.device - CONTEXT_BYTES - gpu.layer_wide
     assert 0 < work < cpu.host - cpu.host_streamed + cpu.layer_wide * 9 // 2
+
+
+def test_windows_go_through_a_layer_in_batches_of_what_is_given_or_what_there_is_room_for():
+    plan = replace(PLAN, dtype=torch.float16, on_gpu=True, windows=((400, 256),))
+    auto, given, small = needed(QUANT, plan), needed(QUANT, replace(plan, batch=100)), needed(QUANT, PLAN)
+    assert auto.window_tokens == (4096, 65536)
+    assert given.window_tokens == (25600, 25600)
+    assert small.window_tokens == (1024, 1024)  # on a CPU; all that there are
+    assert given.device - auto.device == (25600 - 4096) * auto.window_token
+    assert auto.pinned == 2 * 65536 * MEDIUM["hidden_size"] * 2
 
 
 def test_an_evaluation_of_the_whole_model_needs_it_on_the_device_as_codes_or_before_as_floats():

@@ -21,7 +21,7 @@ from experiment.residence import choose_residence
 from models import decoder_spec
 from models.load import load_skeleton
 from models.zoo import zoo_config
-from quantize import greedy, samples
+from quantize import greedy, samples, training
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
 from quantize.refinements import RoundingSettings, Trained
@@ -217,6 +217,20 @@ def test_a_training_step_waits_for_its_loss_and_where_it_is_scaled_for_the_scale
     steps = LAYERS * SAMPLES // BATCH
     assert long.waits - short.waits <= waits * steps
     assert long.copies_to_device == short.copies_to_device  # the samples are there already
+
+
+@pytest.mark.parametrize(("name", "most"), [("llama", 150), ("mixtral", None)])
+def test_a_training_step_is_recorded_and_launched_as_one_unless_experts_are_called(gpu, name, most, monkeypatch):
+    counts = []
+    for recorded in (2**26, 0):
+        monkeypatch.setattr(training, "MOST_RECORDED", recorded)
+        short, long = (quantize(MODELS[name](HALF), gpu, settings(True, epochs=each))[0] for each in (2, 3))
+        counts.append((long.launches - short.launches) / (LAYERS * SAMPLES // BATCH))
+        assert long.copies_to_device == short.copies_to_device
+    if most is None:
+        assert counts[0] == counts[1]
+    else:
+        assert counts[0] < most < counts[1] / 4
 
 
 def test_samples_that_have_no_room_on_the_device_travel_at_every_step():

@@ -107,6 +107,17 @@ def test_training_in_half_precision_lowers_the_loss_and_leaves_codes_on_the_host
     assert model.model.layers[0].mlp.down_proj.codes.dtype is torch.uint8
 
 
+def test_a_recorded_training_step_does_what_its_operations_do(monkeypatch):
+    spec, training = decoder_spec(tiny_model().config), TrainingSettings(epochs=4, batch_size=3)  # a last batch of two
+    settings = QuantSettings(BitSettings(3, 8), rotation=RotationSettings(16, 4), training=training)
+    found = []
+    for most in (2**26, 0):
+        monkeypatch.setattr("quantize.training.MOST_RECORDED", most)
+        layers = quantize_model(tiny_model(torch.float16), spec, CALIBRATION, None, settings, CUDA)
+        found.append([loss for layer in layers for loss in layer["training"]["losses"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("rule", SearchRule)
 def test_lazy_search_on_the_gpu_takes_the_cpu_s_trajectory(rule, exact):

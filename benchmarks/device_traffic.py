@@ -115,6 +115,7 @@ def row(name: str, each: Traffic, whole: Traffic) -> list[str]:
         f"{whole.bytes_to_host / GB:.0f}",
         f"{whole.launches:,}",
         f"{whole.waits:,}",
+        f"{whole.bytes_held / GB:.0f}",
     ]
 
 
@@ -145,7 +146,9 @@ def table(args: argparse.Namespace, shape: str) -> str:
     training = trained(args, shape)
     rows.insert(3, row("training", training, training * total))
     columns = ["GB to device", "GB to host", "copies", "back", "launches", "waits"]
-    return format_table([f"{shape}: one layer", *columns, f"{total}: GB to", "GB back", "launches", "waits"], rows)
+    return format_table(
+        [f"{shape}: one layer", *columns, f"{total}: GB to", "GB back", "launches", "waits", "GB held"], rows
+    )
 
 
 def main() -> None:

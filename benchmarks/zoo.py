@@ -182,12 +182,16 @@ def main() -> None:
     parser.add_argument("--integers", action="store_true", help="perplexity multiplies codes")
     parser.add_argument("--search_rows", type=int, help="as main.py's (default: all)")
     parser.add_argument("--keep", choices=list(Keep), default=Keep.AUTO, help="as main.py's")
+    parser.add_argument(
+        "--tf32", action="store_true", help="a GPU may multiply float32 in TF32, which main.py never does"
+    )
     parser.add_argument("--profile", action="store_true", help="also the functions that took longest")
     args = parser.parse_args()
     if args.table:
         print(requirements())
         return
     setup_console()
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     device, whole = pick_device(args.device), shape_config(args.shape, None).num_hidden_layers
     config = shape_config(args.shape, None if args.whole else args.layers)
     dtype = pick_dtype(args.dtype, config, device, DTYPES)
@@ -209,7 +213,13 @@ def main() -> None:
     if args.profile:
         profile.disable()
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)
-    figures = {"shape": args.shape, "layers": len(spec.decoder_layers(model)), "dtype": str(dtype), "nsamples": samples}
+    figures = {
+        "shape": args.shape,
+        "tf32": args.tf32,
+        "layers": len(spec.decoder_layers(model)),
+        "dtype": str(dtype),
+        "nsamples": samples,
+    }
     figures |= {"seqlen": args.seqlen, "device": describe(device), "seconds": seconds, **peak_memory(device)}
     print(f"{args.shape}, {dtype}, {samples}×{args.seqlen} tokens, {figures['device']}; kept there: {kept}")
     print(show(figures, whole))

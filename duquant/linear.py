@@ -44,9 +44,8 @@ class GroupInput(nn.Module):
         return self._once(x, kernel, encode)
 
     def _once(self, x: Tensor, kernel: Kernel | None, compute: Callable[[Tensor], Any]) -> Any:
-        if (
-            torch.is_grad_enabled() or torch.compiler.is_compiling()
-        ):  # a compiler finds what is computed twice by itself
+        # a compiler finds what is computed twice by itself
+        if (torch.is_grad_enabled() and self._differentiated(x)) or torch.compiler.is_compiling():
             return compute(x)
         if self._left and self._seen() is x and self._version == x._version and self._kernel is kernel:
             self._left -= 1
@@ -59,6 +58,9 @@ class GroupInput(nn.Module):
             self._seen, self._version, self._left, self._result = weakref.ref(x), x._version, self.readers - 1, result
             self._kernel = kernel
         return result
+
+    def _differentiated(self, x: Tensor) -> bool:
+        return x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
     def _computed(self, x: Tensor) -> Tensor:
         y = self.transform(x)

@@ -14,13 +14,19 @@ from torch import Tensor, nn
 from evaluation.base import FULL, Candidate, Context, Evaluation, Finding
 from evaluation.settings import EvaluationSettings, PerplexitySettings
 from quantize.observe import advance_, layer_calls, layers_replaced, shell_on_device
+from quantize.sizes import activation_bytes, layer_groups, widest
 from quantize.spec import DecoderSpec
 from quantize.walk import layers_in_memory, walk
 from utils import data
 from utils.batching import BatchSize
+from utils.capacity import SPARE, free_device_memory
 from utils.distributed import own_part, together
 from utils.errors import InputError
 from utils.memory import Allocate
+
+LOGITS_AT_ONCE = (
+    2**26
+)  # numbers of the logits made at a time: 2048 tokens over Llama-2's vocabulary, 512 over Llama-3's
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Windows:
     ):
         own = own_part(tokens)
         self._calls = layer_calls(model, spec, own, device, allocate) if len(own) else None
-        self._device, self._batch_size = device, batch_size
+        self._spec, self._device, self._batch_size = spec, device, batch_size
 
     @property
     def hidden(self) -> Tensor:
@@ -86,7 +92,21 @@ class Windows:
     def advance_(self, index: int, layer: nn.Module, hidden: Tensor) -> None:
         """The same with other states of these windows, those of a variant of the network."""
         if self._calls is not None:
+            if self._batch_size is not None:
+                fit_(self._batch_size, layer, self._spec.at(index), hidden, self._device)
             advance_(layer, hidden, self._calls.kwargs[index], self._device, self._batch_size)
+
+
+def fit_(batches: BatchSize, layer: nn.Module, spec: DecoderSpec, hidden: Tensor, device: torch.device) -> None:
+    """Lower a size that was not given to what fits beside `layer`, with its `spec`, and all else on a GPU by now.
+
+    The windows of `hidden` [n, T, C] may go through a layer whose inputs are rounded.
+    """
+    free = free_device_memory(device)
+    if free is not None:
+        width = widest(linear for _, members in layer_groups(layer, spec) for linear in members)
+        window = activation_bytes(hidden.shape[1], width, hidden.dtype.itemsize, rounded=True)
+        batches.fit_(free * (1 - SPARE), window)
 
 
 def final_hidden(
@@ -147,27 +167,43 @@ def _window_means(
 ) -> Tensor:
     """Mean token loss of every window, and mean KL divergence from the teacher (NaN without one): float64 [V, N, 2].
 
-    One window of one variant at a time: logits over a large vocabulary are the largest tensors of all.
+    Logits are the largest tensors of all: those of one window of one variant, in as many parts as its vocabulary asks
+    for (`tokens_at_once`).
     """
-    means = torch.full((len(variants), len(tokens), 2), math.nan, dtype=torch.float64, device=device)
+    predicted = tokens.shape[1] - 1
+    size = tokens_at_once(model.config.vocab_size)
+    sums = torch.zeros(len(variants), len(tokens), 2, dtype=torch.float64, device=device)
+    if teacher is None:
+        sums[:, :, 1] = math.nan
 
-    def logits_of(hidden: Tensor) -> Tensor:
-        return head_logits(model, spec, window[None], hidden.to(device))[0, :-1].float()
+    def logits_of(hidden: Tensor, part: slice) -> Tensor:
+        return head_logits(model, spec, window[None, part], hidden[index, None, part].to(device))[0].float()
 
     with shell_on_device(model, spec, device):
         for index, window in enumerate(tokens.to(device)):
-            wanted = None if teacher is None else logits_of(teacher[index, None])
-            for mean, hidden in zip(means[:, index], variants, strict=True):
-                logits = logits_of(hidden[index, None])
-                mean[0] = F.cross_entropy(logits, window[1:]).double()
-                if wanted is not None:
-                    mean[1] = token_divergence(wanted, logits).mean().double()
-    return means.cpu()
+            for part in (slice(start, min(start + size, predicted)) for start in range(0, predicted, size)):
+                wanted = None if teacher is None else logits_of(teacher, part)
+                for total, hidden in zip(sums[:, index], variants, strict=True):
+                    logits = logits_of(hidden, part)
+                    total[0] += F.cross_entropy(logits, window[1:][part], reduction="sum")
+                    if wanted is not None:
+                        total[1] += token_divergence(wanted, logits).sum()
+    return sums.cpu() / predicted
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens' logits over a `vocabulary` are made at a time."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 def token_divergence(wanted: Tensor, logits: Tensor) -> Tensor:
-    """KL(P ‖ Q) = Σ P (log P − log Q) of every token, in nats: logits [T, vocabulary] of P and of Q → [T]."""
-    return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    """KL(P ‖ Q) = Σ P (log P − log Q) of every token, in nats: logits [T, vocabulary] of P and of Q → [T].
+
+    Two tensors as large as they are made, and no more.
+    """
+    wanted, difference = wanted.log_softmax(-1), logits.log_softmax(-1)
+    torch.sub(wanted, difference, out=difference)
+    return wanted.exp_().mul_(difference).sum(-1)
 
 
 def head_logits(model: nn.Module, spec: DecoderSpec, tokens: Tensor, hidden: Tensor) -> Tensor:

@@ -258,8 +258,9 @@ def teach(comparison: Comparison) -> None:
 def settle(comparison: Comparison, model: nn.Module, setup: Setup, quant: QuantSettings) -> None:
     """Bring `model` to the GPU if a row has room for it there."""
     evaluations = comparison.evaluations
-    computed = comparison.settings.statistics.act_scales is None
-    plan = make_plan(setup, quant, evaluations, evaluations.teaching(), computed)  # what was taught is kept there too
+    computed, batch = comparison.settings.statistics.act_scales is None, comparison.settings.evaluation.eval_batch_size
+    kept = evaluations.teaching()  # what was taught is kept there too
+    plan = make_plan(setup, quant, evaluations, kept, computed, batch)
     settle_(model, setup, quant, plan, whole=not evaluations.spread)
 
 

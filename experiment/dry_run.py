@@ -151,7 +151,7 @@ def memory_needs(
 
     Of the hidden states so many bytes live `in_files`, and some of all may be `kept` on the GPU.
     """
-    elsewhere = needed.states if kept.states else in_files
+    elsewhere = needed.states + needed.pinned if kept.states else in_files
     whole, layers = max(needed.host - elsewhere, needed.held), needed.host_streamed - elsewhere
     smaller = "lower --nsamples, or use a machine with more memory"
     if not streamed and host is not None and layers <= host:

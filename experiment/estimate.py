@@ -11,12 +11,14 @@ from math import prod
 import torch
 from torch import nn
 
+from evaluation.perplexity import tokens_at_once
 from quantize.observe import TOKENS_PER_FORWARD
 from quantize.quantization import PROBE_SAMPLES
 from quantize.samples import HEAD_TOKENS, ROWS_AT_ONCE
 from quantize.settings import Probe, QuantSettings, Transform
 from quantize.sizes import (
     WIDE,
+    activation_bytes,
     checkpoint_bytes,
     count,
     groups_of,
@@ -25,14 +27,16 @@ from quantize.sizes import (
     quantized_bytes,
     quantized_layer_bytes,
     sample_copies,
+    widest,
 )
 from quantize.spec import DecoderSpec
+from utils.batching import AUTO_TOKENS_GPU
 
 PROCESS_BYTES = 10**9  # Python with torch and transformers, and what the allocator keeps
 CONTEXT_BYTES = 10**9  # CUDA's context: on the device, and about as much on the host
+PINNED_COPIES = 2  # of a batch of hidden states: on their way to the GPU, and back (see `utils.ferry`)
 WEIGHT_COPIES = 3  # of the largest linear, while it is transformed and rounded
 SEARCH_COPIES = 5  # of the probe, while it is searched
-ROUNDING_COPIES = 5  # of a linear's input, while it is transformed and rounded, and of what stands beside it
 TRAINING_ACTIVATIONS = 10  # float32 copies of the widest activation that autograd keeps of a sample
 TRAINING_COPIES = 6  # of a layer's float32 weights: what autograd keeps of their rounding (4), and the heap of it
 LEARNED_COPIES = 6  # more of them, beside one for every rotation, where the transform is trained
@@ -52,6 +56,7 @@ class Plan:
     `divergence`: the two are compared token by token. `whole` and `whole_compared`: evaluations need the run's own
     model, and the full-precision one, as a whole on the device. `saved`: the model is quantized already.
     `joining`: more windows of the run's own model, of variants of it that part from the others at layers of their own.
+    `batch`: how many windows go through a layer at once, if that is given.
     """
 
     dtype: torch.dtype
@@ -65,6 +70,7 @@ class Plan:
     whole_compared: bool = False
     saved: bool = False
     joining: Windows = ()
+    batch: int | None = None
 
     @property
     def held(self) -> torch.dtype:
@@ -85,7 +91,9 @@ class Estimate:
     states that travel through the layers at once. `host` and `host_streamed`: the process's peak, `hidden` included,
     with the model in memory, and with its layers read one by one. `device`: a GPU's peak. `checkpoint`: what
     `--save_dir` writes. `states`: hidden states and what else is as large as they are, at the worst moment, and `held`:
-    the model as it is held; neither is in `device`, but either may be kept there.
+    the model as it is held; neither is in `device`, but either may be kept there. `window_tokens`: of the test windows,
+    how many go through a layer at once in `device`, and how many may if there is room for `window_token` bytes each.
+    `pinned`: of the host's memory what hidden states travel through if they are not kept on the GPU.
     """
 
     parameters: int
@@ -101,6 +109,9 @@ class Estimate:
     checkpoint: int
     states: int
     held: int
+    window_token: int
+    window_tokens: tuple[int, int]
+    pinned: int
 
 
 def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> Estimate:
@@ -115,7 +126,13 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pl
     walking += rows_bytes(skeleton, spec, settings, plan)
     walking += 0 if plan.on_gpu else heads_bytes(skeleton, spec, settings, plan)
     layer, logits = layer_work(skeleton, spec, settings, plan), logits_bytes(skeleton, plan)
-    process = PROCESS_BYTES + (CONTEXT_BYTES if plan.on_gpu else 0)
+    tests = plan.windows + plan.compared
+    least = most = batch_tokens(tests, plan.batch)
+    if plan.on_gpu and plan.batch is None:
+        most = max(least, min(max(map(prod, tests), default=0), AUTO_TOKENS_GPU))
+    batch = max(most, batch_tokens((plan.calibration,) * plan.quantizes(settings)))
+    pinned = PINNED_COPIES * hidden_bytes(batch, skeleton, plan.held) * plan.on_gpu
+    process = PROCESS_BYTES + (CONTEXT_BYTES if plan.on_gpu else 0) + pinned
     # on a CPU the layer that is worked on is one of the model's
     working = 0 if plan.on_gpu else max(layer - layer_wide, 0)
     scoring = 0 if plan.on_gpu else logits
@@ -137,6 +154,9 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pl
         checkpoint=checkpoint_bytes(skeleton, spec, settings),
         states=max(begun, walking, windows),
         held=held,
+        window_token=activation_bytes(1, channels(skeleton, spec), plan.held.itemsize, rounded=True),
+        window_tokens=(least, most),
+        pinned=pinned,
     )
 
 
@@ -208,37 +228,35 @@ def rounding_bytes(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettin
 
 def layer_work(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> int:
     """Bytes of the largest layer and of what works on it, at the worst moment of a visit."""
-    width, held = widest(skeleton, spec), plan.held.itemsize
+    width, held = channels(skeleton, spec), plan.held.itemsize
     layers = list(enumerate(spec.decoder_layers(skeleton)))
     floats, wide = (max(model_bytes(layer, dtype) for _, layer in layers) for dtype in (plan.held, torch.float32))
     codes = max(quantized_layer_bytes(layer, spec.at(index), settings, plan.held) for index, layer in layers)
     largest = max(linear.weight.numel() for _, members in groups_of(skeleton, spec) for linear in members)
     rounded = settings.scheme.input.quantized or settings.transform is not Transform.NONE
 
-    def batch(shapes: Windows) -> int:
-        return max((min(n * length, max(TOKENS_PER_FORWARD, length)) for n, length in shapes), default=0)
-
+    windows, compared = (batch_tokens(each, plan.batch) for each in (plan.windows, plan.compared))
     if not plan.quantizes(settings):
         own = codes + held * largest if plan.saved else floats
-        return own + activation_bytes(batch(plan.windows), width, held, plan.saved and rounded)
+        return own + activation_bytes(windows, width, held, plan.saved and rounded)
     probe, samples = probe_tokens(settings, plan), (plan.calibration,)
-    observed = plan.compared + samples * (plan.statistics or settings.needs_samples)
+    observed = max(compared, batch_tokens(samples) * (plan.statistics or settings.needs_samples))
     moments = [
-        floats + activation_bytes(batch(observed), width, held, rounded=False),
+        floats + activation_bytes(observed, width, held, rounded=False),
         wide + max(WEIGHT_COPIES * WIDE * largest, SEARCH_COPIES * WIDE * probe * width),
         wide + activation_bytes(probe, width, held, rounded),
         codes + floats + activation_bytes(probe, width, held, rounded),  # decoded once, for everything that is advanced
-        codes + held * largest + activation_bytes(batch(plan.windows), width, held, rounded),
+        codes + held * largest + activation_bytes(windows, width, held, rounded),
     ]
     if settings.needs_samples:
-        moments.append(codes + floats + activation_bytes(batch(samples), width, held, rounded))
+        moments.append(codes + floats + activation_bytes(batch_tokens(samples), width, held, rounded))
     if settings.reads_rows:
         part = min(prod(plan.calibration), ROWS_AT_ONCE)
         moments.append(wide + activation_bytes(part, width, WIDE, rounded))
         heads = heads_bytes(skeleton, spec, settings, plan) * plan.on_gpu
         moments.append(wide + heads + rounding_bytes(skeleton, spec, settings))
     if plan.joining:  # the weights before they were rounded are kept beside what the codes are decoded to
-        moments.append(codes + 2 * floats + activation_bytes(batch(plan.windows), width, held, rounded))
+        moments.append(codes + 2 * floats + activation_bytes(windows, width, held, rounded))
     if settings.training is not None:
         sample = settings.training.batch_size * plan.calibration[1]
         copies = TRAINING_COPIES
@@ -256,21 +274,22 @@ def probe_tokens(settings: QuantSettings, plan: Plan) -> int:
     return length * min(samples, PROBE_SAMPLES if settings.probe is Probe.SAMPLE else 1)
 
 
-def widest(skeleton: nn.Module, spec: DecoderSpec) -> int:
-    """Channels of the widest activation that enters or leaves a linear."""
-    return max(max(each.weight.shape) for _, members in groups_of(skeleton, spec) for each in members)
+def channels(skeleton: nn.Module, spec: DecoderSpec) -> int:
+    """Of the widest activation that enters or leaves a linear."""
+    return max(widest(members) for _, members in groups_of(skeleton, spec))
 
 
-def activation_bytes(tokens: int, width: int, held: int, rounded: bool) -> int:
-    """Gate, up, their product and its successor; where linears are `rounded`, one of them and its float32 copies."""
-    return tokens * width * (held + max(3 * held, ROUNDING_COPIES * WIDE if rounded else 0))
+def batch_tokens(shapes: Windows, sequences: int | None = None) -> int:
+    """The most tokens that go through a layer at once: of so many sequences, or of what batches begin with."""
+    sizes = (min(number, sequences or TOKENS_PER_FORWARD // length or 1) * length for number, length in shapes)
+    return max(sizes, default=0)
 
 
 def logits_bytes(skeleton: nn.Module, plan: Plan) -> int:
-    """The logits of one test window, in the model's dtype, in float32, and their log-softmax; twice for the divergence.
+    """The logits of a part of a test window, in float32, and their log-softmax; twice for the divergence.
 
     See `evaluation.perplexity`.
     """
     longest = max((length for _, length in plan.windows), default=0)
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
-    return longest * vocabulary * (plan.held.itemsize + 2 * WIDE) * (2 if plan.divergence else 1)
+    return min(longest, tokens_at_once(vocabulary)) * vocabulary * 2 * WIDE * (2 if plan.divergence else 1)

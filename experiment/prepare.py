@@ -21,7 +21,7 @@ from quantize.sizes import checkpoint_bytes, model_bytes
 from quantize.state import FinishedLayer
 from quantize.statistics import load_scales
 from utils.data import data_fingerprint
-from utils.distributed import is_main, world_size
+from utils.distributed import from_main, is_main, local_size, world_size
 from utils.errors import InputError
 from utils.io import file_digest
 from utils.memory import available_memory
@@ -57,7 +57,8 @@ class Prepared:
         """What is done, as the estimate wants it."""
         settings, evaluations = self.settings, self.evaluations
         compared = evaluations.for_comparison(settings.report.report)
-        return make_plan(self.setup, self.quant, evaluations, compared, settings.statistics.act_scales is None)
+        computed, batch = settings.statistics.act_scales is None, settings.evaluation.eval_batch_size
+        return make_plan(self.setup, self.quant, evaluations, compared, computed, batch)
 
     @property
     def stays_whole(self) -> bool:
@@ -145,7 +146,9 @@ def must_stream(settings: RunSettings, setup: Setup) -> bool:
     if wanted is False:
         return False
     if wanted is None:
-        needed, free = model_bytes(setup.skeleton, setup.compute_dtype), available_memory()
+        # in the dtype of its files a model is mapped from them, once for all processes of a machine
+        held = 1 if setup.config.dtype is setup.compute_dtype else local_size()
+        needed, free = held * model_bytes(setup.skeleton, setup.compute_dtype), from_main(available_memory)
         if setup.saved is not None or needed <= FILLED * free:
             return False
         reason = f"the model needs {needed / 1e9:.1f} GB of the host's memory and {free / 1e9:.1f} GB are free"
@@ -153,8 +156,6 @@ def must_stream(settings: RunSettings, setup: Setup) -> bool:
         given = f"{reason}, so it must be streamed, layer by layer (or give --no-stream)"
     if setup.saved is not None:
         raise InputError(f"--stream: {setup.source.name} is quantized already and can only be loaded whole; drop it")
-    if world_size() > 1:
-        raise InputError(f"{given}, in a single process: start one, without a launcher")
     needing = [entry.FLAG for entry in settings.evaluation.asked() if entry.NEEDS_WHOLE_MODEL]
     if needing:
         raise InputError(f"{given}, and {needing[0]} needs the whole model: drop one of the two")

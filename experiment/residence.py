@@ -10,36 +10,45 @@ from experiment.estimate import Estimate, Plan, estimate
 from experiment.options import Keep
 from experiment.setup import Setup
 from quantize.settings import QuantSettings
-from utils.capacity import free_device_memory
+from utils.capacity import SPARE, free_device_memory
 from utils.device import describe
-
-SPARE = 1 / 8  # of a GPU's free memory, that an estimate may be wrong by
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Residence:
-    """What stays on the GPU: hidden states, and weights, which do only where those do. `needed`: bytes there."""
+    """What stays on the GPU: hidden states, and weights, which do only where those do. `needed`: bytes there.
+
+    `tokens`: of the test windows, how many go through a layer at once.
+    """
 
     states: bool
     weights: bool
     needed: int
+    tokens: int = 0
 
     def __str__(self) -> str:
         kept = "hidden states" + " and weights" * self.weights if self.states else "nothing"
-        return f"{kept} ({self.needed / 1e9:.1f} GB are needed there)"
+        batches = f", test windows in batches of up to {self.tokens} tokens" if self.tokens else ""
+        return f"{kept} ({self.needed / 1e9:.1f} GB are needed there{batches})"
 
 
 def choose_residence(keep: Keep, needed: Estimate, free: int | None, whole: bool) -> Residence:
-    """By what is `needed`, and what a GPU has `free` (None: there is none); `whole`: its weights could stay on it."""
-    if free is None or keep is Keep.HOST:
+    """By what is `needed`, and what a GPU has `free` (None: there is none); `whole`: its weights could stay on it.
+
+    What is left then is for larger batches of test windows.
+    """
+    if free is None:
         return Residence(False, False, needed.device)
-    room = free * (1 - SPARE) if keep is Keep.AUTO else float("inf")
-    states = needed.device + needed.states
-    if whole and states + needed.held <= room:
-        return Residence(True, True, states + needed.held)
-    return Residence(True, False, states) if states <= room else Residence(False, False, needed.device)
+    room = free * (1 - SPARE)
+    wanted = room if keep is Keep.AUTO else 0 if keep is Keep.HOST else float("inf")
+    states = needed.device + needed.states <= wanted
+    weights = states and whole and needed.device + needed.states + needed.held <= wanted
+    total = needed.device + states * needed.states + weights * needed.held
+    least, most = needed.window_tokens
+    more = min(most - least, max(0, int((room - total) // needed.window_token)))
+    return Residence(states, weights, total + more * needed.window_token, least + more)
 
 
 def settle_(model: nn.Module, setup: Setup, quant: QuantSettings, plan: Plan, whole: bool = True) -> Residence:
@@ -54,11 +63,17 @@ def settle_(model: nn.Module, setup: Setup, quant: QuantSettings, plan: Plan, wh
 
 
 def make_plan(
-    setup: Setup, quant: QuantSettings, evaluations: Evaluations, compared: Evaluations, statistics: bool
+    setup: Setup,
+    quant: QuantSettings,
+    evaluations: Evaluations,
+    compared: Evaluations,
+    statistics: bool,
+    batch: int | None = None,
 ) -> Plan:
     """What a run does, as the estimate wants it; `compared`: what the full-precision model is measured for.
 
-    `statistics`: those of activations, where something is smoothed, are not at hand.
+    `statistics`: those of activations, where something is smoothed, are not at hand. `batch`: windows at a time, if it
+    is given.
     """
     windows, joining = evaluations.own_windows
     return Plan(
@@ -73,4 +88,5 @@ def make_plan(
         whole=evaluations.need_whole_model and not evaluations.spread,
         whole_compared=compared.need_whole_model and not evaluations.spread,
         saved=setup.saved is not None,
+        batch=batch,
     )

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from duquant.linear import expanded
-from quantize.observe import advance_, batches_of, known_outputs, layer_output
+from quantize.observe import advance_, known_outputs, layer_output, parts_of_samples
 from quantize.samples import GroupRows, KnownOutputs, LayerView, viewed
 from quantize.settings import QuantSettings
 from quantize.spec import DecoderSpec, InputGroup
+from utils.ferry import Ferry
 from utils.memory import Allocate, in_memory
 
 
@@ -45,9 +46,9 @@ class LayerInputs:
         with known_outputs(layer, probed or {}, known.attention if known else ""):
             self.probe = layer_output(layer, self.probe, self.kwargs)
         if known is not None and known.outputs:
-            with expanded(layer):
-                for batch in known.batches(layer, self.student, self.probe.device):
-                    batch.copy_(layer_output(layer, batch.to(self.probe.device), self.kwargs))
+            with expanded(layer), Ferry(self.probe.device) as ferry:
+                for part, batch in known.batches(layer, self.student, ferry):
+                    ferry.give_back(self.student, part, layer_output(layer, batch, self.kwargs))
         elif self.student is not None:
             advance_(layer, self.student, self.kwargs, self.probe.device)
 
@@ -56,11 +57,12 @@ class LayerInputs:
         hidden = self.student if self.teacher is None else self.teacher
         centered = settings.extras.channel_shift
         keeps = hidden.device if settings.aims_at_teacher else None
-        with viewed(layer, spec, self.total * hidden.shape[1], centered, keeps) as view:
-            for batch in batches_of(hidden):
-                output = layer_output(layer, batch.to(self.probe.device), self.kwargs)
+        tokens = self.total * hidden.shape[1]
+        with viewed(layer, spec, tokens, centered, keeps) as view, Ferry(self.probe.device) as ferry:
+            for part in parts_of_samples(hidden):
+                output = layer_output(layer, ferry.bring(hidden, part), self.kwargs)
                 if self.teacher is not None:
-                    batch.copy_(output)
+                    ferry.give_back(hidden, part, output)
         return view
 
     def rows(self, layer: nn.Module, group: InputGroup, known: KnownOutputs | None = None) -> GroupRows:

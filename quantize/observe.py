@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from duquant.linear import expanded
 from quantize.spec import DecoderSpec
 from utils.batching import BatchSize
-from utils.device import home_of, to_device
+from utils.device import home_of, on_device, to_device
 from utils.errors import InputError
+from utils.ferry import Ferry
 from utils.memory import Allocate, all_finite, memory_of
 
 TOKENS_PER_FORWARD = 4096  # samples are batched up to this many tokens
@@ -45,16 +46,16 @@ def layers_replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> It
 @contextmanager
 def shell_on_device(model: nn.Module, spec: DecoderSpec, device: torch.device) -> Iterator[None]:
     """Everything of `model` but its decoder layers is on `device` inside the block, and then where it was before."""
-    home = home_of(model)
     path, _, name = spec.layers.rpartition(".")
     parent, layers = model.get_submodule(path), spec.decoder_layers(model)
     setattr(parent, name, nn.ModuleList())
     try:
-        model.to(device)
-        setattr(parent, name, layers)
-        yield
-        setattr(parent, name, nn.ModuleList())
-        model.to(home)
+        with on_device(model, device):
+            setattr(parent, name, layers)
+            try:
+                yield
+            finally:
+                setattr(parent, name, nn.ModuleList())
     finally:
         setattr(parent, name, layers)
 
@@ -102,8 +103,12 @@ def advance_(
     """Replace `hidden` [N, T, C], wherever it is, by the outputs of `layer`, which is on `device`, batch by batch."""
     kwargs = to_device(kwargs, device)
     batches = batch_size or BatchSize(max(1, TOKENS_PER_FORWARD // hidden.shape[1]))
-    with expanded(layer):
-        for _ in batches.run(hidden, lambda batch: batch.copy_(layer_output(layer, batch.to(device), kwargs))):
+    with expanded(layer), Ferry(device) as ferry:
+
+        def advance(part: range) -> None:
+            ferry.give_back(hidden, part, layer_output(layer, ferry.bring(hidden, part), kwargs))
+
+        for _ in batches.run(range(len(hidden)), advance):
             pass
 
 
@@ -187,12 +192,12 @@ def require_finite(x: Tensor, name: str) -> None:
         )
 
 
-def parts_of_samples(samples: Tensor) -> list[slice]:
+def parts_of_samples(samples: Tensor) -> list[range]:
     """What cuts `samples` [N, T, …] into parts of at most `TOKENS_PER_FORWARD` tokens (but at least one sample)."""
     size = max(1, TOKENS_PER_FORWARD // samples.shape[1]) if len(samples) else 1
-    return [slice(start, start + size) for start in range(0, len(samples), size)]
+    return [range(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
 
 
 def batches_of(samples: Tensor) -> Iterator[Tensor]:
     """Views of `samples` [N, T, …], one for each of its parts."""
-    return (samples[part] for part in parts_of_samples(samples))
+    return (samples[part.start : part.stop] for part in parts_of_samples(samples))

@@ -13,6 +13,7 @@ from duquant.tensors import widen
 from quantize.observe import capture_rows, known_outputs, parts_of_samples
 from quantize.spec import DecoderSpec, InputGroup
 from utils.distributed import gather, sum_, world_size
+from utils.ferry import Ferry
 from utils.memory import Allocate
 
 HEAD_TOKENS = 4096  # tokens of all samples whose q, k and v are looked at
@@ -130,18 +131,22 @@ class KnownOutputs:
         """Keep what the module gives that the group closes; `rows` enter its linear, of `samples`: N of T tokens."""
         linear, output = layer.get_submodule(group.linears[0]), None
         inputs = rows.rows.view(*samples, -1)
-        for part in parts_of_samples(inputs):
-            own = linear(inputs[part].to(rows.device))
-            output = self.allocate((*samples, own.shape[-1]), own.dtype) if output is None else output
-            output[part] = own
+        with Ferry(rows.device) as ferry:
+            for part in parts_of_samples(inputs):
+                own = linear(ferry.bring(inputs, part))
+                output = self.allocate((*samples, own.shape[-1]), own.dtype) if output is None else output
+                ferry.give_back(output, part, own)
         self.outputs[group.closes] = output
 
-    def batches(self, layer: nn.Module, hidden: Tensor, device: torch.device) -> Iterator[Tensor]:
-        """Views of `hidden` [N, T, C], in order; while one is used, the modules of `layer` give what is known."""
+    def batches(self, layer: nn.Module, hidden: Tensor, ferry: Ferry) -> Iterator[tuple[range, Tensor]]:
+        """Parts of `hidden` [N, T, C] and what they are on the device, in order.
+
+        While one is used, the modules of `layer` give what is known.
+        """
         for part in parts_of_samples(hidden):
-            known = {path: output[part].to(device) for path, output in self.outputs.items()}
+            known = {path: ferry.bring(output, part) for path, output in self.outputs.items()}
             with known_outputs(layer, known, self.attention):
-                yield hidden[part]
+                yield part, ferry.bring(hidden, part)
 
 
 class GroupRows:
@@ -162,15 +167,15 @@ class GroupRows:
     ):
         self.device, pieces, filled = device, [], 0
         known = known or KnownOutputs("", allocate)
-        with expanded(layer):
-            for batch in known.batches(layer, hidden, device):
-                x = capture_rows(layer, group.inputs, batch.to(device), kwargs).flatten(0, -2)
+        with expanded(layer), Ferry(device) as ferry:
+            for _, batch in known.batches(layer, hidden, ferry):
+                x = capture_rows(layer, group.inputs, batch, kwargs).flatten(0, -2)
                 if len(group.inputs) > 1:  # how many rows an expert is given is not known before
                     pieces.append(x.to(hidden.device))
                     continue
                 if not pieces:
                     pieces.append(allocate((hidden.shape[0] * hidden.shape[1], x.shape[-1]), x.dtype))
-                pieces[0][filled : filled + len(x)] = x
+                ferry.give_back(pieces[0], range(filled, filled + len(x)), x)
                 filled += len(x)
         self.rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

@@ -19,6 +19,7 @@ from quantize.spec import DecoderSpec, InputGroup
 
 HALF, WIDE = 2, 4  # bytes of a float16 and of a float32
 INDEX, HELD_INDEX = 4, 8  # of a permutation's index in a file, and in a model
+ROUNDING_COPIES = 5  # of a linear's input in float32, while it is transformed and rounded, and of what stands beside it
 LAYER_FILE = 2**16  # what a layer's checkpoint file has beside its tensors: header, digest, figures
 
 
@@ -206,3 +207,17 @@ def checkpoint_bytes(model: nn.Module, spec: DecoderSpec, settings: QuantSetting
         return 0
     layers = enumerate(spec.decoder_layers(model))
     return sum(state_bytes(layer, spec.at(index), settings) + LAYER_FILE for index, layer in layers)
+
+
+def widest(members: Iterable[nn.Module]) -> int:
+    """Channels of the widest activation that enters or leaves one of these linears."""
+    return max(max(linear.in_features, linear.out_features) for linear in members)
+
+
+def activation_bytes(tokens: int, width: int, held: int, rounded: bool) -> int:
+    """What so many tokens take while they go through a layer whose widest activation is `width` channels.
+
+    Gate, up, their product and its successor, at `held` bytes a number; where linears are `rounded`, one of them and
+    its float32 copies.
+    """
+    return tokens * width * (held + max(3 * held, ROUNDING_COPIES * WIDE if rounded else 0))

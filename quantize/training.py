@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from duquant.experts import Experts
 from quantize.observe import layer_output
 from quantize.settings import TrainingSettings
+from utils.captured import Captured
 from utils.distributed import own_batches, sum_, world_size
 from utils.log import meter
 
+MOST_RECORDED = 2**26  # parameters of a layer: with more, passes over its weights take longer than all launches
 INITIAL_LOGIT = 4.0  # sigmoid(4) = 0.982: training starts near the unclipped range
 
 
@@ -60,6 +63,39 @@ class TrainingReport:
     gradient_norms: tuple[float | None, ...]
     restored: int
     seconds: float
+
+
+class Gradients:
+    """The loss of a part of a batch, and what its gradient by the clip logits is, scaled: a thousand small launches.
+
+    On a GPU they are recorded once for each shape of the part and each share, and launched as one, unless the layer is
+    so large that its work hides them, or has experts, which are called as the tokens ask for.
+    """
+
+    def __init__(self, layer: nn.Module, kwargs: dict, logits: Sequence[nn.Parameter], device: torch.device):
+        self.layer, self.kwargs, self.logits = layer, kwargs, logits
+        experts = any(isinstance(module, Experts) for module in layer.modules())
+        small = sum(parameter.numel() for parameter in layer.parameters()) <= MOST_RECORDED
+        self.records = device.type == "cuda" and small and not experts
+        self._recorded: dict[tuple, Captured] = {}
+
+    def __call__(self, batch: "Batch", scale: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Of a batch that has a part here: (loss, gradients of `scale` times the loss, None where it has none)."""
+
+        def work(inputs: Tensor, scale: Tensor, *targets: Tensor) -> tuple[Tensor | None, ...]:
+            with torch.enable_grad():
+                loss = batch.share * distance(layer_output(self.layer, inputs, self.kwargs), targets)
+                gradients = torch.autograd.grad(loss * scale, self.logits, allow_unused=True)
+            return loss.detach(), *gradients
+
+        given, recorded = (batch.inputs, scale, *batch.targets), work
+        if self.records:
+            key = (batch.inputs.shape, batch.share)
+            if key not in self._recorded:
+                self._recorded[key] = Captured(work, *given)
+            recorded = self._recorded[key]
+        loss, *gradients = recorded(*given)
+        return loss, tuple(gradients)
 
 
 class Batch(NamedTuple):
@@ -121,7 +157,7 @@ def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: Tr
         return TrainingReport(before, before, (), (), 0, time.perf_counter() - started)
     optimizer = torch.optim.AdamW(logits, lr=config.learning_rate, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    initial = copies(logits)
+    initial, gradients = copies(logits), Gradients(layer, kwargs, logits, device)
     losses, norms, restored, sound = [], [], 0, initial
     best, rank = initial, (0, math.inf, -1)  # finite losses × −1, their mean, the epoch
     for parameter in logits:
@@ -131,7 +167,7 @@ def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: Tr
             steps = []
             for batch in samples.batches(config.batch_size, device):
                 current = copies(logits)
-                steps.append(train_step(layer, batch, kwargs, logits, optimizer, scaler))
+                steps.append(train_step(gradients, batch, logits, optimizer, scaler))
                 if math.isfinite(steps[-1][0]):
                     sound = current
                 else:
@@ -167,9 +203,8 @@ def placed(samples: Samples, device: torch.device, offload: bool) -> Samples:
 
 
 def train_step(
-    layer: nn.Module,
+    gradients: Gradients,
     batch: Batch,
-    kwargs: dict,
     logits: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -180,13 +215,11 @@ def train_step(
     """
     optimizer.zero_grad()
     loss = torch.zeros((), device=batch.inputs.device)
+    scale = scaler.scale(torch.ones_like(loss))  # which has none before the first time that it is asked
     if batch.share > 0:
-        with torch.enable_grad():
-            loss = batch.share * distance(layer_output(layer, batch.inputs, kwargs), batch.targets)
-            scaler.scale(loss).backward()
-        loss = loss.detach()
-    else:
-        scaler.scale(loss)  # which has no scale before its first loss
+        loss, found = gradients(batch, scale)
+        for parameter, gradient in zip(logits, found, strict=True):
+            parameter.grad = gradient
     add_up_(loss, logits)
     scaler.unscale_(optimizer)
     # experts that none of the tokens went to have no gradient

@@ -21,7 +21,7 @@ from experiment.residence import choose_residence
 from models import decoder_spec
 from models.load import load_skeleton
 from models.zoo import zoo_config
-from quantize import greedy, samples
+from quantize import greedy, samples, training
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
 from quantize.refinements import RoundingSettings, Trained
@@ -40,6 +40,7 @@ from quantize.walk import layers_in_memory, walk
 from reporting.recorder import Recorder
 from tools.fake_device import FakeDevice, Traffic, fake_device
 from utils import io
+from utils.batching import BatchSize
 
 CPU = torch.device("cpu")
 HALF, BFLOAT = torch.float16, torch.bfloat16
@@ -133,9 +134,12 @@ def test_statistics_come_to_the_host_and_leave_the_model_there(gpu, name, dtype)
     scales = statistics(model, gpu)
     assert {(scale.device, scale.dtype) for scale in scales.values()} == {(CPU, torch.float32)}
     assert places(model) == {CPU}
-    # every layer goes there once and comes back, and so do hidden states and embedding
-    assert weights < gpu.traffic.bytes_to_device < 2 * weights
-    assert weights < gpu.traffic.bytes_to_host < 2 * weights + sum(scale.nbytes for scale in scales.values()) * 10
+    # every layer goes there once, as does the embedding, and does not come back; hidden states do, and hold nobody
+    states = SAMPLES * TOKENS * 48 * dtype.itemsize
+    traffic, found = gpu.traffic, 10 * sum(scale.nbytes for scale in scales.values())
+    assert weights + LAYERS * states < traffic.bytes_to_device < 2 * weights + LAYERS * states
+    assert (LAYERS + 1) * states < traffic.bytes_to_host < (LAYERS + 1) * states + found
+    assert traffic.bytes_held <= traffic.bytes_to_device + traffic.bytes_to_host - 2 * LAYERS * states
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -215,6 +219,20 @@ def test_a_training_step_waits_for_its_loss_and_where_it_is_scaled_for_the_scale
     assert long.copies_to_device == short.copies_to_device  # the samples are there already
 
 
+@pytest.mark.parametrize(("name", "most"), [("llama", 150), ("mixtral", None)])
+def test_a_training_step_is_recorded_and_launched_as_one_unless_experts_are_called(gpu, name, most, monkeypatch):
+    counts = []
+    for recorded in (2**26, 0):
+        monkeypatch.setattr(training, "MOST_RECORDED", recorded)
+        short, long = (quantize(MODELS[name](HALF), gpu, settings(True, epochs=each))[0] for each in (2, 3))
+        counts.append((long.launches - short.launches) / (LAYERS * SAMPLES // BATCH))
+        assert long.copies_to_device == short.copies_to_device
+    if most is None:
+        assert counts[0] == counts[1]
+    else:
+        assert counts[0] < most < counts[1] / 4
+
+
 def test_samples_that_have_no_room_on_the_device_travel_at_every_step():
     with fake_device(free_memory=2**10) as gpu:
         short, long = (quantize(tiny_model(HALF), gpu, settings(trained=True, epochs=epochs))[0] for epochs in (2, 3))
@@ -248,7 +266,7 @@ def test_divergence_from_the_full_model_is_measured(gpu, name, dtype):
     measured = score(model, spec, windows, hidden, gpu.device, teacher)
     assert measured.divergence is not None
     shell = sum(tensor.nbytes for tensor in (model.lm_head.weight, model.model.norm.weight, *embeddings(model)))
-    states = hidden.nbytes + teacher.nbytes + windows.nbytes
+    states = hidden[:, :-1].nbytes + teacher[:, :-1].nbytes + windows.nbytes
     assert (gpu.traffic - before).bytes_to_device == shell + states
 
 
@@ -325,20 +343,20 @@ def counted(gpu: FakeDevice, work) -> Traffic:
 def test_copies_reads_and_launches_are_counted(gpu):
     here = torch.ones(4, 4)
     there = here.to(gpu.device)
-    assert gpu.traffic == Traffic(bytes_to_device=64, copies_to_device=1)
+    assert gpu.traffic == Traffic(bytes_to_device=64, copies_to_device=1, bytes_held=64)
     assert counted(gpu, lambda: there.to(gpu.device)) == Traffic()
     assert counted(gpu, lambda: there.T[1:].reshape(-1)[None]).launches == 1  # the transposed rows become one row
     assert counted(gpu, lambda: there.view(-1)[2:]) == Traffic()
     assert counted(gpu, lambda: here * 2) == Traffic()
     assert counted(gpu, lambda: there * 2) == Traffic(launches=1)
     assert counted(gpu, lambda: torch._foreach_add_([there, there], 1.0)) == Traffic(launches=1)
-    read = Traffic(bytes_to_host=64, copies_to_host=1, waits=1)
+    read = Traffic(bytes_to_host=64, copies_to_host=1, waits=1, bytes_held=64)
     for work in (there.cpu, there.tolist, lambda: here.copy_(there)):
         assert counted(gpu, work) == read
-    assert counted(gpu, there[0, 0].item) == Traffic(bytes_to_host=4, copies_to_host=1, waits=1)
+    assert counted(gpu, there[0, 0].item) == Traffic(bytes_to_host=4, copies_to_host=1, waits=1, bytes_held=4)
     assert counted(gpu, lambda: there.nonzero()).waits == counted(gpu, lambda: there[there > 0]).waits == 1
     assert counted(gpu, lambda: there[torch.tensor([1, 2])]) == Traffic(
-        bytes_to_device=16, copies_to_device=1, launches=1
+        bytes_to_device=16, copies_to_device=1, launches=1, bytes_held=16
     )
     assert counted(gpu, lambda: there * torch.tensor(2.0)) == Traffic(launches=1)  # a number travels with the kernel
 
@@ -453,4 +471,35 @@ def test_what_fits_stays_on_the_device(keep, free, whole, kept):
     room = int((needed.device + needed.states) * 1.2) if free == "states" else free
     found = choose_residence(keep, needed, room, whole)
     assert (found.states, found.weights) == kept
-    assert found.needed == needed.device + kept[0] * needed.states + kept[1] * needed.held
+    larger = max(found.tokens - needed.window_tokens[0], 0) * needed.window_token
+    assert found.needed - larger == needed.device + kept[0] * needed.states + kept[1] * needed.held
+
+
+def test_what_is_left_is_for_larger_batches_of_windows():
+    config = zoo_config("llama-2-7b")
+    plan = Plan(HALF, True, (128, 2048), ((341, 2048),))
+    needed = estimate(load_skeleton(config), decoder_spec(config), settings(), plan)
+    least, most = needed.window_tokens
+    everything = needed.device + needed.states + needed.held
+
+    def tokens(free: float, keep: Keep = Keep.AUTO) -> int:
+        found = choose_residence(keep, needed, int(free * 8 / 7) + 8, whole=True)
+        assert found.needed <= max(free + 8, everything)
+        return found.tokens
+
+    assert tokens(everything) == least
+    assert tokens(everything + 1000 * needed.window_token) == least + 1000
+    assert tokens(everything + 10**6 * needed.window_token) == most
+    assert tokens(needed.device, Keep.DEVICE) == least  # more than there is room for already
+    assert tokens(everything, Keep.HOST) > least
+
+
+def test_a_batch_of_windows_is_as_large_as_a_gpu_has_room_for():
+    taken = {}
+    for free in (2**40, 2**22):
+        with fake_device(free_memory=free) as gpu:
+            model, batches = tiny_model(HALF), BatchSize.choose(None, TOKENS, gpu.device)
+            perplexity(model, decoder_spec(model.config), random_tokens(6, TOKENS), gpu.device, batch_size=batches)
+            taken[free] = batches.sequences
+    width = 80  # of the MLP
+    assert taken == {2**40: 65536 // TOKENS, 2**22: int(2**22 * 7 / 8 / (TOKENS * width * 22))}

@@ -22,6 +22,7 @@ from quantize.settings import (
     TrainingSettings,
 )
 from quantize.statistics import channel_statistics
+from utils.ferry import Ferry
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 
@@ -85,6 +86,15 @@ def test_a_model_that_stays_on_the_gpu_gets_the_bits_of_one_that_visits_it():
     assert all(torch.equal(tensor, found[name].cpu()) for name, tensor in visiting.state_dict().items())
 
 
+def test_hidden_states_that_travel_beside_the_work_are_those_that_are_copied_before_it():
+    states = torch.randn(24, 512, 256)
+    expected = (states.to(CUDA).cumsum(dim=1) @ torch.eye(256, device=CUDA)).cpu()
+    with Ferry(CUDA) as ferry:
+        for part in (range(start, start + 2) for start in range(0, 24, 2)):
+            ferry.give_back(states, part, ferry.bring(states, part).cumsum(dim=1) @ torch.eye(256, device=CUDA))
+    torch.testing.assert_close(states, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_training_in_half_precision_lowers_the_loss_and_leaves_codes_on_the_host(dtype):
     model = tiny_model(dtype)
@@ -95,6 +105,17 @@ def test_training_in_half_precision_lowers_the_loss_and_leaves_codes_on_the_host
     assert after < before
     assert places(model) == {"cpu"}
     assert model.model.layers[0].mlp.down_proj.codes.dtype is torch.uint8
+
+
+def test_a_recorded_training_step_does_what_its_operations_do(monkeypatch):
+    spec, training = decoder_spec(tiny_model().config), TrainingSettings(epochs=4, batch_size=3)  # a last batch of two
+    settings = QuantSettings(BitSettings(3, 8), rotation=RotationSettings(16, 4), training=training)
+    found = []
+    for most in (2**26, 0):
+        monkeypatch.setattr("quantize.training.MOST_RECORDED", most)
+        layers = quantize_model(tiny_model(torch.float16), spec, CALIBRATION, None, settings, CUDA)
+        found.append([loss for layer in layers for loss in layer["training"]["losses"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -56,6 +56,8 @@ class Traffic:
     copies_to_host: int = 0
     launches: int = 0
     waits: int = 0
+    bytes_held: int = 0
+    waits_behind: int = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
@@ -74,6 +76,18 @@ class _FakeGraph:
 
     def replay(self) -> None:
         self.gpu.launched()
+
+
+class _FakeEvent:
+    """A CUDA event; the host that waits for one waits for what was begun before it, while newer work goes on."""
+
+    gpu: ClassVar["FakeDevice"]
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self.gpu.waited_behind()
 
 
 class _FakeMode(FakeTensorMode):
@@ -107,6 +121,10 @@ class FakeDevice(TorchDispatchMode):
     def launched(self) -> None:
         """Count a launch."""
         self._counts["launches"] += 1
+
+    def waited_behind(self) -> None:
+        """Count a wait for an event."""
+        self._counts["waits_behind"] += 1
 
     @contextmanager
     def recording(self, *_: object, **__: object) -> Iterator[None]:
@@ -191,6 +209,7 @@ class FakeDevice(TorchDispatchMode):
         self._counts[f"bytes_to_{where}"] += count
         self._counts[f"copies_to_{where}"] += 1
         self._counts["waits"] += to_host and waits
+        self._counts["bytes_held"] += count * waits
 
     def _waits(self, tensor: Tensor) -> None:
         if tensor.device == CUDA:
@@ -234,7 +253,7 @@ class FakeDevice(TorchDispatchMode):
                 plain.append(index)
         for index in plain:
             if index is not None and index.device != indexed.device and index.dim():
-                self._copied(index.nbytes, to_host=False, waits=False)
+                self._copied(index.nbytes, to_host=False, waits=True)
         return plain
 
 
@@ -264,9 +283,11 @@ def fake_device(free_memory: int = 80 * GIB, distinct: int = 8) -> Iterator[Fake
         "device": nullcontext(),
     }
     of_graphs = {"graph": gpu.recording, "CUDAGraph": type("CUDAGraph", (_FakeGraph,), {"gpu": gpu})}
+    of_graphs["Event"] = type("Event", (_FakeEvent,), {"gpu": gpu})
     of_tensors = {
         "data": property(Tensor.data.__get__, _set_data),
         "is_cuda": property(lambda tensor: tensor.fake_device == CUDA),
+        "record_stream": lambda tensor, stream: None,
         "pin_memory": lambda tensor, device=None: tensor.clone(),
         "tolist": lambda tensor: _nested(gpu.read(tensor), tensor.shape),
     }

@@ -13,7 +13,7 @@ from utils.errors import InputError
 
 Result = TypeVar("Result")
 AUTO_TOKENS_CPU = 4096  # what keeps two cores busy and fits everywhere
-AUTO_TOKENS_GPU = 65536  # where `auto` begins on a GPU
+AUTO_TOKENS_GPU = 65536  # where `auto` begins on a GPU, or with what fits if that is less
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,11 @@ class BatchSize:
             return cls(given, True)
         tokens = AUTO_TOKENS_GPU if device.type == "cuda" else AUTO_TOKENS_CPU
         return cls(max(1, tokens // max(1, length)))
+
+    def fit_(self, room: float, sequence: int) -> None:
+        """Lower it until its sequences, of so many bytes each, fit into `room`, but at least one; a given one stays."""
+        if not self.given:
+            self.sequences = max(1, min(self.sequences, int(room // sequence)))
 
     def run(self, items: Sequence, work: Callable[[Sequence], Result]) -> Iterator[Result]:
         """Yield `work(batch)` of consecutive batches of `items` (a list, or a tensor along its first dimension).

@@ -10,6 +10,7 @@ import torch
 
 MATRIX = {"cpu": 1536, "cuda": 8192}  # sides of the matrices that are multiplied to measure the rate
 COPIED_BYTES = 2**26
+SPARE = 1 / 8  # of a GPU's free memory, that what is computed about it may be wrong by
 
 
 def free_device_memory(device: torch.device) -> int | None:

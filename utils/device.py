@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,13 +39,36 @@ def home_of(module: nn.Module) -> torch.device:
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """`module` is on `device` inside the block, and after it where it was before."""
+    """`module` is on `device` inside the block, and after it where it was before.
+
+    Tensors that are not changed in the block are not copied back: those that they were copied from wait for them.
+    """
     home = home_of(module)
+    lent = [] if home == device else [(held, name, tensor, tensor.data) for held, name, tensor in tensors_of(module)]
     module.to(device)
+    waiting = [(*each, _mark(each[0][each[1]])) for each in lent]
+    del lent
     try:
         yield
     finally:
+        while waiting:
+            held, name, tensor, data, mark = waiting.pop()
+            if held.get(name) is not None and _mark(held[name]) == mark:
+                tensor.data = data
+                held[name] = tensor  # of a buffer it was another one
         module.to(home)
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
+    """Every parameter and buffer in `module`, with the dict that holds it and its name there."""
+    for owner in module.modules():
+        for held in (owner._parameters, owner._buffers):
+            yield from ((held, name, tensor) for name, tensor in held.items() if tensor is not None)
+
+
+def _mark(tensor: torch.Tensor) -> tuple[object, int]:
+    """What is equal as long as the tensor has its memory, and nothing was written there."""
+    return weakref.ref(tensor.untyped_storage()), tensor._version
 
 
 @contextmanager

@@ -39,6 +39,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_initialized() else 0
 
 
+def local_size() -> int:
+    """How many of the processes are on the same machine as this one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+
+
 def world_size() -> int:
     """How many processes share the run."""
     return dist.get_world_size() if dist.is_initialized() else 1

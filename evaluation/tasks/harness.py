@@ -10,6 +10,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
+from evaluation.perplexity import tokens_at_once
 from utils.distributed import own_part, together
 from utils.log import meter
 
@@ -43,7 +44,37 @@ class PlacedLM(HFLM):
         longest = self.max_length + 1
         self._own_cut += sum(len(context) + len(continuation) > longest for _, context, continuation in requests)
         fitting = [(key, *last_tokens(context, continuation, longest)) for key, context, continuation in requests]
-        return super()._loglikelihood_tokens(fitting, *args, **kwargs)
+        if self.batch_size == "auto":  # lm-eval finds what fits, whole logits among it
+            return super()._loglikelihood_tokens(fitting, *args, **kwargs)
+        answers: list[Any] = [None] * len(fitting)
+        for numbers, read in self._batches(fitting):
+            with _last_states(self.model, read):
+                found = super()._loglikelihood_tokens([fitting[number] for number in numbers], *args, **kwargs)
+            for number, answer in zip(numbers, found, strict=True):
+                answers[number] = answer
+        return answers
+
+    def _batches(self, requests: list) -> Iterator[tuple[list[int], int]]:
+        """Which requests run at once, and from how many of their last positions on logits are read.
+
+        As many as lm-eval would take, in its order, but fewer where their logits are too many: those whose tokens are
+        the same up to the last one are one row. `requests`: (what for, context, continuation), tokens.
+        """
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            rows.setdefault(tuple(context + continuation[:-1]), []).append(number)
+        waiting = sorted(rows, key=lambda row: (-len(row), row))
+        most = tokens_at_once(self.model.config.vocab_size)
+        while waiting:
+            longest, begins, count = min(len(waiting[0]), self.max_length), [], 0
+            for row in waiting[: self.batch_size]:
+                wanted = max(len(requests[number][2]) for number in rows[row])
+                begins.append(min(len(row), self.max_length) - wanted)
+                if count and (count + 1) * (longest - min(begins)) > most:
+                    break
+                count += 1
+            yield [number for row in waiting[:count] for number in rows[row]], longest - min(begins[:count])
+            waiting = waiting[count:]
 
     def _shared(self, answer: Callable, requests: list) -> list:
         """Answers to all requests, in order; every process works on a contiguous part.
@@ -83,6 +114,16 @@ def last_tokens(context: list[int], continuation: list[int], longest: int) -> tu
         return context, continuation
     kept = continuation[-longest:]
     return kept[:1], kept[1:]
+
+
+@contextlib.contextmanager
+def _last_states(model: nn.Module, count: int) -> Iterator[None]:
+    """Inside the block the head is given the states of the last `count` positions alone, and gives as many logits."""
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][:, -count:],))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -154,10 +154,14 @@ def test_an_input_is_computed_once_for_all_of_its_readers():
     assert group.quantizer.calls == 2, "a second pass is computed again"
 
 
-def test_readers_that_record_gradients_compute_their_own():
+@pytest.mark.parametrize(("of", "calls"), [("input", 2), ("quantizer", 2), ("nothing", 1)])
+def test_readers_that_record_gradients_compute_their_own(of, calls):
     group, x = make_group(), random(5, INPUTS)
+    x.requires_grad_(of == "input")
+    if of == "quantizer":
+        group.quantizer.scale = nn.Parameter(torch.ones(1))
     assert torch.equal(group(x), group(x))
-    assert group.quantizer.calls == 2
+    assert group.quantizer.calls == calls
 
 
 def test_one_reader_is_never_given_what_another_was_given():

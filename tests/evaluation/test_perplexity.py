@@ -8,6 +8,7 @@ from conftest import VOCABULARY, random_tokens, tiny_model
 from torch import Tensor, nn
 
 from duquant.attention import install
+from evaluation import perplexity as scoring
 from evaluation.perplexity import final_hidden, head_logits, perplexity, score, token_divergence
 from models import decoder_spec
 from quantize import observe
@@ -112,3 +113,19 @@ def test_divergence_is_not_symmetric_and_zero_only_for_equal_logits():
     assert (token_divergence(first, second) > 0.01).all()
     assert not torch.allclose(token_divergence(first, second), token_divergence(second, first), atol=1e-3)
     assert torch.allclose(token_divergence(first + 3, second), token_divergence(first, second), atol=1e-5)
+
+
+@pytest.mark.parametrize("logits", [1, 3 * VOCABULARY, 10 * VOCABULARY])
+def test_the_figures_do_not_depend_on_how_many_logits_are_made_at_a_time(logits, monkeypatch):
+    teacher, student = tiny_model(), tiny_model(seed=1)
+    spec = decoder_spec(teacher.config)
+    states = [final_hidden(model, spec, WINDOWS, CPU, "test") for model in (student, teacher)]
+    whole = score(student, spec, WINDOWS, states[0], CPU, states[1])
+    shapes, make = [], head_logits
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", logits)
+    monkeypatch.setattr(scoring, "head_logits", lambda *given: shapes.append(given[2].shape) or make(*given))
+    parts = score(student, spec, WINDOWS, states[0], CPU, states[1])
+    assert (parts.nats, parts.divergence) == pytest.approx((whole.nats, whole.divergence), rel=1e-6)
+    most = max(1, logits // VOCABULARY)
+    assert max(tokens for _, tokens in shapes) == most
+    assert len(shapes) == 2 * len(WINDOWS) * math.ceil((WINDOWS.shape[1] - 1) / most)  # the last token predicts nothing

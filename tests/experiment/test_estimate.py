@@ -13,13 +13,15 @@ from medium_model import MEDIUM, medium_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from evaluation.perplexity import Windows, score, scores
+from evaluation import perplexity
+from evaluation.perplexity import Windows, score, scores, tokens_at_once
 from evaluation.sensitivity import Variants
 from experiment.estimate import (
     CONTEXT_BYTES,
     PROCESS_BYTES,
     Plan,
     estimate,
+    logits_bytes,
 )
 from models import decoder_spec
 from models.load import ModelSource, load_skeleton
@@ -162,14 +164,37 @@ def test_a_streamed_run_allocates_nearly_what_was_estimated_and_no_more(name, tm
     assert 0.6 < peak / (needed(settings, plan).host_streamed - PROCESS_BYTES) <= 1
 
 
+@pytest.mark.parametrize("divergence", [False, True])
+def test_the_logits_of_a_large_vocabulary_are_made_in_parts_and_those_are_what_is_counted(divergence, monkeypatch):
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 2**21)
+    model, windows = medium_model(vocab_size=2**16), random_windows((1, 128))
+    spec, plan = decoder_spec(model.config), replace(PLAN, windows=((1, 128),), divergence=divergence)
+    hidden = torch.randn(1, 128, MEDIUM["hidden_size"])
+    with LiveBytes(*model.parameters(), *model.buffers()) as live:
+        held = live.now
+        score(model, spec, windows, hidden, CPU, hidden.clone() if divergence else None)
+    assert tokens_at_once(2**16) == 32
+    assert 0.9 < (live.peak - held) / logits_bytes(model, plan) <= 1.01
+
+
 def test_what_a_gpu_holds_is_not_on_the_host():
     plan = replace(PLAN, dtype=torch.float16, on_gpu=True)
     cpu, gpu = needed(QUANT, replace(plan, on_gpu=False)), needed(QUANT, plan)
     assert cpu.device == 0
-    assert gpu.weights == cpu.weights == gpu.host - PROCESS_BYTES - CONTEXT_BYTES - gpu.hidden
+    assert gpu.weights == cpu.weights == gpu.host - PROCESS_BYTES - CONTEXT_BYTES - gpu.hidden - gpu.pinned
     assert 2 * gpu.hidden == cpu.hidden  # float16, which a CPU widens
     work = gpu.device - CONTEXT_BYTES - gpu.layer_wide
     assert 0 < work < cpu.host - cpu.host_streamed + cpu.layer_wide * 9 // 2
+
+
+def test_windows_go_through_a_layer_in_batches_of_what_is_given_or_what_there_is_room_for():
+    plan = replace(PLAN, dtype=torch.float16, on_gpu=True, windows=((400, 256),))
+    auto, given, small = needed(QUANT, plan), needed(QUANT, replace(plan, batch=100)), needed(QUANT, PLAN)
+    assert auto.window_tokens == (4096, 65536)
+    assert given.window_tokens == (25600, 25600)
+    assert small.window_tokens == (1024, 1024)  # on a CPU; all that there are
+    assert given.device - auto.device == (25600 - 4096) * auto.window_token
+    assert auto.pinned == 2 * 65536 * MEDIUM["hidden_size"] * 2
 
 
 def test_an_evaluation_of_the_whole_model_needs_it_on_the_device_as_codes_or_before_as_floats():

@@ -145,10 +145,16 @@ def test_a_model_that_does_not_fit_stops_where_it_is_needed_whole_unless_told_to
     assert not must_stream(run.settings, replace(run.setup, saved=run.quant)), "a quantized model is loaded whole"
 
 
-def test_several_processes_are_refused(sharded, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment.prepare, "world_size", lambda: 2)
-    with pytest.raises(InputError, match="single process"):
-        planned(sharded, data, tmp_path, "--stream")
+@pytest.mark.parametrize(("dtype", "streamed"), [("float32", False), ("float16", True)])
+def test_several_processes_need_the_model_once_each_unless_it_is_mapped_from_its_files(
+    dtype, streamed, sharded, data, tmp_path, monkeypatch
+):
+    needed = sum(parameter.nbytes for parameter in tiny_model(num_hidden_layers=LAYERS).parameters())
+    monkeypatch.setattr(experiment.prepare, "available_memory", lambda: 1.2 * needed)
+    run = planned(sharded, data, tmp_path)
+    run.setup.config.dtype = getattr(torch, dtype)  # that of the files; computed in float32
+    monkeypatch.setattr(experiment.prepare, "local_size", lambda: 2)
+    assert must_stream(run.settings, run.setup) is streamed
 
 
 def test_a_failure_in_the_walk_surfaces_and_ends_the_reading_ahead(sharded, data, tmp_path, monkeypatch):

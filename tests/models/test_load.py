@@ -268,3 +268,19 @@ def test_context_is_the_model_s_own_up_to_2048(maximum, expected):
 
 def test_context_of_a_model_without_maximum_is_2048():
     assert context_length(object()) == 2048
+
+
+def mapped_from(path: Path) -> list[range]:
+    """The addresses at which this process has the file mapped, as Linux tells them."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ends = [line[0].split("-") for line in lines if line[-1] == str(path)]
+    return [range(int(first, 16), int(last, 16)) for first, last in ends]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped where")
+@pytest.mark.parametrize(("dtype", "mapped"), [(torch.float32, True), (torch.float16, False)])
+def test_weights_in_the_dtype_of_their_files_are_mapped_from_them_and_not_copied(dtype, mapped, model_folder):
+    model = load(model_folder, dtype)
+    places = mapped_from((model_folder / "model.safetensors").resolve())
+    found = {any(parameter.data_ptr() in place for place in places) for parameter in model.parameters()}
+    assert found == {mapped}

@@ -31,6 +31,7 @@ from quantize.statistics import channel_statistics
 from quantize.training import (
     INITIAL_LOGIT,
     Batch,
+    Gradients,
     LearnedClip,
     Samples,
     TrainingReport,
@@ -259,7 +260,21 @@ def test_a_process_without_a_share_takes_part_in_a_scaled_step(monkeypatch):
     optimizer = torch.optim.AdamW(logits, lr=0.01)
     none = Batch(case.samples.inputs[:0], [target[:0] for target in case.samples.targets], 0.0)
     scaler = torch.amp.GradScaler("cpu")
-    assert train_step(case.layer, none, case.kwargs, logits, optimizer, scaler) == (0.0, 0.0)
+    gradients = Gradients(case.layer, case.kwargs, logits, CPU)
+    assert train_step(gradients, none, logits, optimizer, scaler) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 64.0])
+def test_gradients_are_those_of_the_scaled_loss_to_the_bit(monkeypatch, scale):
+    case = make_case(monkeypatch, settings())
+    logits = [logit.requires_grad_(True) for clip in clips(case.layer) for logit in clip.parameters()]
+    batch = Batch(case.samples.inputs[:2], [target[:2] for target in case.samples.targets], 0.5)
+    loss = 0.5 * F.mse_loss(layer_output(case.layer, batch.inputs, case.kwargs).float(), batch.targets[0].float())
+    (loss * scale).backward()
+    found, gradients = Gradients(case.layer, case.kwargs, logits, CPU)(batch, torch.tensor(scale))
+    assert torch.equal(found, loss)
+    assert len(gradients) == 2 * LINEARS
+    assert all(torch.equal(gradient, logit.grad) for gradient, logit in zip(gradients, logits, strict=True))
 
 
 def test_half_precision_trains_on_when_its_first_scales_overflow(monkeypatch):

@@ -71,6 +71,17 @@ def test_training_losses_and_clips_agree_to_the_order_of_sums(both):
     )
 
 
+def test_layers_that_each_process_reads_when_their_turn_comes_are_those_of_models_in_memory(usual, both, tmp_path):
+    done = launch(tmp_path, *usual, *TRAINED, "--stream", "--save_model", "saved")
+    assert done.returncode == 0, done.stderr
+    for name in ("layer_000.safetensors", "layer_001.safetensors"):
+        here, there = (load_file(folder / "ck/layers" / name) for folder in (tmp_path, both[1]))
+        assert here.keys() == there.keys()
+        assert all(torch.equal(here[key], there[key]) for key in here)
+    assert results_of(tmp_path)["perplexity"] == results_of(both[1])["perplexity"]
+    assert any((tmp_path / "saved").glob("*.safetensors"))
+
+
 def test_only_one_process_writes_and_speaks(both):
     log = (the_run(both[1] / "output") / "log.txt").read_text()
     assert log.count("results: ") == 1

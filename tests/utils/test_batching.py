@@ -37,6 +37,17 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_no_item_is_lost()
     assert max(map(len, seen)) == 2
 
 
+def test_a_size_is_lowered_to_what_there_is_room_for_and_a_given_one_is_not():
+    batches, given = BatchSize(32), BatchSize(32, True)
+    for each in (batches, given):
+        each.fit_(1000.5, 100)
+    assert (batches.sequences, given.sequences) == (10, 32)
+    batches.fit_(10**9, 100)
+    assert batches.sequences == 10
+    batches.fit_(0, 100)
+    assert batches.sequences == 1
+
+
 def test_a_last_short_batch_that_fails_is_halved_from_its_own_size():
     seen, batches = [], BatchSize(16)
     list(batches.run(list(range(5)), fits(2, seen)))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tools.fake_device import fake_device
 from utils.device import cpu_threads, describe, on_device, peak_memory, pick_device, to_device
 from utils.errors import InputError
 
@@ -54,6 +55,34 @@ def test_a_module_comes_back_after_an_exception(module):
     with pytest.raises(KeyError), on_device(module, torch.device("cuda:0")):
         raise KeyError
     assert places(module) == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("change", "copied"),
+    [
+        (lambda linear: None, 0),
+        (lambda linear: linear.weight.mul_(2), 48),
+        (lambda linear: setattr(linear.weight, "data", linear.weight.data * 2), 48),
+        (lambda linear: setattr(linear, "bias", nn.Parameter(torch.ones(4, device="cuda:0"))), 16),
+        (lambda linear: linear.counts.add_(1), 40),
+        (lambda linear: setattr(linear, "counts", linear.counts + 1), 40),
+        (lambda linear: linear.register_buffer("codes", torch.ones(7, device="cuda:0")), 28),
+        (lambda linear: setattr(linear, "bias", None), 0),
+    ],
+)
+def test_only_what_was_changed_is_copied_back(change, copied):
+    with fake_device() as gpu, torch.no_grad():
+        linear = nn.Linear(3, 4)
+        linear.register_buffer("counts", torch.zeros(5, dtype=torch.int64))
+        host = {name: tensor.untyped_storage() for name, tensor in linear.state_dict(keep_vars=True).items()}
+        with on_device(linear, gpu.device):
+            assert places(linear) == {"cuda:0"}
+            change(linear)
+        assert places(linear) == {"cpu"}
+        assert gpu.traffic.bytes_to_host == copied
+        again = linear.state_dict(keep_vars=True)
+        same = sum(name in again and again[name].untyped_storage() is storage for name, storage in host.items())
+        assert same == 3 - (change.__code__.co_names != () and copied != 28)
 
 
 def test_tensors_move_wherever_they_are_nested():

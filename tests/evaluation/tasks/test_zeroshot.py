@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.journal import Journal
+from evaluation.tasks import harness
 from evaluation.tasks.data import read_items
 from evaluation.tasks.plan import PAPER_TASKS, TaskPlan, check_tasks, needed_splits, task_index
 from evaluation.tasks.scores import TaskScore, ZeroShot, mean_of, zero_shot_table
@@ -173,6 +174,36 @@ def test_examples_in_the_prompt_are_those_lm_eval_draws_and_every_bit_is_equal(r
     assert_like_stock(result.scores[0], stock_results(tmp_path / "stock", plan, 2), samples, 0)
     assert result.scores[0].num_fewshot == 2
     assert samples[0]["arguments"][0][0].count("Question:") == 3
+
+
+def test_logits_are_made_of_continuations_and_of_fewer_requests_at_a_time_where_they_would_be_too_many(
+    bundled, monkeypatch
+):
+    model, tokenizer = bundled
+    requests = [(None, list(range(5, 5 + 3 * n)), list(range(40, 40 + n % 3 + 1))) for n in range(1, 12)]
+    shapes, answers = [], []
+    handle = model.lm_head.register_forward_hook(lambda module, args, logits: shapes.append(logits.shape[:2]))
+    for most in (10**9, 20, 1):
+        monkeypatch.setattr(harness, "tokens_at_once", lambda vocabulary, most=most: most)
+        lm = harness.PlacedLM(model, tokenizer, CPU, 4)
+        lm._own_cut = 0
+        answers.append(lm._loglikelihood_tokens(requests, disable_tqdm=True))
+        rows, positions = zip(*shapes, strict=True)
+        assert sum(rows) == len(requests)
+        assert max(positions) <= 9 + 3  # from where the shortest of four begins to be read: three tokens a request
+        if most == 10**9:
+            assert max(rows) == 4
+        assert all(row * count <= most or row == 1 for row, count in shapes)
+        shapes.clear()
+    handle.remove()
+    whole = [answer for answer, _ in answers[0]]
+    for number, (_, context, continuation) in enumerate(requests):
+        tokens = torch.tensor([context + continuation])
+        scores = model(tokens).logits[0].log_softmax(-1)[len(context) - 1 : -1]
+        expected = scores.gather(1, torch.tensor(continuation)[:, None]).sum().item()
+        assert whole[number] == pytest.approx(expected, rel=1e-5)
+    for each in answers[1:]:
+        assert [answer for answer, _ in each] == pytest.approx(whole, rel=1e-5)
 
 
 def test_bundled_model_answers_bundled_questions_from_any_folder(run, tmp_path, monkeypatch):

@@ -96,7 +96,7 @@ def run_script(parse_flags: Callable[[], argparse.Namespace], main: Callable[[ar
         if importlib.util.find_spec(package or "sys") is not None:  # a defect of ours
             logging.getLogger().exception("failed")
             sys.exit(1)
-        sys.exit(fail(f"the package {package} is not installed: {sys.executable} -m pip install -r requirements.txt"))
+        sys.exit(fail(f"the package {package} is not installed: python -m pip install -r requirements.txt"))
     except Incomplete as error:
         logging.getLogger().error("error: %s", error)
         sys.exit(1)

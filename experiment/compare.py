@@ -4,6 +4,8 @@ import json
 import logging
 import shlex
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from evaluation.base import FULL
 from evaluation.journal import Journal
 from evaluation.measured import Measured
 from evaluation.runner import Evaluations, Runner, open_evaluations
+from experiment.ending import cost, place
 from experiment.prepare import statistics_identity
 from experiment.residence import make_plan, settle_
 from experiment.results import settings_dict
@@ -82,6 +85,7 @@ def run_comparison(settings: CompareSettings) -> None:
     for blocks in dict.fromkeys(other_blocks(setup.skeleton, setup.spec, row.quant) for row in comparison.rows):
         if blocks is not None:
             logger.info("%s", blocks)
+    started = time.perf_counter()
     try:
         finished = measure_rows(comparison, earlier)
     except (KeyboardInterrupt, SystemExit):
@@ -91,6 +95,9 @@ def run_comparison(settings: CompareSettings) -> None:
     error = f"failed: {'; '.join(errors)}" if errors else None
     if is_main():
         write_outputs(comparison, finished, error)
+        measured = [each.figures for each in finished if earlier[each.row.key] is None]
+        for line in ending(comparison, measured, time.perf_counter() - started):
+            logger.info("%s", line)
     leave_group()
     if error is not None:
         raise Incomplete(f"{error}; the other rows are kept, try these again with the same command")
@@ -296,7 +303,18 @@ def write_outputs(comparison: Comparison, finished: list[Finished], error: str |
     facts = run_facts(comparison) | {"error": error, "rows": [row_facts(each) for each in finished]}
     write_json(folder / "results.json", plain(facts))
     logger.log(RESULT, "\n%s\n", text)
-    logger.info("results: %s", folder)
+
+
+def ending(comparison: Comparison, measured: Sequence[dict], total: float) -> list[str]:
+    """What the rows that were `measured` now cost, where everything is, and what to do next."""
+    stages = dict.fromkeys(stage for figures in measured for stage in figures["seconds"])
+    seconds = {stage: sum(figures["seconds"].get(stage, 0) for figures in measured) for stage in stages}
+    model = shlex.quote(comparison.settings.model.model)
+    return [
+        cost(seconds, total, peak_memory(comparison.setup.device)),
+        place(comparison.folder, ("table.md", "table.csv", "comparison.png", "results.json", "log.txt")),
+        f"next: keep the one you choose: python main.py --model {model} --preset NAME --save_model DIR",
+    ]
 
 
 def run_facts(comparison: Comparison) -> dict:

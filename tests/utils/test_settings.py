@@ -209,7 +209,9 @@ def test_the_help_has_a_group_per_title_and_tells_every_flag():
     assert all(f"--{each.name}" in text and each.field.metadata["help"] in text for each in options(Order))
     assert "--no_straw" in text
     assert "--no_gift" in text
-    assert not {"--straw", "--no_squeeze", "--no_with_ice", "--no-gift"} & set(text.replace("[", " ").replace("]", " ").split())
+    assert not {"--straw", "--no_squeeze", "--no_with_ice", "--no-gift"} & set(
+        text.replace("[", " ").replace("]", " ").split()
+    )
 
 
 def test_a_required_flag_is_required(capsys):

@@ -62,7 +62,7 @@ def main(flags: argparse.Namespace) -> None:
         )
     from experiment.compare import run_comparison  # torch and transformers load for seconds
 
-    run_comparison(settings)
+    run_comparison(settings, flags.taken)
 
 
 def compare_runs(folders: list[Path], output: Path | None) -> None:

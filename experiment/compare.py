@@ -20,10 +20,11 @@ from experiment.prepare import statistics_identity
 from experiment.residence import make_plan, settle_
 from experiment.results import settings_dict
 from experiment.rows import FULL_TITLE, CompareSettings, Row, plan_rows
-from experiment.run import LayerFigures, travel
+from experiment.run import LayerFigures, log_taken, travel
 from experiment.setup import Setup, fetch_tokens, keep_statistics, known_peaks, make_setup, open_model
 from experiment.tables import Finished, comparison_text, csv_table, row_facts, table_rows
 from experiment.tracking import Tracker, check_tracking, open_tracker
+from experiment.usual import Taken
 from models.load import model_fingerprint
 from quantize.observer import LayerLog
 from quantize.quantization import check_shapes, other_blocks
@@ -67,11 +68,11 @@ class Comparison:
 Peaks = dict[int, dict[str, Tensor]]  # by seed: activation peaks, which rows compute once for all
 
 
-def run_comparison(settings: CompareSettings) -> None:
+def run_comparison(settings: CompareSettings, taken: Sequence[Taken] = ()) -> None:
     """Measure every row that is not there yet, and write table, picture and results.
 
-    A row that fails is recorded, the others go on. Raises InputError for what a user can mend, Incomplete if a row
-    failed.
+    `taken`: those of the settings that nobody gave. A row that fails is recorded, the others go on. Raises InputError
+    for what a user can mend, Incomplete if a row failed.
     """
     join_group()
     check_tracking(settings.track.track)
@@ -80,6 +81,7 @@ def run_comparison(settings: CompareSettings) -> None:
     if is_main():
         add_log_file(comparison.folder / "log.txt")
     logger.info("%s", shlex.join(["python", *sys.argv]))
+    log_taken(taken)
     setup = comparison.setup
     logger.info("%s on %s, %s", setup.source.name, describe(setup.device), setup.dtype)
     for blocks in dict.fromkeys(other_blocks(setup.skeleton, setup.spec, row.quant) for row in comparison.rows):

@@ -151,7 +151,8 @@ def finish(prepared: Prepared, outcome: Outcome) -> None:
     write_results(prepared, outcome)
     write_model_card(prepared, outcome)
     if report.report and is_main():
-        draw_report(prepared)
+        with outcome.measured.timing("report"):
+            draw_report(prepared)
     earlier = prepared.folder / "report/index.html"
     if not report.report and earlier.exists():
         logger.warning("%s is of an earlier run, not of this one: --report would draw it anew", earlier)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, run_script
 
 from experiment import doctor
@@ -89,3 +90,19 @@ def test_a_run_without_its_packages_says_so_in_one_line(tmp_path):
 
 def test_a_folder_that_is_no_checkout_says_so(tmp_path):
     assert doctor.checkout(tmp_path) == "no git checkout"
+
+
+def test_every_gpu_is_told_with_its_memory(monkeypatch):
+    cuda = {"is_available": True, "device_count": 2, "mem_get_info": (70e9, 80e9)}
+    cuda |= {"get_device_name": "Some GPU", "get_device_capability": (9, 0)}
+    for name, answer in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *which, answer=answer: answer)
+    told = "Some GPU, capability 9.0, 70.0 GB of 80.0 GB free"
+    assert doctor.gpus() == f"cuda:0 {told}; cuda:1 {told}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_the_kernels_of_a_gpu_are_told():
+    assert "cuda " in doctor.kernels()
+    assert "fake quantization on cuda " in doctor.kernels()

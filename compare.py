@@ -3,7 +3,8 @@
 With --model: round-to-nearest, smoothing, Hadamard rotations, the parts of DuQuant and all of it, with the same
 quantizers, data and seeds, beside the full-precision model and whole presets at the same bits. Leaves table.md,
 table.csv, comparison.png and .svg, results.json and log.txt in a folder in OUTPUT_DIR that is named after the settings;
-every finished row is kept in rows/ there, and the same command, started again, computes what is missing.
+every finished row is kept in rows/ there, and the same command, started again, computes what is missing. Where no
+evaluation is asked for, perplexity is measured (--no_eval_ppl: none).
 
 With folders of runs of main.py: their figures side by side, and every setting that differs.
 """
@@ -11,24 +12,27 @@ With folders of runs of main.py: their figures side by side, and every setting t
 import argparse
 from pathlib import Path
 
-from experiment.cli import Parser, parse_with_preset, read_settings, run_script
+from experiment.cli import given_flags, parse_with_preset, read_settings, run_script
 from experiment.rows import CompareSettings
+from experiment.usual import usual_evaluation
 from utils.errors import InputError
+from utils.parser import Parser, set_basic
 from utils.settings import add_flags
 
 EXAMPLES = """examples:
-  python compare.py --model meta-llama/Llama-2-7b-hf --preset paper --eval_ppl
-  python compare.py --model DIR --rows full rtn smooth dual --seeds 2 3 4 --abits 4 --eval_ppl
-  python compare.py --model DIR --preset best --rows ablation --eval_ppl
-  python compare.py output/RUN_A output/RUN_B
+  python compare.py --model meta-llama/Llama-2-7b-hf --preset paper             with the paper's quantizers
+  python compare.py --model DIR --preset paper --rows rtn dual --seeds 2 3 4    mean ± deviation
+  python compare.py output/RUN_A output/RUN_B                                   runs that are finished
 """
 
 
 def make_parser() -> Parser:
     """The parser of compare.py."""
-    parser = Parser(__doc__, EXAMPLES)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, instead of a model")
-    parser.add_argument("--output", type=Path, metavar="FILE.md", help="with RUNs: also write what is printed")
+    parser = Parser(__doc__, EXAMPLES, "(--model MODEL [flags] | RUN RUN ... [--output FILE.md])", short=True)
+    runs = parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, instead of a model")
+    page = parser.add_argument("--output", type=Path, metavar="FILE.md", help="with RUNs: also write what is printed")
+    set_basic(runs, True)
+    set_basic(page, True)
     add_flags(parser, CompareSettings, leave_out=("transform",))
     return parser
 
@@ -36,13 +40,11 @@ def make_parser() -> Parser:
 def parse_flags() -> argparse.Namespace:
     """The command line's flags. Raises InputError unless there is a model or there are runs, and not both."""
     parser = make_parser()
-    flags = parse_with_preset(parser, CompareSettings)
+    flags = parse_with_preset(parser, CompareSettings, usual_evaluation)
     if bool(flags.runs) == bool(flags.model):
         raise InputError("give --model to compare ways to quantize it, or the folders of finished runs, and not both")
-    given = [name for name, value in vars(flags).items() if value != parser.get_default(name)]
-    for name in given if flags.runs else ():
-        if name not in ("runs", "output", "quiet"):
-            raise InputError(f"--{name} is for --model: finished runs are only read; drop the flag")
+    for name in sorted(given_flags(parser) - {"runs", "output", "quiet"}) if flags.runs else ():
+        raise InputError(f"--{name} is for --model: finished runs are only read; drop the flag")
     return flags
 
 
@@ -55,10 +57,12 @@ def main(flags: argparse.Namespace) -> None:
         raise InputError("--output is for finished runs: with --model everything goes to --output_dir")
     settings = read_settings(CompareSettings, flags)
     if not settings.evaluation.asked():
-        raise InputError("nothing to compare by: add --eval_ppl, --tasks, --eval_mmlu, --eval_mtbench or --prompt")
+        raise InputError(
+            "nothing to compare by: drop --no_eval_ppl, or add --tasks, --eval_mmlu, --eval_mtbench or --prompt"
+        )
     from experiment.compare import run_comparison  # torch and transformers load for seconds
 
-    run_comparison(settings)
+    run_comparison(settings, flags.taken)
 
 
 def compare_runs(folders: list[Path], output: Path | None) -> None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiment.cli import Parser, run_script
+from experiment.cli import run_script
 from experiment.options import CalibrationSettings, ModelSettings
 from quantize.settings import seed_option
 from utils.errors import InputError
+from utils.parser import Parser
 from utils.settings import Changes, add_flags, from_flags, option, part
 
 
@@ -30,20 +31,20 @@ class StatisticsSettings:
     scales: Path = option(
         Path("act_scales"),
         "folder of <net>.safetensors",
-        flag=("scales_output_path", "scales-output-path"),
+        flag="scales_output_path",
         changes=Changes.NOTHING,
     )
     shifts: Path = option(
         Path("act_shifts"),
         "folder of <net>.safetensors",
-        flag=("shifts_output_path", "shifts-output-path"),
+        flag="shifts_output_path",
         changes=Changes.NOTHING,
     )
 
 
 def parse_flags() -> argparse.Namespace:
     """The command line's flags."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, usage="--model MODEL [flags]")
     add_flags(parser, StatisticsSettings)
     return parser.parse_args()
 

@@ -6,9 +6,10 @@ Optional: main.py builds every size it needs in milliseconds. The file is for lo
 import argparse
 from pathlib import Path
 
-from experiment.cli import Parser, run_script
+from experiment.cli import run_script
 from utils.errors import InputError
 from utils.log import progress
+from utils.parser import Parser
 
 LARGEST = 4096
 

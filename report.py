@@ -6,8 +6,9 @@ Writes RUN_DIR/report/index.html, one page with everything in it, and its figure
 import argparse
 from pathlib import Path
 
-from experiment.cli import Parser, run_script
+from experiment.cli import run_script
 from experiment.options import ReportLayers
+from utils.parser import Parser
 from utils.settings import add_flags, from_flags
 
 EXAMPLES = """examples:
@@ -18,7 +19,7 @@ EXAMPLES = """examples:
 
 def parse_flags() -> argparse.Namespace:
     """The command line's flags."""
-    parser = Parser(__doc__, EXAMPLES)
+    parser = Parser(__doc__, EXAMPLES, "RUN_DIR [flags]")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder with results.json, as main.py wrote it")
     add_flags(parser, ReportLayers)
     return parser.parse_args()

@@ -7,7 +7,7 @@ python -m duquant bench FOLDER --base MODEL
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -18,11 +18,26 @@ from duquant.runtime import EXPANSIONS, RUNTIMES
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line, and exit code 2."""
+    """Its errors are one line, and exit code 2. Flags are written out; they may have a `-` for every `_`."""
+
+    def __init__(self, prog: str, **arguments):
+        super().__init__(prog, allow_abbrev=False, **arguments)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """As argparse does, with either spelling."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([spelled(each, self._option_string_actions) for each in given], namespace)
 
     def error(self, message: str):
         """Print one line on stderr and exit."""
         raise SystemExit(refuse(f"{message}; see {self.prog} --help"))
+
+
+def spelled(argument: str, known: Container[str]) -> str:
+    """An argument, with `_` for every `-` in the name of a flag that is known so."""
+    flag, equals, value = argument.partition("=")
+    plain = f"--{flag[2:].replace('-', '_')}"
+    return f"{plain}{equals}{value}" if flag.startswith("--") and plain in known else argument
 
 
 class TimedStreamer(TextStreamer):

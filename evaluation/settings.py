@@ -21,18 +21,24 @@ from utils.settings import Changes, option, part
 class PerplexitySettings(Entry):
     """Perplexity and KL divergence, on which text."""
 
-    TITLE: ClassVar[str] = "perplexity"
+    TITLE: ClassVar[str] = "evaluation, perplexity"
     FLAG: ClassVar[str] = "--eval_ppl"
     STAGE: ClassVar[str] = "perplexity"
     EMPTY: ClassVar[dict[str, object]] = {"perplexity": {}, "perplexity_details": {}, "bos_check": {}}
     NEEDS_WHOLE_MODEL: ClassVar[bool] = False
 
-    eval_ppl: bool = option(False, "measure perplexity", changes=Changes.FIGURES)
+    eval_ppl: bool = option(
+        False,
+        "measure perplexity",
+        changes=Changes.FIGURES,
+        basic="measure perplexity",
+    )
     test_dataset: tuple[str, ...] = option(
         ("wikitext2",),
         "one or more, separated by spaces or commas: wikitext2, ptb, c4, c4-new, or as for --calib_dataset "
         "(a token file's tensor is `test`) (default: wikitext2)",
         changes=Changes.FIGURES,
+        basic="on which text, as for --calib_dataset (default: wikitext2)",
         **NAME_LIST,
     )
     eval_kl: bool = option(
@@ -76,7 +82,7 @@ class SensitivitySettings(Entry):
     120% on 32 000, which is what 16 windows of the usual length have.
     """
 
-    TITLE: ClassVar[str] = "sensitivity"
+    TITLE: ClassVar[str] = "evaluation, sensitivity"
     FLAG: ClassVar[str] = "--sensitivity"
     STAGE: ClassVar[str] = "sensitivity"
     EMPTY: ClassVar[dict[str, object]] = {"sensitivity": {}}
@@ -123,7 +129,9 @@ class PromptSettings(Entry):
     STAGE: ClassVar[str] = "prompts"
     EMPTY: ClassVar[dict[str, object]] = {"completions": {}}
 
-    prompt: tuple[str, ...] = option((), "let both models complete these, and show it", changes=Changes.FIGURES)
+    prompt: tuple[str, ...] = option(
+        (), "let both models complete these, and show it", changes=Changes.FIGURES, basic=True
+    )
 
     @property
     def asked(self) -> bool:
@@ -146,7 +154,7 @@ class PromptSettings(Entry):
 class TextSettings:
     """Text that the model writes."""
 
-    TITLE: ClassVar[str] = "prompts and MT-Bench"
+    TITLE: ClassVar[str] = "evaluation, prompts and MT-Bench"
 
     prompts: PromptSettings = part(PromptSettings)
     max_new_tokens: int | None = option(
@@ -192,7 +200,7 @@ class EvaluationSettings:
     TITLE: ClassVar[str] = "evaluation"
 
     limit: int | None = option(
-        None, "only this many windows, items of a task, questions of a subject", changes=Changes.FIGURES
+        None, "only this many windows, items of a task, questions of a subject", changes=Changes.FIGURES, basic=True
     )
     eval_batch_size: int | None = option(
         None,

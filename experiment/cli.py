@@ -1,6 +1,7 @@
-"""How a script begins, and how it ends when its input is wrong or it is stopped."""
+"""How a script begins, and how it ends when its input is wrong, a package is missing, or it is stopped."""
 
 import argparse
+import importlib.util
 import logging
 import os
 import re
@@ -10,50 +11,39 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from experiment.presets import PRESETS
+from experiment.usual import Taken
 from utils.errors import Incomplete, InputError
 from utils.log import setup_console
+from utils.parser import Parser, fail
 from utils.settings import destination, from_flags, start_flags_from, way_off
 
 Settings = TypeVar("Settings")
+Fill = Callable[[argparse.Namespace, set[str]], list[Taken]]
 SPINS = "3000"  # some microseconds, in which an idle machine is at the barrier
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the layout of descriptions, and shows a default where there is one."""
+def parse_with_preset(parser: Parser, cls: type, fill: Fill | None = None) -> argparse.Namespace:
+    """The command line's flags of the settings `cls`; those that are not given are as its `--preset` says, if any.
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = isinstance(action.default, bool) or "default" in (action.help or "")
-        shown = action.default not in (None, [], (), argparse.SUPPRESS) and not told
-        return super()._get_help_string(action) if shown else action.help
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return [line for part in text.splitlines() for line in super(_HelpFormatter, self)._split_lines(part, width)]
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit with code 2. Flags must be written out in full.
-
-    It has the one flag that every script has, `--quiet`.
+    `fill(flags, given)`: what is taken where the command line leaves it open, as a list of `Taken`; `given` are the
+    names of the flags that it has. The flags have it as `taken`.
     """
-
-    def __init__(self, description: str, epilog: str | None = None):
-        super().__init__(description=description, epilog=epilog, formatter_class=_HelpFormatter, allow_abbrev=False)
-        self.add_argument(
-            "--quiet", action="store_true", help="say only results and what goes wrong; log.txt has everything"
-        )
-
-    def error(self, message: str):
-        """Print one line on stderr and exit with code 2."""
-        raise SystemExit(_fail(f"{message}; see {self.prog} --help"))
-
-
-def parse_with_preset(parser: Parser, cls: type) -> argparse.Namespace:
-    """The command line's flags of the settings `cls`; those that are not given are as its `--preset` says, if any."""
     flags = parser.parse_args()
-    if flags.preset is not None:
-        start_flags_from(parser, cls, PRESETS[flags.preset])
+    taken = fill(flags, given_flags(parser)) if fill is not None else []
+    values = {each.name: each.value for each in taken}
+    preset = values.get("preset", flags.preset)
+    if preset is not None:
+        start_flags_from(parser, cls, PRESETS[preset])
         flags = parser.parse_args()
+    vars(flags).update(values, taken=tuple(taken))
     return flags
+
+
+def given_flags(parser: Parser) -> set[str]:
+    """Where argparse keeps the values of those flags that the command line has, whatever value they are given."""
+    left_out = object()
+    flags = argparse.Namespace(**{action.dest: left_out for action in parser._actions})
+    return {name for name, value in vars(parser.parse_args(namespace=flags)).items() if value is not left_out}
 
 
 def read_settings(cls: type[Settings], flags: argparse.Namespace) -> Settings:
@@ -77,6 +67,13 @@ def _preset_parts(cls: type, flags: argparse.Namespace, message: str) -> Iterato
             yield f"--preset {flags.preset} has {shown}, which {off} takes out"
 
 
+def _taken_parts(flags: argparse.Namespace | None, message: str) -> Iterator[str]:
+    """What takes perplexity out of a run that measures it by itself, where its data are what `message` is about."""
+    taken: tuple[Taken, ...] = getattr(flags, "taken", ())
+    if "--test_dataset" in message and any(each.name == "eval_ppl" for each in taken):
+        yield "perplexity is measured by itself, --no_eval_ppl leaves it out"
+
+
 def run_script(parse_flags: Callable[[], argparse.Namespace], main: Callable[[argparse.Namespace], None]) -> None:
     """Run a script: `main` on its flags.
 
@@ -87,12 +84,19 @@ def run_script(parse_flags: Callable[[], argparse.Namespace], main: Callable[[ar
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     signal.signal(signal.SIGTERM, _terminate)
+    args = None
     try:
         args = parse_flags()
         setup_console(args.quiet)
         main(args)
     except InputError as error:
-        sys.exit(_fail(str(error)))
+        sys.exit(fail("; ".join([str(error), *_taken_parts(args, str(error))])))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if importlib.util.find_spec(package or "sys") is not None:  # a defect of ours
+            logging.getLogger().exception("failed")
+            sys.exit(1)
+        sys.exit(fail(f"the package {package} is not installed: python -m pip install -r requirements.txt"))
     except Incomplete as error:
         logging.getLogger().error("error: %s", error)
         sys.exit(1)
@@ -108,8 +112,3 @@ def _terminate(number: int, frame: object) -> None:
     """End as Ctrl-C does: what is finished is kept, and the log says how to go on."""
     logging.getLogger().error("terminated")
     sys.exit(128 + number)
-
-
-def _fail(message: str) -> int:
-    logging.getLogger().error("error: %s", " ".join(message.split()))
-    return 2

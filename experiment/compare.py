@@ -4,6 +4,8 @@ import json
 import logging
 import shlex
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,14 +15,16 @@ from evaluation.base import FULL
 from evaluation.journal import Journal
 from evaluation.measured import Measured
 from evaluation.runner import Evaluations, Runner, open_evaluations
+from experiment.ending import cost, place
 from experiment.prepare import statistics_identity
 from experiment.residence import make_plan, settle_
 from experiment.results import settings_dict
 from experiment.rows import FULL_TITLE, CompareSettings, Row, plan_rows
-from experiment.run import LayerFigures, travel
+from experiment.run import LayerFigures, log_taken, travel
 from experiment.setup import Setup, fetch_tokens, keep_statistics, known_peaks, make_setup, open_model
 from experiment.tables import Finished, comparison_text, csv_table, row_facts, table_rows
 from experiment.tracking import Tracker, check_tracking, open_tracker
+from experiment.usual import Taken
 from models.load import model_fingerprint
 from quantize.observer import LayerLog
 from quantize.quantization import check_shapes, other_blocks
@@ -64,11 +68,11 @@ class Comparison:
 Peaks = dict[int, dict[str, Tensor]]  # by seed: activation peaks, which rows compute once for all
 
 
-def run_comparison(settings: CompareSettings) -> None:
+def run_comparison(settings: CompareSettings, taken: Sequence[Taken] = ()) -> None:
     """Measure every row that is not there yet, and write table, picture and results.
 
-    A row that fails is recorded, the others go on. Raises InputError for what a user can mend, Incomplete if a row
-    failed.
+    `taken`: those of the settings that nobody gave. A row that fails is recorded, the others go on. Raises InputError
+    for what a user can mend, Incomplete if a row failed.
     """
     join_group()
     check_tracking(settings.track.track)
@@ -77,11 +81,13 @@ def run_comparison(settings: CompareSettings) -> None:
     if is_main():
         add_log_file(comparison.folder / "log.txt")
     logger.info("%s", shlex.join(["python", *sys.argv]))
+    log_taken(taken)
     setup = comparison.setup
     logger.info("%s on %s, %s", setup.source.name, describe(setup.device), setup.dtype)
     for blocks in dict.fromkeys(other_blocks(setup.skeleton, setup.spec, row.quant) for row in comparison.rows):
         if blocks is not None:
             logger.info("%s", blocks)
+    started = time.perf_counter()
     try:
         finished = measure_rows(comparison, earlier)
     except (KeyboardInterrupt, SystemExit):
@@ -91,6 +97,9 @@ def run_comparison(settings: CompareSettings) -> None:
     error = f"failed: {'; '.join(errors)}" if errors else None
     if is_main():
         write_outputs(comparison, finished, error)
+        measured = [each.figures for each in finished if earlier[each.row.key] is None]
+        for line in ending(comparison, measured, time.perf_counter() - started):
+            logger.info("%s", line)
     leave_group()
     if error is not None:
         raise Incomplete(f"{error}; the other rows are kept, try these again with the same command")
@@ -297,7 +306,18 @@ def write_outputs(comparison: Comparison, finished: list[Finished], error: str |
     facts = run_facts(comparison) | {"error": error, "rows": [row_facts(each) for each in finished]}
     write_json(folder / "results.json", plain(facts))
     logger.log(RESULT, "\n%s\n", text)
-    logger.info("results: %s", folder)
+
+
+def ending(comparison: Comparison, measured: Sequence[dict], total: float) -> list[str]:
+    """What the rows that were `measured` now cost, where everything is, and what to do next."""
+    stages = dict.fromkeys(stage for figures in measured for stage in figures["seconds"])
+    seconds = {stage: sum(figures["seconds"].get(stage, 0) for figures in measured) for stage in stages}
+    model = shlex.quote(comparison.settings.model.model)
+    return [
+        cost(seconds, total, peak_memory(comparison.setup.device)),
+        place(comparison.folder, ("table.md", "table.csv", "comparison.png", "results.json", "log.txt")),
+        f"next: keep the one you choose: python main.py --model {model} --preset NAME --save_model DIR",
+    ]
 
 
 def run_facts(comparison: Comparison) -> dict:

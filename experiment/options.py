@@ -27,7 +27,9 @@ class ModelSettings:
 
     TITLE: ClassVar[str] = "model"
 
-    model: str | None = option(None, "local folder or hub id of a Hugging Face model", changes=Changes.FIGURES)
+    model: str | None = option(
+        None, "local folder or hub id of a Hugging Face model", changes=Changes.FIGURES, basic=True
+    )
     net: str | None = option(
         None,
         "short name of the model, for files and folders (default: last part of --model)",
@@ -43,7 +45,7 @@ class ModelSettings:
         tag="",
     )
     device: str | None = option(
-        None, "such as cuda, cuda:1 or cpu (default: the first GPU, else the CPU)", changes=Changes.FIGURES
+        None, "such as cuda, cuda:1 or cpu (default: the first GPU, else the CPU)", changes=Changes.FIGURES, basic=True
     )
     keep: Keep = option(
         Keep.AUTO,
@@ -67,7 +69,7 @@ class ModelSettings:
 class MemorySettings:
     """How much of the model is there at once."""
 
-    TITLE: ClassVar[str] = "memory"
+    TITLE: ClassVar[str] = "model, memory"
 
     stream: bool | None = option(
         None,
@@ -95,12 +97,14 @@ class CalibrationSettings:
         "wikitext2",
         "wikitext2, ptb, c4, pile, mix; NAME=PATH for a local copy of one; or any .txt, .jsonl, .parquet, folder saved "
         "by datasets, or .safetensors with token ids in the tensor `calibration`",
+        basic="wikitext2, c4, …, NAME=PATH of a copy, or a text file (default: wikitext2)",
     )
-    nsamples: int | None = option(None, "calibration samples (default: 128, or all rows of a token file)")
+    nsamples: int | None = option(None, "calibration samples (default: 128, or all rows of a token file)", basic=True)
     seqlen: int | None = option(
         None,
         "tokens per sample and per test window (default: 2048 or the model's maximum if less; the width of a token "
         "file)",
+        basic="tokens per sample and test window (default: 2048, or the maximum)",
     )
     add_bos: AddBos = option(
         AddBos.AUTO,
@@ -118,15 +122,12 @@ class CalibrationSettings:
 class StatisticsFiles:
     """Where activation statistics are read from, or kept."""
 
-    TITLE: ClassVar[str] = "smoothing"
+    TITLE: ClassVar[str] = "method, smoothing"
 
-    act_scales: Path | None = option(
-        None, "statistics file to use (default: act_scales/<net>.safetensors)", flag=("act_scales", "act-scales")
-    )
+    act_scales: Path | None = option(None, "statistics file to use (default: act_scales/<net>.safetensors)")
     act_shifts: Path | None = option(
         None,
         "file for the shifts when statistics are computed",
-        flag=("act_shifts", "act-shifts"),
         changes=Changes.NOTHING,
     )
 
@@ -140,6 +141,7 @@ class TrackSettings:
     track: str = option(
         "none",
         "also give settings and figures to TensorBoard or Weights & Biases, layer by layer as they are found",
+        basic="also tell tensorboard or wandb, while the run goes on",
         choices=["none", "tensorboard", "wandb"],
         changes=Changes.NOTHING,
     )
@@ -152,22 +154,29 @@ class OutputSettings:
     TITLE: ClassVar[str] = "output"
 
     output_dir: Path = option(
-        Path("output"), "results go to a folder in here that is named after the settings", changes=Changes.NOTHING
+        Path("output"),
+        "results go to a folder in here that is named after the settings",
+        changes=Changes.NOTHING,
+        basic=True,
     )
     save_model: Path | None = option(
-        None, "folder for the quantized model; main.py --model loads it again", changes=Changes.NOTHING
+        None, "folder for the quantized model; main.py --model loads it again", changes=Changes.NOTHING, basic=True
     )
-    save_dir: Path | None = option(None, "folder for a checkpoint, written layer by layer", changes=Changes.NOTHING)
+    save_dir: Path | None = option(
+        None, "folder for a checkpoint, written layer by layer", changes=Changes.NOTHING, basic=True
+    )
     resume: Path | None = option(
         None,
         "go on with such a checkpoint (with the flags it was made with), or reapply a duquant_parameters.pth",
         changes=Changes.NOTHING,
+        basic="go on with such a checkpoint, with the flags it was made with",
     )
     dry_run: bool = option(
         False,
         "check everything and say what the run would do and need (memory, disk, time) and what is still missing for "
         "it; the model's config.json is enough; exit code 2 with the reason if it cannot work here or with these flags",
         changes=Changes.NOTHING,
+        basic="only say what the run would do, need (memory, disk, time) and miss",
     )
     track: TrackSettings = part(TrackSettings)
 
@@ -192,7 +201,7 @@ def layer_numbers(text: str) -> tuple[int, ...]:
 class ReportLayers:
     """`--report_layers`, of main.py and of report.py."""
 
-    TITLE: ClassVar[str] = "report"
+    TITLE: ClassVar[str] = "output, report"
 
     report_layers: tuple[int, ...] | None = option(
         None,
@@ -208,13 +217,14 @@ class ReportLayers:
 class ReportSettings:
     """The page with figures."""
 
-    TITLE: ClassVar[str] = "report"
+    TITLE: ClassVar[str] = "output, report"
 
     report: bool = option(
         False,
         "write report/index.html: what quantization did, layer by layer, in figures; the full-precision model is "
         "measured too (not on MT-Bench)",
         changes=Changes.NOTHING,
+        basic="write report/index.html: what quantization did, layer by layer",
     )
     layers: ReportLayers = part(ReportLayers)
 

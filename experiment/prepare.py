@@ -8,6 +8,7 @@ from pathlib import Path
 from evaluation.runner import Evaluations, open_evaluations
 from experiment.estimate import Plan
 from experiment.options import RunSettings
+from experiment.presets import PresetSettings
 from experiment.residence import make_plan
 from experiment.setup import Setup, make_setup
 from models.load import config_digest, has_weights, model_fingerprint, weights_digest
@@ -83,6 +84,7 @@ def prepare(settings: RunSettings) -> Prepared:
     setup = make_setup(settings.model, settings.calibration, quant.seed, not quant.bits.untouched, missing)
     if setup.saved is not None:
         refuse_for_saved(settings)
+        settings = replace(settings, preset=PresetSettings())  # it was made with settings of its own
     elif not quant.bits.untouched:
         check_shapes(setup.skeleton, setup.spec, quant)
     if 0 < setup.calibration[0] < world_size():

@@ -78,7 +78,7 @@ def preset_of(quant: QuantSettings) -> str | None:
 class PresetSettings:
     """By which name the settings were given. It changes nothing: they are what they are, however they were given."""
 
-    TITLE: ClassVar[str] = "preset"
+    TITLE: ClassVar[str] = "method, preset"
 
     preset: str | None = option(
         None,
@@ -86,5 +86,6 @@ class PresetSettings:
         + "".join(f"  {name}: {about}\n" for name, about in ABOUT.items())
         + "--no_<flag>, or <flag> none, takes out what it has",
         changes=Changes.NOTHING,
+        basic=f"{', '.join(PRESETS)}; flags beside it win",
         choices=list(PRESETS),
     )

@@ -36,6 +36,14 @@ class Outcome:
         """(title, figures) of both models."""
         return [(FULL_TITLE, self.full), (method_name(quant), self.measured)]
 
+    def stages(self) -> list[str]:
+        """The stages that took time, in order."""
+        return list(dict.fromkeys([*self.measured.seconds, *self.full.seconds]))
+
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.started
+
     def failures(self, quant: QuantSettings) -> list[str]:
         """Every evaluation that failed, as `title: evaluation`."""
         return [f"{title}: {name}" for title, measured in self.rows(quant) for name in measured.failures]
@@ -64,7 +72,7 @@ def write_results(prepared: Prepared, outcome: Outcome) -> None:
         "full_precision": outcome.full.figures(),
         "error": outcome.error,
     }
-    results["seconds"]["total"] = time.perf_counter() - outcome.started
+    results["seconds"]["total"] = outcome.spent()
     write_json(prepared.folder / "results.json", plain(results))
 
 

@@ -50,7 +50,12 @@ class SharedQuantSettings(QuantSettings):
     """What the rows share: they smooth unless they are told not to, and `training` makes further rows."""
 
     smooth: SmoothSettings | None = part(
-        SmoothSettings, switch="smooth", help="no smoothing before rotations and permutations", on=True, tag="smooth"
+        SmoothSettings,
+        switch="smooth",
+        help="no smoothing before rotations and permutations",
+        on=True,
+        tag="smooth",
+        basic=True,
     )
 
     def __post_init__(self) -> None:
@@ -82,6 +87,7 @@ class ComparisonSettings:
         "  usual: the first line and best\n"
         "  ablation: full, paper, best, and best but for each part",
         changes=Changes.NOTHING,
+        basic="usual, ablation, or rows such as full, rtn, smooth, dual, best (default: usual)",
         choices=(*ROWS, *GROUPS),
         metavar="ROW",
     )
@@ -90,11 +96,13 @@ class ComparisonSettings:
         "one or more, of the calibration samples drawn and of the random rotations; the table has mean ± sample "
         "standard deviation (default: --seed)",
         changes=Changes.NOTHING,
+        basic="one or more: the table has mean ± deviation (default: --seed)",
     )
     output_dir: Path = option(
         Path("output"),
         "everything goes to a folder in here that is named after the settings",
         changes=Changes.NOTHING,
+        basic=True,
     )
 
     def __post_init__(self) -> None:

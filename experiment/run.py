@@ -16,6 +16,7 @@ from evaluation.journal import Journal
 from evaluation.measured import Measured
 from evaluation.runner import Runner
 from experiment.dry_run import dry_run
+from experiment.ending import cost, next_steps, place
 from experiment.options import Keep, RunSettings
 from experiment.prepare import Prepared, model_identity, prepare, resume_command
 from experiment.residence import settle_
@@ -30,6 +31,7 @@ from experiment.results import (
 from experiment.rows import FULL_TITLE, full_title, method_name
 from experiment.setup import Setup, keep_statistics, known_peaks, open_model
 from experiment.tracking import check_tracking, open_tracker
+from experiment.usual import Taken
 from models.saved import ModelWriter
 from models.streaming import LayerReader, load_shell
 from quantize.observer import LayerLog, Observer
@@ -39,7 +41,7 @@ from quantize.sizes import hidden_bytes, sample_copies
 from quantize.state import FinishedLayer
 from quantize.statistics import ChannelStatistics, Observation
 from quantize.walk import Passenger, layers_in_memory, walk
-from utils.device import describe
+from utils.device import describe, peak_memory
 from utils.distributed import from_main, is_main, join_group, leave_group, world_size
 from utils.errors import Incomplete, InputError
 from utils.log import RESULT, add_log_file
@@ -49,9 +51,10 @@ from utils.results import plain, versions
 logger = logging.getLogger(__name__)
 
 
-def run_experiment(settings: RunSettings) -> None:
+def run_experiment(settings: RunSettings, taken: Sequence[Taken] = ()) -> None:
     """Check everything, quantize, measure, write results.json. Raises InputError for what a user can mend.
 
+    `taken`: those of the settings that nobody gave, and why; the log says so.
     results.json is written whatever happens, with the error in it; only wrong input leaves what was there as it was.
     """
     join_group()
@@ -59,8 +62,10 @@ def run_experiment(settings: RunSettings) -> None:
     if not settings.output.dry_run:
         check_tracking(track)
     prepared = prepare(settings)
+    by_itself = [each for each in taken if each.name != "preset" or prepared.setup.saved is None]
     if settings.output.dry_run:
         if is_main():
+            log_taken(by_itself)
             dry_run(prepared)
         leave_group()
         return
@@ -68,6 +73,7 @@ def run_experiment(settings: RunSettings) -> None:
     if is_main():
         add_log_file(prepared.folder / "log.txt")
     log_start(prepared, runner)
+    log_taken(by_itself)
     outcome = Outcome()
     with open_tracker(track, prepared.folder, prepared.folder.name, described(prepared)) as tracker:
         observers = [*observers_of(prepared, outcome.measured), tracker]
@@ -107,6 +113,12 @@ def log_start(prepared: Prepared, runner: Runner) -> None:
         )
 
 
+def log_taken(taken: Sequence[Taken]) -> None:
+    """What the run does by itself, and why."""
+    for each in taken:
+        logger.info("%s", each)
+
+
 def described(prepared: Prepared) -> dict:
     """What a tracked run is described by, as JSON has it."""
     method = method_name(prepared.quant)
@@ -139,7 +151,8 @@ def finish(prepared: Prepared, outcome: Outcome) -> None:
     write_results(prepared, outcome)
     write_model_card(prepared, outcome)
     if report.report and is_main():
-        draw_report(prepared)
+        with outcome.measured.timing("report"):
+            draw_report(prepared)
     earlier = prepared.folder / "report/index.html"
     if not report.report and earlier.exists():
         logger.warning("%s is of an earlier run, not of this one: --report would draw it anew", earlier)
@@ -149,7 +162,22 @@ def finish(prepared: Prepared, outcome: Outcome) -> None:
     completions = [(title, measured.results["completions"]) for title, measured in outcome.rows(prepared.quant)]
     if prepared.settings.evaluation.text.prompts.prompt:
         logger.log(RESULT, "%s\n", completions_text(prepared.settings.evaluation.text.prompts.prompt, completions))
-    logger.info("results: %s", prepared.folder / "results.json")
+    for line in ending(prepared, outcome):
+        logger.info("%s", line)
+
+
+def ending(prepared: Prepared, outcome: Outcome) -> list[str]:
+    """What the run cost, where it is, and what to do next."""
+    folder, setup, quant = prepared.folder, prepared.setup, prepared.quant
+    seconds = {name: sum(each.seconds.get(name, 0) for _, each in outcome.rows(quant)) for name in outcome.stages()}
+    saved = setup.source.name if setup.saved is not None else prepared.settings.output.save_model
+    fresh = setup.saved is None and not quant.bits.untouched
+    reported = prepared.settings.report.report and (folder / "report/index.html").exists()
+    return [
+        cost(seconds, outcome.spent(), peak_memory(setup.device)),
+        place(folder, ("results.json", "log.txt", "report/index.html")),
+        next_steps(folder, saved, fresh, reported, fresh),
+    ]
 
 
 def draw_report(prepared: Prepared) -> None:

@@ -16,6 +16,7 @@ from quantize.observer import Observer
 from quantize.state import FinishedLayer
 from utils.distributed import is_main
 from utils.errors import InputError
+from utils.packages import advice
 from utils.tracking import Sink, TensorBoard, WandB, require_login
 
 LIBRARIES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # package → what of it is imported
@@ -125,7 +126,7 @@ def check_tracking(kind: str) -> None:
     try:
         importlib.import_module(LIBRARIES[kind])
     except ImportError:
-        raise InputError(f"--track {kind} needs the package {kind}: pip install {kind}") from None
+        raise InputError(f"--track {kind} needs the package {kind}: {advice(kind)}") from None
     if kind == "wandb":
         require_login()
 

@@ -56,12 +56,13 @@ class RoundingSettings:
     the rounding moves from the output on the quantized network's input (0) to that on the full-precision one's (1).
     """
 
-    TITLE: ClassVar[str] = "rounding of weights"
+    TITLE: ClassVar[str] = "method, rounding of weights"
 
     rounding: Rounding = option(
         Rounding.NEAREST,
         "each weight to its nearest code, or column by column so that later columns make up for earlier ones",
         tag="",
+        basic="of weights: nearest, or gptq",
     )
     damping: float = option(0.01, "share of its mean added to the Hessian's diagonal", flag="gptq_damping", tag="damp")
     target: float = option(
@@ -116,7 +117,7 @@ def check_format(flag: str, form: Format, bits: int, bits_flag: str, **fixed: ob
 class ExtraSettings:
     """Shifts and rotations that change nothing before rounding, and cost nothing or next to it."""
 
-    TITLE: ClassVar[str] = "exact shifts and rotations"
+    TITLE: ClassVar[str] = "method, exact shifts and rotations"
 
     channel_shift: bool = option(
         False, "subtract the mean of every linear's input before rounding; what it gave joins the bias", tag="shift"

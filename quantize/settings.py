@@ -152,11 +152,13 @@ def seed_option() -> int:
 class BitSettings:
     """Bits and granularity by role. `query`, `key` and `value` are those of `activation` where they are None."""
 
-    TITLE: ClassVar[str] = "quantization"
+    TITLE: ClassVar[str] = "method, quantization"
 
-    weight: int = option(4, "bits of weights, 2 to 16; 16 leaves them alone", flag="wbits", tag="w")
-    activation: int = option(16, "bits of linears' inputs, and of q, k and v, 2 to 16", flag="abits", tag="a")
-    group_size: int | None = option(None, "weights per range (default: a whole output channel)", tag="g")
+    weight: int = option(4, "bits of weights, 2 to 16; 16 leaves them alone", flag="wbits", tag="w", basic=True)
+    activation: int = option(
+        16, "bits of linears' inputs, and of q, k and v, 2 to 16", flag="abits", tag="a", basic=True
+    )
+    group_size: int | None = option(None, "weights per range (default: a whole output channel)", tag="g", basic=True)
     symmetric: bool = option(
         False, "symmetric weight quantization", flag=("symmetric", "weight_symmetric"), tag="symmetric"
     )
@@ -197,7 +199,7 @@ class ClipSettings:
     every layer.
     """
 
-    TITLE: ClassVar[str] = "quantization"
+    TITLE: ClassVar[str] = "method, quantization"
 
     activation_ratio: Ratio = option(
         None,
@@ -205,6 +207,7 @@ class ClipSettings:
         "calibration data (default: no clipping)",
         flag="lac",
         tag="lac",
+        basic="clip ratio of linears' inputs, q and k, in (0, 1], or search",
         type=clip_ratio,
         metavar="RATIO|search",
     )
@@ -214,6 +217,7 @@ class ClipSettings:
         "clipping)",
         flag="swc",
         tag="swc",
+        basic="clip ratio of weights in (0, 1], or search",
         type=clip_ratio,
         metavar="RATIO|search",
     )
@@ -236,7 +240,7 @@ class TrainingSettings:
     network's input; `offload` keeps the samples on the host and moves them batch by batch.
     """
 
-    TITLE: ClassVar[str] = "training"
+    TITLE: ClassVar[str] = "method, training"
 
     train: Trained | None = option(
         None, "what is trained: the clipping of weights (as --lwc), or rotations, scales and all clips", tag=""
@@ -278,9 +282,9 @@ class TrainingSettings:
 class SmoothSettings:
     """`alpha`: how much of an activation's peak moves into the weights (0 none, 1 all)."""
 
-    TITLE: ClassVar[str] = "smoothing"
+    TITLE: ClassVar[str] = "method, smoothing"
 
-    alpha: float = option(0.5, "how much of a peak moves, 0 to 1", tag="alpha")
+    alpha: float = option(0.5, "how much of a peak moves, 0 to 1", tag="alpha", basic=True)
     weight_peak: WeightPeak = option(
         WeightPeak.REPRESENTATIVE,
         "weights whose peaks enter the scale: of q_proj and up_proj, or of all linears of a group",
@@ -332,13 +336,14 @@ class RotationSettings:
     The default, unless a `GivenSize` names it, is auto for the widths that it does not divide.
     """
 
-    TITLE: ClassVar[str] = "rotation and permutation"
+    TITLE: ClassVar[str] = "method, rotation and permutation"
 
     block_size: int | None = option(
         USUAL_BLOCK,
         "channels per block; -1: the whole width; auto: at most 128 (default: 128, and auto for a width that it does "
         "not divide)",
         tag="b",
+        basic="channels per block, or auto (default: 128)",
         type=_number_or("auto", GivenSize),
     )
     steps: int = option(256, "greedy steps per rotation", flag="max_rotation_step", tag="steps")
@@ -386,18 +391,19 @@ class RotationSettings:
 class QuantSettings:
     """Everything that decides what is done to a model. `training` and `smooth` are None where nothing is."""
 
-    TITLE: ClassVar[str] = "rotation and permutation"
+    TITLE: ClassVar[str] = "method, rotation and permutation"
 
     bits: BitSettings = part(BitSettings)
     clip: ClipSettings = part(ClipSettings)
     smooth: SmoothSettings | None = part(
-        SmoothSettings, switch="smooth", help="move activation peaks into the weights first", tag="smooth"
+        SmoothSettings, switch="smooth", help="move activation peaks into the weights first", tag="smooth", basic=True
     )
     transform: Transform = option(
         Transform.DUAL,
         "dual is DuQuant; rotation_permutation, rotation and permutation are parts of it, hadamard is a Hadamard "
         "matrix with random signs per block, two_hadamard two with a permutation between them, none nothing at all",
         tag="",
+        basic="dual (DuQuant), a part of it, hadamard, two_hadamard or none",
     )
     rotation: RotationSettings = part(RotationSettings)
     probe: Probe = option(
@@ -415,6 +421,7 @@ class QuantSettings:
         help="train the clipping of weights, layer by layer (--train clips)",
         tag="lwc",
         implied_by="train",
+        basic=True,
     )
     seed: int = seed_option()
     formats: FormatSettings = part(FormatSettings)

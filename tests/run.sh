@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Lint, formatting and the test suite; further arguments go to pytest.
+# Lint, formatting and the test suite; further arguments go to pytest. Installs what they need, trackers included.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+EXTRAS="dev track export"
 source tools/environment.sh
 
 "$PYTHON" -m ruff check .

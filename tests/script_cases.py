@@ -1,6 +1,5 @@
 """What tests of the real scripts share: how a refusal looks, killing a run, and what it left."""
 
-import argparse
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from experiment.options import RunSettings
 from utils.io import read_tensors
+from utils.parser import Parser
 from utils.settings import add_flags, from_flags
 
 
@@ -24,7 +24,7 @@ def common(model: Path, tokens: Path) -> tuple:
 
 def settings_of(*flags: object, cls: type = RunSettings) -> RunSettings:
     """The settings that a script's flags say."""
-    parser = argparse.ArgumentParser()
+    parser = Parser("A script.")
     add_flags(parser, cls)
     return from_flags(cls, parser.parse_args([str(flag) for flag in flags]))
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT
 
 PACKAGES = ("experiment", "reporting", "evaluation", "models", "quantize", "duquant", "utils")
-# a script's beginning; flags into settings; the runtime's own script
-READS_FLAGS = {"experiment/cli.py", "utils/settings.py", "duquant/__main__.py"}
+# a script's beginning; its flags; flags into settings; the runtime's own script
+READS_FLAGS = {"experiment/cli.py", "utils/parser.py", "utils/settings.py", "duquant/__main__.py"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from experiment.cli import Parser, run_script  # noqa: E402
+from experiment.cli import run_script  # noqa: E402
 from utils.errors import InputError  # noqa: E402
+from utils.parser import Parser  # noqa: E402
 
 if TYPE_CHECKING:  # torch and transformers load for seconds: not for --help or a file that is not there
     from torch import Tensor
@@ -275,7 +276,7 @@ or from files that lie here:
 
 def parse_flags() -> argparse.Namespace:
     """The command line's flags."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, usage="[FOLDER] [flags]")
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "smollm2-135m", help="to write, new or empty")
     parser.add_argument("--gguf", type=Path, help=f"the file {Path(MEMBER).name}, instead of a download")
     return parser.parse_args()

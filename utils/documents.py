@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import BinaryIO
 
 from utils.errors import InputError
+from utils.packages import advice
 
 # What save_to_disk leaves in a folder: the first for one split, the second for several.
 _FOLDER_MARKS = ("state.json", "dataset_dict.json")
@@ -177,4 +178,4 @@ def _import(module: str, path: Path) -> ModuleType:
         return import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise InputError(f"{path}: reading it needs the package {package} (pip install {package})") from None
+        raise InputError(f"{path}: reading it needs the package {package} ({advice(package)})") from None

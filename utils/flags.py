@@ -1,6 +1,8 @@
-"""What several groups of flags share: lists of names, and flags that do nothing alone."""
+"""What groups of flags share: lists of names, flags that do nothing alone, and what a wrong word was meant to be."""
 
 import argparse
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.errors import InputError
@@ -30,3 +32,12 @@ def refuse_idle(needed: str, present: object, **given: object) -> None:
     for flag, value in given.items():
         if value and not present:
             raise InputError(f"--{flag} is for --{needed}: add it, or leave this out")
+
+
+def did_you_mean(words: Sequence[str], known: Sequence[str]) -> str:
+    """`; did you mean A, B?` of those `known` that the wrong `words` are near to, or begin; empty where none is."""
+    near = {}
+    for word in words:
+        begun = [each for each in known if each.startswith(word) and word.strip("-")]
+        near |= dict.fromkeys(begun[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.7))
+    return f"; did you mean {', '.join(near)}?" if near else ""

@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO, TypeVar
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from utils.errors import InputError
+
+if TYPE_CHECKING:  # what is not installed is told by --doctor, which must begin without it
+    from tqdm import tqdm
 
 Item = TypeVar("Item")
 RESULT = logging.INFO + 5  # level of what a run was asked for, which is all that a quiet console shows
@@ -31,7 +32,9 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         number = launched_as()
-        tqdm.write(f"process {number}: {self.format(record)}" if number else self.format(record), file=stream)
+        bars = sys.modules.get("tqdm")  # where nobody imported it there is no bar
+        write = bars.tqdm.write if hasattr(bars, "tqdm") else print
+        write(f"process {number}: {self.format(record)}" if number else self.format(record), file=stream)
         stream.flush()
 
 
@@ -86,6 +89,8 @@ def meter(
     A context manager; `update` for every step that is done, `set_postfix_str` for what to show behind the count.
     `inner`: of steps within those of another meter; its bar is below that one's.
     """
+    from tqdm import tqdm
+
     shown, settings = shows_progress(), {"total": total, "desc": label, "unit": unit}
     if not shown or shows_bars(stream):
         return tqdm(
@@ -126,6 +131,8 @@ class _PlainMeter:
         now = time.monotonic()
         passed = now - self.started
         if now - self.reported >= max(self.interval, PLAIN_SHARE * passed):
+            from tqdm import tqdm
+
             form = {"prefix": self.label, "unit": self.unit, "postfix": self.postfix or None}
             print(tqdm.format_meter(self.done, self.total, passed, **form), file=self.stream or sys.stderr)
             self.reported = now

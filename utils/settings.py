@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from utils.flags import did_you_mean
+from utils.parser import set_basic
+
 Settings = TypeVar("Settings")
 NONE = "none"  # says on the command line that a setting has no value
 DIGEST_LENGTH = 6  # hex digits at the end of a folder's name
@@ -47,17 +50,19 @@ def option(
     changes: Changes = Changes.LAYERS,
     tag: str | None = None,
     title: str | None = None,
+    basic: bool | str = False,
     **arguments: Any,
 ) -> Any:
     """A field that is a command-line flag.
 
     `flag`: its names without dashes, the first of which is the setting's name everywhere (default: the field's).
     `tag`: what stands before its value in a folder's name, if it is told there. `title`: of its group in the help, if
-    it is not its class's. `arguments` go to argparse where the type of the field does not say enough.
+    it is not its class's. `basic`: the short help tells of it too, in these words if they are given. `arguments` go to
+    argparse where the type of the field does not say enough.
     """
     names = (flag,) if isinstance(flag, str) else tuple(flag)
     metadata = {"flags": names, "help": help, "changes": changes, "tag": tag}
-    metadata |= {"arguments": arguments, "title": title}
+    metadata |= {"arguments": arguments, "title": title, "basic": basic}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -69,13 +74,16 @@ def part(
     on: bool = False,
     tag: str | None = None,
     implied_by: str | None = None,
+    basic: bool | str = False,
 ) -> Any:
     """A field that holds further settings of class `cls`; with a `switch` they are there only where that flag is given.
 
     `on`: they are there by default, and the help tells of `--no_<switch>`. `tag`: the switch in a folder's name.
     `implied_by`: a setting of `cls` without default; where it has a value, that says as much as the switch.
+    `basic`: as of an `option`.
     """
     metadata = {"part": cls, "switch": switch, "help": help, "on": on, "tag": tag, "implied_by": implied_by}
+    metadata["basic"] = basic
     return dataclasses.field(default=None if switch and not on else cls(), metadata=metadata)
 
 
@@ -184,8 +192,8 @@ def folder_name(stem: str, settings: Any, told: Sequence[str] = ()) -> str:
 def add_flags(parser: argparse.ArgumentParser, cls: type, leave_out: Sequence[str] = ()) -> None:
     """Add a flag for every setting of `cls` and its parts; a class with a TITLE has a group of its own in the help.
 
-    What is on or off has `--<name>`, `--no_<name>` and `--no-<name>`, whichever of them the help tells; a setting of
-    one value that may be None takes the word `none`. Settings and switches named in `leave_out` get no flag:
+    What is on or off has `--<name>` and `--no_<name>`, whichever of them the help tells; a setting of one value that
+    may be None takes the word `none`. Settings and switches named in `leave_out` get no flag:
     `from_flags` takes their default, or what is set by hand.
     """
     _add(parser, parser, cls, leave_out, None)
@@ -248,7 +256,7 @@ def _add(parser: argparse.ArgumentParser, group: Any, cls: type, leave_out: Sequ
     group = _group(parser, vars(cls).get("TITLE"), group)
     switch = held.metadata["switch"] if held is not None else None
     if switch and switch not in leave_out:
-        _add_on_off(group, (switch,), held.metadata["on"], held.metadata["help"])
+        _add_on_off(group, (switch,), held.metadata["on"], held.metadata["help"], held.metadata["basic"])
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if "part" in field.metadata:
@@ -257,20 +265,22 @@ def _add(parser: argparse.ArgumentParser, group: Any, cls: type, leave_out: Sequ
             names, text = field.metadata["flags"] or (field.name,), field.metadata["help"]
             own = _group(parser, field.metadata["title"], group)
             if _without_none(hints[field.name]) is bool:
-                _add_on_off(own, names, field.default, text)
+                _add_on_off(own, names, field.default, text, field.metadata["basic"])
             else:
                 arguments = _arguments(field, hints[field.name])
-                own.add_argument(*(f"--{name}" for name in names), help=text, **arguments)
+                flag = own.add_argument(*(f"--{name}" for name in names), help=text, **arguments)
+                set_basic(flag, field.metadata["basic"])
 
 
-def _add_on_off(group: Any, names: Sequence[str], default: bool | None, text: str) -> None:
+def _add_on_off(group: Any, names: Sequence[str], default: bool | None, text: str, basic: bool | str) -> None:
     """Flags for what is on or off; the help tells those that say something else than the `default` does."""
-    on, off = [f"--{name}" for name in names], [f"--{no}{name}" for name in names for no in ("no_", "no-")]
+    on, off = [f"--{name}" for name in names], [f"--no_{name}" for name in names]
     contrary = text if default is True else f"the contrary of {on[0]}"
     shown = {"dest": destination(names[0]), "default": default}
     hidden = argparse.SUPPRESS
-    group.add_argument(*on, action="store_true", help=hidden if default is True else text, **shown)
-    group.add_argument(*off, action="store_false", help=hidden if default is False else contrary, **shown)
+    yes = group.add_argument(*on, action="store_true", help=hidden if default is True else text, **shown)
+    no = group.add_argument(*off, action="store_false", help=hidden if default is False else contrary, **shown)
+    set_basic(no if default is True else yes, basic)
 
 
 def _group(parser: argparse.ArgumentParser, title: str | None, default: Any) -> Any:
@@ -284,17 +294,18 @@ def _group(parser: argparse.ArgumentParser, title: str | None, default: Any) -> 
 def _arguments(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     """What argparse must be told of a field of that type, which is not about on and off."""
     kind = _without_none(hint)
-    if typing.get_origin(kind) is tuple:
+    several = typing.get_origin(kind) is tuple
+    if several:
         usual = {"nargs": "+", "type": typing.get_args(kind)[0]}
     else:
         usual = {"type": kind} | ({"choices": list(kind)} if issubclass(kind, enum.Enum) else {})
     arguments = {"default": field.default} | usual | field.metadata["arguments"]
-    optional = kind != hint
-    if arguments["type"] is kind and (optional or "choices" in arguments):
+    optional = kind != hint and not several
+    if arguments["type"] is usual["type"] and (optional or "choices" in arguments):
         choices = [str(each) for each in arguments.pop("choices", ())]
         words = choices + [NONE] * optional
-        arguments["type"] = _reader(kind, choices, words)
-        arguments |= {"metavar": f"{{{','.join(words)}}}"} if choices else {}
+        arguments["type"] = _reader(usual["type"], choices, words)
+        arguments = ({"metavar": f"{{{','.join(words)}}}"} if choices else {}) | arguments
     return arguments
 
 
@@ -305,7 +316,8 @@ def _reader(kind: Any, choices: Sequence[str], words: Sequence[str]) -> Callable
         if text == NONE and NONE in words and NONE not in choices:
             return None
         if choices and text not in choices:
-            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(words)})")
+            near = did_you_mean([text], words)
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(words)}){near}")
         return kind(text)
 
     read.__name__ = kind.__name__  # argparse says it of a text that cannot be read

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class MMLUSettings(Entry):
     """Where the questions are, and how many examples stand before each."""
 
-    TITLE: ClassVar[str] = "MMLU"
+    TITLE: ClassVar[str] = "evaluation, MMLU"
     FLAG: ClassVar[str] = "--eval_mmlu"
     STAGE: ClassVar[str] = "MMLU"
     EMPTY: ClassVar[dict[str, object]] = {"mmlu": {}}

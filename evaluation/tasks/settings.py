@@ -19,7 +19,7 @@ ACCURACIES = ("acc_norm", "acc", "exact_match")  # a task is published with the 
 class TaskSettings(Entry):
     """Which tasks, with how many examples, and where their items are."""
 
-    TITLE: ClassVar[str] = "lm-eval tasks"
+    TITLE: ClassVar[str] = "evaluation, lm-eval tasks"
     FLAG: ClassVar[str] = "--tasks"
     STAGE: ClassVar[str] = "zero-shot"
     EMPTY: ClassVar[dict[str, object]] = {"zero_shot": None}
@@ -29,6 +29,7 @@ class TaskSettings(Entry):
         "lm-eval tasks, groups or tags: arc_easy,arc_challenge,hellaswag,winogrande,boolq,piqa are the paper's; "
         "stories_qa is about the bundled model's stories",
         changes=Changes.FIGURES,
+        basic="lm-eval tasks, groups or tags, such as arc_easy,hellaswag,piqa",
         **NAME_LIST,
     )
     num_fewshot: int | None = option(

@@ -53,7 +53,7 @@ def refused(capsys, *arguments: object) -> str:
 
 def test_it_writes_what_the_model_writes_and_says_how_fast(sound, capsys):
     folder, model = sound
-    assert main([str(folder), "--prompt", "w1 w2", "--max_new_tokens", "6"]) == 0
+    assert main([str(folder), "--prompt", "w1 w2", "--max-new-tokens", "6"]) == 0
     said = capsys.readouterr()
     tokens = model.generate(torch.tensor([[1, 2]]), max_new_tokens=6, do_sample=False)[0]
     assert said.out.split() == AutoTokenizer.from_pretrained(folder).decode(tokens).split()
@@ -118,6 +118,7 @@ def test_what_cannot_be_used_ends_in_one_line(sound, model_folder, damaged, tmp_
         (folder, "--prompt", ""): "--prompt: has no tokens",
         (folder,): "--prompt",
         (folder, *prompt, "--max_new_tokens", 0): "--max_new_tokens",
+        (folder, *prompt, "--max-new", 3): "unrecognized arguments: --max-new",
         (folder, *prompt, "--device", "nowhere:1"): "--device nowhere:1: not usable here",
         (folder, *prompt, "--dtype", "int8"): "--dtype",
         (folder, *prompt, "--runtime", "fast"): "--runtime",

@@ -99,7 +99,7 @@ def run(house: Path, script: str, *flags: object, folder: Path) -> subprocess.Co
 
 
 def test_it_has_a_flag_is_run_tabled_written_and_read_again(house, usual, tmp_path):
-    assert "the threshold of the toy" in run(house, "main.py", "--help", folder=tmp_path).stdout
+    assert "the threshold of the toy" in run(house, "main.py", "--help-all", folder=tmp_path).stdout
     for name in ("a", "b"):
         done = run(house, "main.py", *usual, "--toy", 0.5, "--output_dir", name, folder=tmp_path)
         assert done.returncode == 0, done.stderr

@@ -179,12 +179,96 @@ def test_get_rot_writes_the_sizes_asked_for(tmp_path):
     assert torch.equal(rotations["base_12"], base_rotation(12))
 
 
-@pytest.mark.parametrize("script", ["main.py", "compare.py", "get_rot.py", "generate_act_scale_shift.py"])
-def test_help_explains_every_flag(script, tmp_path):
-    done = run_script(script, "--help", folder=tmp_path)
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [("main.py", "--help-all"), ("compare.py", "--help-all"), ("get_rot.py", "-h"), ("report.py", "--help")],
+)
+def test_the_whole_help_explains_every_flag(script, flag, tmp_path):
+    done = run_script(script, flag, folder=tmp_path)
     assert done.returncode == 0
-    assert "usage:" in done.stdout
+    assert done.stdout.startswith(f"usage: {script} ")
+    assert done.stdout.splitlines()[1] == ""
     assert "default:" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["main.py", "compare.py"])
+@pytest.mark.parametrize("columns", [100, 120])
+def test_the_help_fits_two_screens(script, columns, tmp_path):
+    done = run_script(script, "--help", folder=tmp_path, COLUMNS=str(columns))
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0
+    assert len(lines) <= 56
+    assert max(map(len, lines)) <= 120
+    assert done.stdout.startswith(f"usage: {script} ")
+    assert sum(line.startswith(f"  python {script} ") for line in lines) == 3
+    assert all(f"  {flag} " in done.stdout for flag in ("--model", "--preset", "--eval_ppl", "--output_dir"))
+    assert "--gptq_damping" not in done.stdout
+
+
+def test_a_mistyped_flag_ends_in_one_line_that_names_the_right_one(tmp_path):
+    done = run_script("main.py", "--model", "m", "--evl_ppl", folder=tmp_path)
+    assert_refused(done, "error: unrecognized --evl_ppl; did you mean --eval_ppl?\n")
+
+
+def alone(model: object, tokens: object) -> tuple:
+    """Flags that say nothing of the method, nor of an evaluation."""
+    return (*common(model, tokens), "--net", "alone")
+
+
+def test_a_model_alone_is_measured_with_the_papers_settings_and_both_are_said(model_folder, token_file, tmp_path):
+    done = run_script("main.py", *alone(model_folder, token_file), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results, log = results_of(tmp_path), (the_run(tmp_path / "output") / "log.txt").read_text()
+    assert results["perplexity"]["tokens"] > 1
+    assert (results["settings"]["preset"], results["settings"]["lac"], results["settings"]["abits"]) == (
+        "paper",
+        0.9,
+        4,
+    )
+    said = ["no flag decides the method: --preset paper is taken", "no evaluation is asked for"]
+    assert all(each in text for each in said for text in (done.stdout, log))
+    flags = ("--preset", "paper", "--eval_ppl")
+    again = run_script("main.py", *alone(model_folder, token_file), *flags, folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert results_of(tmp_path)["perplexity"] == results["perplexity"], "it is the same run, in the same folder"
+    assert not any(each in again.stdout for each in said)
+
+
+def test_its_checkpoint_goes_on_with_the_command_that_is_told(model_folder, token_file, tmp_path):
+    flags = ("--no-eval-ppl",)
+    done = run_script("main.py", *alone(model_folder, token_file), *flags, "--save-dir", "ck", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert results_of(tmp_path)["perplexity"] == {}
+    (tmp_path / "ck/layers/layer_001.safetensors").unlink()
+    done = run_script("main.py", *alone(model_folder, token_file), "--resume", "ck", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    other = run_script("main.py", *alone(model_folder, token_file), "--wbits", 4, "--resume", "ck", folder=tmp_path)
+    assert_refused(other, "--abits was 4, is 16")
+
+
+def test_a_plan_of_a_model_alone_says_what_is_taken(model_folder, token_file, tmp_path):
+    done = run_script("main.py", *alone(model_folder, token_file), "--dry_run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--preset paper is taken" in done.stdout
+    assert "weights 4 bits per output channel, asymmetric, clipping 0.8" in done.stdout
+
+
+def test_data_that_are_missing_for_what_nobody_asked_for_say_how_to_do_without(model_folder, token_file, tmp_path):
+    usual = ("--model", model_folder, "--calib_dataset", token_file)
+    done = run_script("main.py", *usual, folder=tmp_path)
+    assert_refused(done, "perplexity is measured by itself, --no_eval_ppl leaves it out")
+    asked = run_script("main.py", *usual, "--eval_ppl", folder=tmp_path)
+    assert asked.returncode == 2
+    assert "--no_eval_ppl" not in asked.stderr
+
+
+def test_a_run_ends_with_its_cost_its_place_and_what_comes_next(finished):
+    folder, done = finished
+    took, place, then = done.stdout.splitlines()[-3:]
+    assert took.startswith("took ")
+    assert "quantize" in took
+    assert place == f"results: {the_run(folder / 'output', 'tiny_*').relative_to(folder)} (results.json, log.txt)"
+    assert "--save_model DIR" in then
 
 
 @pytest.fixture(scope="module")
@@ -260,14 +344,15 @@ def test_bad_flags_get_one_line_and_leave_everything_as_it_was(flags, message, f
     ],
 )
 def test_unusable_models_are_refused(name, message, broken, token_file, tmp_path):
-    done = run_script("main.py", "--model", broken / name, "--calib_dataset", token_file, *TINY, folder=tmp_path)
+    usual = ("--model", broken / name, "--calib_dataset", token_file, *TINY, "--no_eval_ppl")
+    done = run_script("main.py", *usual, folder=tmp_path)
     assert_refused(done, message)
 
 
 def test_statistics_of_another_model_are_refused(finished, broken, token_file, tmp_path):
     statistics = finished[0] / "act_scales/tiny.safetensors"
     flags = ("--smooth", "--act-scales", statistics)
-    usual = ("--model", broken / "other", "--calib_dataset", token_file, *TINY)
+    usual = ("--model", broken / "other", "--calib_dataset", token_file, *TINY, "--no_eval_ppl")
     assert_refused(run_script("main.py", *usual, *flags, folder=tmp_path), "not of the weights of")
 
 

@@ -46,7 +46,8 @@ def run_in(folder: Path, *flags, code: int = 0):
 def lines_about_layers(folder: Path) -> list[str]:
     """What the log says of layers and figures, without the clock's."""
     lines = [line[24:] for line in (the_run(folder / "output") / "log.txt").read_text().splitlines()]
-    return sorted(re.sub(r" in [\d.]+ s", "", line) for line in lines if "layer " in line or "perplexity" in line)
+    wanted = [line for line in lines if ("layer " in line or "perplexity" in line) and not line.startswith("took ")]
+    return sorted(re.sub(r" in [\d.]+ s", "", line) for line in wanted)
 
 
 def readable(results: dict) -> dict:

@@ -5,7 +5,8 @@ quantizers, data and seeds, beside the full-precision model and whole presets at
 table.csv, comparison.png and .svg, results.json and log.txt in a folder in OUTPUT_DIR that is named after the settings;
 every finished row is kept in rows/ there, and the same command, started again, computes what is missing.
 
-With folders of runs of main.py: their figures side by side, and every setting that differs.
+With folders of runs of main.py: their figures side by side, and every setting that differs. With --published, where
+folders of comparisons do too: their figures beside the published ones of the same model and method.
 """
 
 import argparse
@@ -21,6 +22,7 @@ EXAMPLES = """examples:
   python compare.py --model DIR --rows full rtn smooth dual --seeds 2 3 4 --abits 4 --eval_ppl
   python compare.py --model DIR --preset best --rows ablation --eval_ppl
   python compare.py output/RUN_A output/RUN_B
+  python compare.py output/RUN --published
 """
 
 
@@ -29,6 +31,7 @@ def make_parser() -> Parser:
     parser = Parser(__doc__, EXAMPLES)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, instead of a model")
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="with RUNs: also write what is printed")
+    parser.add_argument("--published", action="store_true", help="with RUNs: beside published figures of the same")
     add_flags(parser, CompareSettings, leave_out=("transform",))
     return parser
 
@@ -41,7 +44,7 @@ def parse_flags() -> argparse.Namespace:
         raise InputError("give --model to compare ways to quantize it, or the folders of finished runs, and not both")
     given = [name for name, value in vars(flags).items() if value != parser.get_default(name)]
     for name in given if flags.runs else ():
-        if name not in ("runs", "output", "quiet"):
+        if name not in ("runs", "output", "published", "quiet"):
             raise InputError(f"--{name} is for --model: finished runs are only read; drop the flag")
     return flags
 
@@ -49,10 +52,12 @@ def parse_flags() -> argparse.Namespace:
 def main(flags: argparse.Namespace) -> None:
     """Compare what the flags name."""
     if flags.runs:
-        compare_runs([Path(folder) for folder in flags.runs], flags.output)
+        compare_runs([Path(folder) for folder in flags.runs], flags.published, flags.output)
         return
     if flags.output is not None:
         raise InputError("--output is for finished runs: with --model everything goes to --output_dir")
+    if flags.published:
+        raise InputError("--published is for finished runs: give it with their folders when the comparison is done")
     settings = read_settings(CompareSettings, flags)
     if not settings.evaluation.asked():
         raise InputError("nothing to compare by: add --eval_ppl, --tasks, --eval_mmlu, --eval_mtbench or --prompt")
@@ -61,11 +66,12 @@ def main(flags: argparse.Namespace) -> None:
     run_comparison(settings)
 
 
-def compare_runs(folders: list[Path], output: Path | None) -> None:
-    """Put finished runs side by side."""
+def compare_runs(folders: list[Path], published: bool, output: Path | None) -> None:
+    """Put finished runs side by side, or beside what is published."""
+    from experiment.published import published_text
     from experiment.tables import side_by_side
 
-    text = side_by_side(folders)
+    text = published_text(folders) if published else side_by_side(folders)
     if output is not None:
         from utils.io import write_text
 

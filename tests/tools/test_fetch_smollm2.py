@@ -278,7 +278,9 @@ def started_by(command: str, folder: Path) -> list[str]:
     stand_in.chmod(0o755)
     settings = {**os.environ, "PYTHON": str(stand_in)}  # tools/environment.sh asks it nothing but -c
     done = subprocess.run(command, shell=True, cwd=ROOT, env=settings, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
+    said, *arguments = done.stdout.splitlines()
+    assert said.startswith("MODEL=")
+    return arguments
 
 
 def test_the_next_steps_run_the_model_on_the_text_they_name(tmp_path):

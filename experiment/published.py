@@ -126,7 +126,7 @@ def measured_in(folder: Path) -> list[Measured]:
             title = row.full_title if row.name in ROWS else full_title(row.quant)
             [line] = table_rows([Finished(row, each) for each in figures])
             found.append(Measured(names, method_of(row.quant), title, line, settings))
-    except (ValueError, KeyError, StopIteration) as error:
+    except (ValueError, KeyError) as error:
         raise InputError(f"{folder}: its settings are not those of this version ({error})") from None
     return found
 
@@ -139,10 +139,8 @@ def _rows(results: dict) -> Iterator[tuple[Row, list[dict]]]:
         for name in dict.fromkeys(row["row"] for row in results["rows"]):
             base = name if name in ROWS else name.removesuffix(LWC)
             planned = plan_rows([base], shared.untrained, shared.training, [said["seed"]])
-            yield (
-                next(each for each in planned if each.name == name),
-                [each for each in results["rows"] if each["row"] == name],
-            )
+            [row] = [each for each in planned if each.name == name]
+            yield row, [each for each in results["rows"] if each["row"] == name]
         return
     full = results.get("full_precision") or {}
     if any(full.get(part) for part in ("perplexity", "zero_shot", "mmlu")):

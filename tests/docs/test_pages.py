@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 from conftest import ROOT, run_script
 from docs_cases import PAGES, Block, blocks, words_of
 
@@ -200,3 +201,22 @@ def test_every_error_is_the_line_that_the_page_shows(block, desk):
 def test_the_page_of_troubles_has_ten_of_them():
     assert len(FAILING) >= 10
     assert all("fails" in block.words for block in FAILING)
+
+
+def test_the_citation_names_the_paper_and_its_nine_authors():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what the format asks for
+    paper = citation["preferred-citation"]
+    assert paper["title"].startswith("DuQuant: Distributing Outliers via Dual Transformation")
+    assert [author["family-names"] for author in paper["authors"]] == [
+        "Lin",
+        "Xu",
+        "Wu",
+        "Cui",
+        "Zhang",
+        "Mou",
+        "Song",
+        "Sun",
+        "Wei",
+    ]
+    assert "2406.01721" in paper["url"]

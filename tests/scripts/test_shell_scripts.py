@@ -17,12 +17,11 @@ DATA = json.loads((ROOT / "assets/published.json").read_text(encoding="utf-8"))
 
 @pytest.fixture
 def stand_in(tmp_path) -> Path:
-    """A Python that only notes its arguments, a line of JSON for each start; tools/environment.sh asks it with -c."""
+    """A Python that only notes its arguments, a line of JSON for each start, and lacks nothing."""
     path = tmp_path / "python"
     note = "import json,sys; print(json.dumps(sys.argv[1:]))"
-    path.write_text(
-        f'#!/bin/sh\n[ "$1" = -c ] && exit 0\n"{sys.executable}" -c \'{note}\' "$@" >>"{tmp_path}/started"\n'
-    )
+    ask = 'case "$1" in -c|tools/requirements.py) exit 0;; esac'
+    path.write_text(f'#!/bin/sh\n{ask}\n"{sys.executable}" -c \'{note}\' "$@" >>"{tmp_path}/started"\n')
     path.chmod(0o755)
     return path
 

@@ -21,7 +21,7 @@ from utils.settings import add_flags  # noqa: E402
 PAGE = ROOT / "docs/flags.md"
 HEAD = """# All flags
 
-`python tools/flags_page.py` writes this page from the settings; `python main.py --help` tells the same.
+`python tools/flags_page.py` writes this page from the settings; `python main.py --help-all` tells the same.
 
 What is on or off has two flags, `--<flag>` and `--no_<flag>`. A flag of one value that may have none takes the word
 `none`: `--swc none`. Flags given beside `--preset` win over it. Names are those of the paper's repository where it has

@@ -6,7 +6,8 @@ table.csv, comparison.png and .svg, results.json and log.txt in a folder in OUTP
 every finished row is kept in rows/ there, and the same command, started again, computes what is missing. Where no
 evaluation is asked for, perplexity is measured (--no_eval_ppl: none).
 
-With folders of runs of main.py: their figures side by side, and every setting that differs.
+With folders of runs of main.py: their figures side by side, and every setting that differs. With --published, where
+folders of comparisons do too: their figures beside the published ones of the same model and method.
 """
 
 import argparse
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   python compare.py --model meta-llama/Llama-2-7b-hf --preset paper             with the paper's quantizers
   python compare.py --model DIR --preset paper --rows rtn dual --seeds 2 3 4    mean ± deviation
   python compare.py output/RUN_A output/RUN_B                                   runs that are finished
+  python compare.py output/RUN --published                                      beside published figures
 """
 
 
@@ -31,7 +33,9 @@ def make_parser() -> Parser:
     parser = Parser(__doc__, EXAMPLES, "(--model MODEL [flags] | RUN RUN ... [--output FILE.md])", short=True)
     runs = parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, instead of a model")
     page = parser.add_argument("--output", type=Path, metavar="FILE.md", help="with RUNs: also write what is printed")
+    beside = parser.add_argument("--published", action="store_true", help="with RUNs: beside published figures")
     set_basic(runs, True)
+    set_basic(beside, True)
     set_basic(page, True)
     add_flags(parser, CompareSettings, leave_out=("transform",))
     return parser
@@ -43,7 +47,7 @@ def parse_flags() -> argparse.Namespace:
     flags = parse_with_preset(parser, CompareSettings, usual_evaluation)
     if bool(flags.runs) == bool(flags.model):
         raise InputError("give --model to compare ways to quantize it, or the folders of finished runs, and not both")
-    for name in sorted(given_flags(parser) - {"runs", "output", "quiet"}) if flags.runs else ():
+    for name in sorted(given_flags(parser) - {"runs", "output", "published", "quiet"}) if flags.runs else ():
         raise InputError(f"--{name} is for --model: finished runs are only read; drop the flag")
     return flags
 
@@ -51,10 +55,12 @@ def parse_flags() -> argparse.Namespace:
 def main(flags: argparse.Namespace) -> None:
     """Compare what the flags name."""
     if flags.runs:
-        compare_runs([Path(folder) for folder in flags.runs], flags.output)
+        compare_runs([Path(folder) for folder in flags.runs], flags.published, flags.output)
         return
     if flags.output is not None:
         raise InputError("--output is for finished runs: with --model everything goes to --output_dir")
+    if flags.published:
+        raise InputError("--published is for finished runs: give it with their folders when the comparison is done")
     settings = read_settings(CompareSettings, flags)
     if not settings.evaluation.asked():
         raise InputError(
@@ -65,11 +71,12 @@ def main(flags: argparse.Namespace) -> None:
     run_comparison(settings, flags.taken)
 
 
-def compare_runs(folders: list[Path], output: Path | None) -> None:
-    """Put finished runs side by side."""
+def compare_runs(folders: list[Path], published: bool, output: Path | None) -> None:
+    """Put finished runs side by side, or beside what is published."""
+    from experiment.published import published_text
     from experiment.tables import side_by_side
 
-    text = side_by_side(folders)
+    text = published_text(folders) if published else side_by_side(folders)
     if output is not None:
         from utils.io import write_text
 

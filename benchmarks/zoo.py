@@ -1,6 +1,6 @@
 """Models of the zoo's true shapes: what each needs, and random weights of one to time the method on.
 
-    python benchmarks/zoo.py --table                                           what each needs: the README's table
+    python benchmarks/zoo.py --table                                           the table of docs/any-size.md
     python benchmarks/zoo.py --shape llama-2-7b                                one layer, on the GPU if there is one
     python benchmarks/zoo.py --shape llama-2-7b --whole --dtype bfloat16       all layers
     python benchmarks/zoo.py --shape llama-2-7b --whole --windows 341          and perplexity on so many test windows

@@ -118,9 +118,17 @@ def side_by_side(folders: Sequence[Path]) -> str:
 
 
 def read_run(folder: Path) -> dict:
-    """The results.json of a run; one that has none yet is `{"error": …}`.
+    """The results.json of a run of main.py, as `read_results`. Raises InputError for a comparison too."""
+    results = read_results(folder)
+    if "rows" in results:
+        raise InputError(f"{folder}: is a comparison with a table of its own; name runs of main.py")
+    return results
 
-    Raises InputError for a folder that was not left by main.py.
+
+def read_results(folder: Path) -> dict:
+    """The results.json of a run or a comparison; one that has none yet is `{"error": …}`.
+
+    Raises InputError for a folder that holds neither, and for an unfinished comparison.
     """
     path = folder / "results.json"
     if not folder.is_dir():
@@ -136,9 +144,7 @@ def read_run(folder: Path) -> dict:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not isinstance(results, dict) or "settings" not in results:
-        raise InputError(f"{path}: is not what main.py writes")
-    if "rows" in results:
-        raise InputError(f"{folder}: is a comparison with a table of its own; name runs of main.py")
+        raise InputError(f"{path}: is not what main.py or compare.py writes")
     return results
 
 

@@ -10,57 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from docs_cases import blocks
 
-TOY = '''
-"""A toy: how many parameters a model has that are larger than a threshold."""
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from evaluation.base import Entry, Evaluation, Figure, Finding
-from utils.errors import InputError
-from utils.settings import Changes, option
-
-
-@dataclass(frozen=True)
-class ToySettings(Entry):
-    TITLE: ClassVar[str] = "toy"
-    FLAG: ClassVar[str] = "--toy"
-    STAGE: ClassVar[str] = "toy"
-    EMPTY: ClassVar[dict] = {"toy": None}
-
-    toy: float | None = option(None, "the threshold of the toy", changes=Changes.FIGURES)
-
-    @property
-    def asked(self):
-        return self.toy is not None
-
-    def open(self, context, common):
-        return [Toy(self)]
-
-    @classmethod
-    def figures(cls, results):
-        if results.get("toy"):
-            yield Figure("large parameters", results["toy"]["large"], decimals=0)
-
-
-class Toy(Evaluation):
-    def __init__(self, settings):
-        super().__init__("toy", settings)
-        if settings.toy < 0:
-            raise InputError(f"--toy {settings.toy}: must not be negative")
-        self.threshold = settings.toy
-
-    def identity(self):
-        return {"threshold": self.threshold}
-
-    def run(self, model, candidate):
-        large = candidate.journal.get("large")
-        if large is None:
-            large = sum(int((each.abs() > self.threshold).sum()) for each in model.parameters())
-            candidate.journal.keep("large", large)
-        yield Finding({"toy": {"large": large}}, f"{large} are large")
-'''
+TOY = next(block.text for block in blocks(ROOT / "docs/extending.md") if block.file == "evaluation/toy.py")
 
 
 @pytest.fixture(scope="module")

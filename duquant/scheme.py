@@ -12,7 +12,9 @@ class TensorScheme:
 
     `format`: `int` is the only one yet. `bits`: 16 leaves the tensor alone. `group_size`: channels that share a range;
     None: all of a vector's. `clip`: factor on both ends of the range; None: none; SEARCHED: factors of their own, which
-    are kept beside the codes. Raises ValueError for what cannot be.
+    are kept beside the codes. `full_range`: of symmetric codes, see `IntegerFormat`.
+
+    Raises ValueError for what cannot be.
     """
 
     format: str = "int"
@@ -20,6 +22,7 @@ class TensorScheme:
     symmetric: bool = False
     group_size: int | None = None
     clip: float | str | None = None
+    full_range: bool = False
 
     def __post_init__(self) -> None:
         if self.format != "int":
@@ -29,6 +32,7 @@ class TensorScheme:
             ("symmetric", bool),
             ("group_size", int | None),
             ("clip", float | int | None),
+            ("full_range", bool),
         ):
             value = getattr(self, name)
             if not isinstance(value, kinds) and not (name == "clip" and value == SEARCHED):
@@ -40,6 +44,13 @@ class TensorScheme:
     def quantized(self) -> bool:
         """Whether anything is rounded."""
         return self.bits < UNQUANTIZED_BITS
+
+    @property
+    def kind_of_range(self) -> str:
+        """How ranges lie about zero, in words."""
+        if not self.symmetric:
+            return "asymmetric"
+        return "symmetric, all codes" if self.full_range else "symmetric"
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,11 @@ class Scheme:
             value = getattr(self, field.name)
             if not isinstance(value, bool if field.name == "rotate_heads" else TensorScheme):
                 raise ValueError(f"{field.name} is {value!r}")
+
+    @property
+    def turns_heads(self) -> bool:
+        """Whether q and k are multiplied by anything: where neither is rounded it would change nothing."""
+        return self.rotate_heads and (self.query.quantized or self.key.quantized)
 
     @property
     def roles(self) -> dict[str, TensorScheme]:

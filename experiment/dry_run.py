@@ -107,8 +107,8 @@ def describe_scheme(scheme: TensorScheme, vector: str) -> str:
     if not scheme.quantized:
         return "16 bits"
     vector = f"group of {scheme.group_size}" if scheme.group_size else vector
-    kind = "symmetric" if scheme.symmetric else "asymmetric"
-    return f"{scheme.bits} bits per {vector}, {kind}" + (f", clipping {scheme.clip}" if scheme.clip else "")
+    clipping = f", clipping {scheme.clip}" if scheme.clip else ""
+    return f"{scheme.bits} bits per {vector}, {scheme.kind_of_range}{clipping}"
 
 
 def group_table(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> str:

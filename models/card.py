@@ -61,7 +61,7 @@ def bits_row(role: str, scheme: TensorScheme) -> str:
         return f"{scheme.bits} | – | –"
     vector = {"weight": "an output channel", "input": "a token"}.get(role, "a token and head")
     shared = vector if scheme.group_size is None else f"{scheme.group_size} channels of {vector}"
-    return f"{scheme.bits} | {'symmetric' if scheme.symmetric else 'asymmetric'} | {shared}"
+    return f"{scheme.bits} | {scheme.kind_of_range} | {shared}"
 
 
 def perplexity_lines(perplexities: Perplexities) -> list[str]:

@@ -101,7 +101,7 @@ class IntegerFormat:
 
     Asymmetric: scale = (hi − lo)/(2^bits − 1), zero = round(−lo/scale).
     Symmetric: scale = max(|lo|, |hi|)/(2^(bits−1) − 1), zero = 2^(bits−1) − 1: as many codes on either side.
-    Symmetric over the `full_range`: scale = max(|lo|, |hi|)/((2^bits − 1)/2), zero = 2^(bits−1), and any scale but 0.
+    Symmetric over the `full_range`: scale = max(|lo|, |hi|)/((2^bits − 1)/2), zero = 2^(bits−1), and scales as small as they come.
     The convention of compressed-tensors (and so of vLLM), whose integers are ours less the zero point.
     """
 
@@ -138,8 +138,9 @@ class IntegerFormat:
         """Scale and zero point for values between `low` and `high` (same shapes out as in)."""
         if self.symmetric:
             scale = torch.maximum(low.abs(), high.abs()) / (self.largest / 2 if self.full_range else self.middle)
-            eps = torch.finfo(scale.dtype).eps  # any divisor serves a range of zeros
-            scale = torch.where(scale == 0, eps, scale) if self.full_range else scale.clamp(*SCALE_LIMITS)
+            scale = scale.clamp(0 if self.full_range else SCALE_LIMITS[0], SCALE_LIMITS[1])
+            if self.full_range:  # any divisor serves a range of zeros
+                scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
             return Parameters(scale, torch.full_like(scale, self.middle))
         scale = ((high - low) / self.largest).clamp(*SCALE_LIMITS)
         return Parameters(scale, (-low / scale).clamp(*ZERO_LIMITS).round())

@@ -98,9 +98,10 @@ def parameters(
     else:
         step = tl.div_rn(span, tl.full(span.shape, STEPS, tl.float32))
     if FULL:
+        scale_low = 0.0
+    step = tl.clamp(step, scale_low, scale_high, propagate_nan=tl.PropagateNan.ALL)
+    if FULL:
         step = tl.where(step == 0, 2.0**-23, step)
-    else:
-        step = tl.clamp(step, scale_low, scale_high, propagate_nan=tl.PropagateNan.ALL)
     if SYMMETRIC:
         zero = tl.full(span.shape, 2 ** (BITS - 1) - (0 if FULL else 1), tl.float32)
     else:

@@ -101,8 +101,8 @@ class IntegerFormat:
 
     Asymmetric: scale = (hi − lo)/(2^bits − 1), zero = round(−lo/scale).
     Symmetric: scale = max(|lo|, |hi|)/(2^(bits−1) − 1), zero = 2^(bits−1) − 1: as many codes on either side.
-    Symmetric over the `full_range`: scale = max(|lo|, |hi|)/((2^bits − 1)/2), zero = 2^(bits−1), and scales as small as they come.
-    The convention of compressed-tensors (and so of vLLM), whose integers are ours less the zero point.
+    Symmetric over the `full_range`: scale = max(|lo|, |hi|)/((2^bits − 1)/2), however small, zero = 2^(bits−1). It is
+    the arithmetic of compressed-tensors (and so of vLLM), whose integers are ours less the zero point.
     """
 
     bits: int

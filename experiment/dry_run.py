@@ -79,6 +79,7 @@ def dry_run(prepared: Prepared) -> None:
     folders = {
         "--save_dir": (output.save_dir, needed.checkpoint),
         "--save_model": (output.save_model, needed.quantized),
+        "--export": (output.export, needed.quantized),
         "hidden states in --cache_dir": (setup.model.cache_dir if in_files else None, in_files),
     }
     needs += disk_needs(folders)

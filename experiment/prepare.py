@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evaluation.runner import Evaluations, open_evaluations
 from experiment.estimate import Plan
+from experiment.export import check_export
 from experiment.options import RunSettings
 from experiment.residence import make_plan
 from experiment.setup import Setup, make_setup
@@ -98,6 +99,7 @@ def prepare(settings: RunSettings) -> Prepared:
         require_empty(output.save_model)
         if quant.bits.untouched:
             raise InputError("--save_model: nothing is quantized, so there is nothing to save; drop the flag")
+    check_export(settings, setup, setup.saved or quant)
     context = setup.context(settings.calibration.seqlen, quant.seed)
     evaluations = open_evaluations(settings.evaluation, context, missing)
     if settings.statistics.act_scales is not None and not missing:
@@ -156,6 +158,7 @@ def must_stream(settings: RunSettings, setup: Setup) -> bool:
     if world_size() > 1:
         raise InputError(f"{given}, in a single process: start one, without a launcher")
     needing = [entry.FLAG for entry in settings.evaluation.asked() if entry.NEEDS_WHOLE_MODEL]
+    needing += ["--verify"] * settings.output.verify
     if needing:
         raise InputError(f"{given}, and {needing[0]} needs the whole model: drop one of the two")
     return True

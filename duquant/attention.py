@@ -89,7 +89,7 @@ def make_attention_quantizer(
     `found`: what was searched or trained for this layer, under the names of the result's own `state_dict`.
     """
     found = found or {}
-    matrix = hadamard(head_dim).to(device) if scheme.rotate_heads else None
+    matrix = hadamard(head_dim).to(device) if scheme.turns_heads else None
     quantizers = []
     for role in HEAD_ROLES:
         ratios = found.get(f"{role}.clip.ratios")

@@ -65,11 +65,14 @@ class IntegerFormat:
     """Uniform integers q in [0, 2^bits − 1] that stand for x̂ = (q − zero) · scale.
 
     Asymmetric: scale = (hi − lo)/(2^bits − 1), zero = round(−lo/scale).
-    Symmetric: scale = max(|lo|, |hi|)/(2^(bits−1) − 1), zero = 2^(bits−1) − 1.
+    Symmetric: scale = max(|lo|, |hi|)/(2^(bits−1) − 1), zero = 2^(bits−1) − 1: as many codes on either side.
+    Symmetric over the `full_range`: scale = max(|lo|, |hi|)/((2^bits − 1)/2), however small, zero = 2^(bits−1). It is
+    the arithmetic of compressed-tensors (and so of vLLM), whose integers are ours less the zero point.
     """
 
     bits: int
     symmetric: bool = False
+    full_range: bool = False
     block: ClassVar[int | None] = None
     has_base: ClassVar[bool] = False
 
@@ -81,7 +84,12 @@ class IntegerFormat:
     @property
     def middle(self) -> int:
         """The zero point of symmetric codes."""
-        return 2 ** (self.bits - 1) - 1
+        return 2 ** (self.bits - 1) - (not self.full_range)
+
+    @property
+    def kind(self) -> int:
+        """0 asymmetric, 1 symmetric, 2 symmetric over the full range: what kernels are told."""
+        return self.symmetric + (self.symmetric and self.full_range)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +104,10 @@ class IntegerFormat:
     def parameters(self, low: Tensor, high: Tensor, base: Tensor | None = None) -> Parameters:
         """Scale and zero point for values between `low` and `high` (same shapes out as in); there is no `base`."""
         if self.symmetric:
-            scale = (torch.maximum(low.abs(), high.abs()) / self.middle).clamp(*SCALE_LIMITS)
+            scale = torch.maximum(low.abs(), high.abs()) / (self.largest / 2 if self.full_range else self.middle)
+            scale = scale.clamp(0 if self.full_range else SCALE_LIMITS[0], SCALE_LIMITS[1])
+            if self.full_range:  # any divisor serves a range of zeros
+                scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
             return Parameters(scale, torch.full_like(scale, self.middle))
         scale = ((high - low) / self.largest).clamp(*SCALE_LIMITS)
         return Parameters(scale, (-low / scale).clamp(*ZERO_LIMITS).round())
@@ -258,5 +269,5 @@ FORMATS = (INTEGERS, *BLOCK_FORMATS)
 def number_format(scheme: "TensorScheme") -> Format:
     """The format of a tensor's codes."""
     if scheme.format == INTEGERS:
-        return IntegerFormat(scheme.bits, scheme.symmetric)
+        return IntegerFormat(scheme.bits, scheme.symmetric, scheme.full_range)
     return BLOCK_FORMATS[scheme.format]()

@@ -14,8 +14,10 @@ class TensorScheme:
 
     `format`: one of `duquant.formats.FORMATS`. `bits`: 16 leaves the tensor alone. `group_size`: channels that share a
     range; None: all of a vector's; formats of blocks have 4 bits, their own block and no zero point. `clip`: factor on
-    both ends of the range; None: none; SEARCHED: factors of their own, which are kept beside the codes. Raises
-    ValueError for what cannot be.
+    both ends of the range; None: none; SEARCHED: factors of their own, which are kept beside the codes. `full_range`:
+    of symmetric integers, see `IntegerFormat`.
+
+    Raises ValueError for what cannot be.
     """
 
     format: str = "int"
@@ -23,6 +25,7 @@ class TensorScheme:
     symmetric: bool = False
     group_size: int | None = None
     clip: float | str | None = None
+    full_range: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -32,6 +35,7 @@ class TensorScheme:
             ("symmetric", bool),
             ("group_size", int | None),
             ("clip", float | int | None),
+            ("full_range", bool),
         ):
             value = getattr(self, name)
             if not isinstance(value, kinds) and not (name == "clip" and value == SEARCHED):
@@ -47,15 +51,22 @@ class TensorScheme:
         """Whether anything is rounded."""
         return self.bits < UNQUANTIZED_BITS
 
+    @property
+    def kind_of_range(self) -> str:
+        """How ranges lie about zero, in words."""
+        if not self.symmetric:
+            return "asymmetric"
+        return "symmetric, all codes" if self.full_range else "symmetric"
+
 
 def make_scheme(
-    form: str, bits: int, symmetric: bool, group_size: int | None, clip: float | str | None
+    form: str, bits: int, symmetric: bool, group_size: int | None, clip: float | str | None, full_range: bool
 ) -> TensorScheme:
     """The scheme of a tensor: a format of blocks says by itself what `symmetric` and `group_size` say of integers."""
     blocks = BLOCK_FORMATS.get(form)
     if blocks is not None:
         return TensorScheme(str(form), bits, blocks.symmetric, blocks.block, clip)
-    return TensorScheme(str(form), bits, symmetric, group_size, clip)
+    return TensorScheme(str(form), bits, symmetric, group_size, clip, symmetric and full_range)
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,11 @@ class Scheme:
             value = getattr(self, field.name)
             if not isinstance(value, bool if field.name == "rotate_heads" else TensorScheme):
                 raise ValueError(f"{field.name} is {value!r}")
+
+    @property
+    def turns_heads(self) -> bool:
+        """Whether q and k are multiplied by anything: where neither is rounded it would change nothing."""
+        return self.rotate_heads and (self.query.quantized or self.key.quantized)
 
     @property
     def roles(self) -> dict[str, TensorScheme]:

@@ -80,6 +80,7 @@ def dry_run(prepared: Prepared) -> None:
     folders = {
         "--save_dir": (output.save_dir, needed.checkpoint),
         "--save_model": (output.save_model, needed.quantized),
+        "--export": (output.export, needed.quantized),
         "hidden states in --cache_dir": (setup.model.cache_dir if in_files else None, in_files),
     }
     needs += disk_needs(folders)
@@ -111,8 +112,7 @@ def describe_scheme(scheme: TensorScheme, vector: str) -> str:
     if scheme.format in BLOCK_FORMATS:
         return f"{scheme.format} in blocks of {scheme.group_size}{clip}"
     vector = f"group of {scheme.group_size}" if scheme.group_size else vector
-    kind = "symmetric" if scheme.symmetric else "asymmetric"
-    return f"{scheme.bits} bits per {vector}, {kind}{clip}"
+    return f"{scheme.bits} bits per {vector}, {scheme.kind_of_range}{clip}"
 
 
 def group_table(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings) -> str:

@@ -165,6 +165,18 @@ class OutputSettings:
     save_dir: Path | None = option(
         None, "folder for a checkpoint, written layer by layer", changes=Changes.NOTHING, basic=True
     )
+    export: Path | None = option(
+        None,
+        "folder for the quantized model as other engines (vLLM, transformers) load it: symmetric integers of 4 bits "
+        "and rotations, as compressed-tensors describes them; says what cannot be told so before anything is computed",
+        changes=Changes.NOTHING,
+    )
+    verify: bool = option(
+        False,
+        "load what --export wrote with transformers and compressed-tensors alone, in a process of its own, and compare "
+        "logits, levels and perplexity; exit code 1 where they are not those of this run",
+        changes=Changes.NOTHING,
+    )
     resume: Path | None = option(
         None,
         "go on with such a checkpoint (with the flags it was made with), or reapply a duquant_parameters.pth",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evaluation.runner import Evaluations, open_evaluations
 from experiment.estimate import Plan
+from experiment.export import check_export
 from experiment.options import RunSettings
 from experiment.presets import PresetSettings
 from experiment.residence import make_plan
@@ -101,6 +102,7 @@ def prepare(settings: RunSettings) -> Prepared:
         require_empty(output.save_model)
         if quant.bits.untouched:
             raise InputError("--save_model: nothing is quantized, so there is nothing to save; drop the flag")
+    check_export(settings, setup, setup.saved or quant)
     context = setup.context(settings.calibration.seqlen, quant.seed)
     evaluations = open_evaluations(settings.evaluation, context, missing)
     if settings.statistics.act_scales is not None and not missing:
@@ -159,6 +161,7 @@ def must_stream(settings: RunSettings, setup: Setup) -> bool:
     if setup.saved is not None:
         raise InputError(f"--stream: {setup.source.name} is quantized already and can only be loaded whole; drop it")
     needing = [entry.FLAG for entry in settings.evaluation.asked() if entry.NEEDS_WHOLE_MODEL]
+    needing += ["--verify"] * settings.output.verify
     if needing:
         raise InputError(f"{given}, and {needing[0]} needs the whole model: drop one of the two")
     return True

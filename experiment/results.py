@@ -12,7 +12,7 @@ from evaluation.measured import Measured
 from experiment.prepare import Prepared
 from experiment.rows import FULL_TITLE, full_title, method_name
 from experiment.setup import Setup
-from models.card import model_card, write_card
+from models.card import export_card, model_card, write_card
 from quantize.settings import QuantSettings
 from quantize.sizes import memory_footprint
 from utils import data
@@ -77,14 +77,18 @@ def write_results(prepared: Prepared, outcome: Outcome) -> None:
 
 
 def write_model_card(prepared: Prepared, outcome: Outcome) -> None:
-    """Write the card of the model that was saved, if one was, with what was measured of it so far."""
-    folder, quant = prepared.settings.output.save_model, prepared.quant
-    if folder is None or not is_main():
+    """Write the cards of the models that were saved and exported, if any, with what was measured so far."""
+    output, quant = prepared.settings.output, prepared.quant
+    if (output.save_model is None and output.export is None) or not is_main():
         return
     full = outcome.full.results["perplexity"]
     perplexities = {name: (full.get(name), own) for name, own in outcome.measured.results["perplexity"].items()}
     made = (shlex.join(["python", *sys.argv]), perplexities)
-    write_card(folder, model_card(prepared.setup.source.name, full_title(quant), quant.label, quant.scheme, *made))
+    what = (prepared.setup.source.name, full_title(quant), quant.label, quant.scheme, *made)
+    if output.save_model is not None:
+        write_card(output.save_model, model_card(*what))
+    if output.export is not None:
+        write_card(output.export, export_card(*what, flat(quant)), "--export")
 
 
 def run_settings(prepared: Prepared) -> dict:

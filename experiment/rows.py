@@ -42,6 +42,7 @@ PARTS = {
     Transform.ROTATION: "rotation",
     Transform.PERMUTATION: "permutation",
     Transform.ROTATION_PERMUTATION: "rotation + permutation",
+    Transform.PERMUTE_ROTATE: "permutation upstream + rotation",
 }
 
 

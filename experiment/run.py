@@ -32,6 +32,8 @@ from experiment.rows import FULL_TITLE, full_title, method_name
 from experiment.setup import Setup, keep_statistics, known_peaks, open_model
 from experiment.tracking import check_tracking, open_tracker
 from experiment.usual import Taken
+from experiment.verify import verify_export
+from models.exported import ExportWriter
 from models.saved import ModelWriter
 from models.streaming import LayerReader, load_shell
 from quantize.observer import LayerLog, Observer
@@ -204,9 +206,9 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
     finished = from_main(prepared.finished)
     with ExitStack() as stack:
         layers = stack.enter_context(layer_source(prepared, model, measured))
-        save_to, writer = prepared.settings.output.save_model, None
-        if save_to is not None and is_main():
-            writer = stack.enter_context(ModelWriter(save_to, setup.spec, setup.layers))
+        output, kinds = prepared.settings.output, (ModelWriter, ExportWriter)
+        wanted = [(kind, to) for kind, to in zip(kinds, (output.save_model, output.export), strict=True) if to]
+        writers = [stack.enter_context(kind(to, setup.spec, setup.layers)) for kind, to in wanted if is_main()]
         states = state_tokens(prepared, finished) + compared.tokens(FULL) + runner.tokens(QUANTIZED)
         needed = hidden_bytes(states, model, model.dtype)
         allocate = memory_of(setup.device) if kept.states else choose_memory(prepared, needed)
@@ -218,7 +220,7 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
             prepared.quant if setup.saved is None else None,
             measured,
             before=[compared.board(model, full, FULL, allocate)],
-            behind=[*([writer] if writer else []), own],
+            behind=[*writers, own],
             peaks=partial(known_peaks, prepared.settings.statistics, setup),
             finished=finished,
             observers=[*observers, own],
@@ -226,12 +228,15 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
         )
         if statistics is not None:
             keep_statistics(prepared.settings.statistics, setup, statistics)
-        if writer is not None:
+        for writer in writers:
             writer.finish(model, setup.tokenizer, prepared.quant)
-            write_model_card(prepared, outcome)
-            logger.info("model saved: %s", save_to)
+            logger.info("model %s: %s", writer.DONE, writer.folder)
+        write_model_card(prepared, outcome)
     compared.part(whole=False).measure(model, full, FULL, FULL_TITLE)
     runner.measure(model, measured, QUANTIZED, full_title(prepared.quant))
+    if output.verify and is_main():
+        with measured.timing("verify"):
+            verify_export(prepared, model, measured)
 
 
 def travel(

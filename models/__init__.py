@@ -15,7 +15,8 @@ Adding a model family
    if its gain is 1 + weight); into rows of a linear that the activation is linear in (`Rows`: v for o_proj, up for
    down_proj; not through a norm, an activation function or a residual sum); into rows of v that query heads share
    (`SharedRows`). If somebody else reads the norm, name it in `readers`. If not: no absorber, and the scale stays
-   online. The log says for every group where its scale went.
+   online. The log says for every group where its scale went. And which rows upstream make its channels, all of them
+   (`ordered`), so that they can be put into another order: gate and up for down_proj, v inside heads for o_proj.
 4. Add the line to `FAMILIES`, and a tiny config to `CASES` in `tests/test_families.py`: two layers, grouped-query
    attention, head_dim ≠ hidden size / heads, odd widths, whatever is particular to the family switched on. Run
    `python -m pytest tests/test_families.py -k <name>`. The first test, logits unchanged in float64 without rounding,

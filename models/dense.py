@@ -22,8 +22,10 @@ def output_group(config: PretrainedConfig, value: str, start: int = 0) -> InputG
     Query heads that share a kv head must share its scales for that.
     """
     heads = config.num_attention_heads // config.num_key_value_heads
-    rows = Rows(value, start) if heads == 1 else SharedRows(value, start, heads, head_dim(config))
-    return InputGroup("o", ("self_attn.o_proj",), "self_attn.o_proj", (rows,), closes="self_attn")
+    shared = SharedRows(value, start, heads, head_dim(config))
+    absorber = Rows(value, start) if heads == 1 else shared
+    output = "self_attn.o_proj"
+    return InputGroup("o", (output,), output, (absorber,), closes="self_attn", ordered=(shared,))
 
 
 def mlp_groups(norm: Norm | None) -> tuple[InputGroup, InputGroup]:
@@ -31,7 +33,7 @@ def mlp_groups(norm: Norm | None) -> tuple[InputGroup, InputGroup]:
     gate, up, down = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
     return (
         InputGroup("gate_up", (gate, up), up, behind(norm)),
-        InputGroup("down", (down,), down, (Rows(up),), closes="mlp"),
+        InputGroup("down", (down,), down, (Rows(up),), closes="mlp", ordered=(Rows(gate), Rows(up))),
     )
 
 

@@ -13,6 +13,7 @@ earlier versions are read too (see `models.earlier`).
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,11 @@ class ModelWriter:
     it its name. Raises InputError where it cannot be written.
     """
 
+    FLAG: ClassVar[str] = "--save_model"
+    DONE: ClassVar[str] = "saved"  # in the log
+
     def __init__(self, folder: Path, spec: DecoderSpec, layers: int):
-        require_empty(folder)
+        require_empty(folder, self.FLAG)
         self.folder, self.spec, self.layers = folder, spec, layers
         self.unfinished = folder.with_name(f".{folder.name}.unfinished")
         self.places: dict[str, str] = {}
@@ -82,12 +86,16 @@ class ModelWriter:
         order = tuple(kind for _, kind in sorted(self.layer_kinds.items()))
         return ModelStructure(*paths, tuple(self.kinds), order)
 
+    def description(self, settings: QuantSettings) -> dict:
+        """The `quantization_config` of what was written."""
+        return saved_settings(settings, self.structure)
+
     def finish(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: QuantSettings) -> None:
         """Write everything beside the layers, and give the folder its name."""
         inside = f"{self.spec.layers}."
         shell = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
         self._write(self.layers, without_tied(shell))
-        model.config.quantization_config = saved_settings(settings, self.structure)
+        model.config.quantization_config = self.description(settings)
         named, model.config.dtype = model.config.dtype, model.dtype  # of what is in the files; --dtype may be narrower
         try:
             model.config.save_pretrained(self.unfinished)
@@ -121,7 +129,7 @@ class ModelWriter:
 
     def _cannot(self, error: OSError) -> InputError:
         shutil.rmtree(self.unfinished, ignore_errors=True)
-        return InputError(f"--save_model {self.folder}: cannot be written ({error.strerror or error})")
+        return InputError(f"{self.FLAG} {self.folder}: cannot be written ({error.strerror or error})")
 
 
 def without_tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,10 +140,10 @@ def without_tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in unique.values()}
 
 
-def require_empty(folder: Path) -> None:
-    """Raise InputError if `folder` is something that a saved model would overwrite."""
+def require_empty(folder: Path, flag: str = ModelWriter.FLAG) -> None:
+    """Raise InputError if `folder`, which `flag` names, is something that a model would overwrite."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--save_model {folder}: is there already and not empty; choose another folder")
+        raise InputError(f"{flag} {folder}: is there already and not empty; choose another folder")
 
 
 def saved_settings(settings: QuantSettings, structure: ModelStructure) -> dict:

@@ -18,6 +18,7 @@ from duquant.tensors import widen
 from duquant.transform import DualTransform
 from quantize.heads import rotate_values_
 from quantize.observer import Observer
+from quantize.permutation import permute_columns_
 from quantize.rounding import Moments, OpenLinear, data_codes, share_base_
 from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings
 from quantize.smoothing import scale_columns_
@@ -86,15 +87,40 @@ class LayerBuilder:
             rotate_values_(self.layer, self.spec, state.values)
 
     def begin_(self, state: LayerState, device: torch.device) -> None:
-        """Fold the smoothing scales [C] by group, and quantize q, k and v; all of it is on `device`."""
+        """Fold the smoothing scales [C] and the orders [C] by group, and quantize q, k and v; all is on `device`."""
+        self.fold_(state)
+        self.order_(state.orders)
+        self.attach_(state, device)
+
+    def fold_(self, state: LayerState) -> None:
+        """Fold the smoothing scales [C] by group."""
         if not state.stored:
             widen_linears_(self.layer, self.spec)
         self.scales = fold_scales_(self.layer, self.spec, state.scales, self.settings.smooth)
+
+    def order_(self, orders: Mapping[str, Tensor]) -> None:
+        """Put the channels of groups into these orders [C], upstream and in their linears: x P (W P)ᵀ = x Wᵀ."""
+        for group in self.spec.groups:
+            order = orders.get(group.name)
+            if order is None:
+                continue
+            for rows in group.ordered:
+                rows.order_(self.layer, order)
+            for path in group.linears:
+                permute_columns_(self.layer.get_submodule(path), order)
+            if group.name in self.scales:
+                self.scales[group.name] = self.scales[group.name][order]
+
+    def attach_(self, state: LayerState, device: torch.device) -> None:
+        """Quantize q, k and v from now on."""
         attention = self.layer.get_submodule(self.spec.attention)
         attach_(attention, make_attention_quantizer(self.scheme, attention.head_dim, device, state.attention))
 
     def online_scale(self, group: InputGroup) -> Tensor | None:
-        """The scale [C] that the group's transform divides by; None if there is none or it is upstream."""
+        """The scale [C] that the group's transform divides by, in the order of its channels now; None if there is none.
+
+        There is none either if it is upstream.
+        """
         return None if absorbers(group, self.settings.smooth) else self.scales.get(group.name)
 
     def folded_scale(self, group: InputGroup) -> Tensor | None:
@@ -215,3 +241,11 @@ def describe_folding(absorbing: Sequence[Absorber]) -> str:
     """Where a group's scale is, for the log: `online`, or `folded into mlp.up_proj`."""
     others = f" and {len(absorbing) - 1} like it" if len(absorbing) > 1 else ""
     return f"folded into {absorbing[0]}{others}" if absorbing else "online"
+
+
+def describe_order(group: InputGroup, order: Tensor | None) -> str:
+    """Where a group's channels are put into another order, for the log."""
+    if order is None:
+        return "as it was" + ("" if group.ordered else ", nothing upstream can take another")
+    others = f" and {len(group.ordered) - 1} like it" if len(group.ordered) > 1 else ""
+    return f"folded into {group.ordered[0]}{others}"

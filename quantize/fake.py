@@ -34,7 +34,7 @@ class _FakeQuantize(torch.autograd.Function):
         by_low = torch.where(below, gradient, 0).sum(dim=-1, keepdim=True)
         by_high = torch.where(above, gradient, 0).sum(dim=-1, keepdim=True)
         if ctx.form.symmetric:  # both ends are ± the larger of the two
-            half = 2 ** (ctx.form.bits - 1) - 1
+            half = ctx.form.largest / 2 if ctx.form.full_range else ctx.form.middle
             larger = by_scale / half + by_high - by_low
             return inside, torch.where(ctx.ends, -larger, 0), torch.where(ctx.ends, 0, larger), None
         return inside, by_low - by_scale / ctx.form.largest, by_high + by_scale / ctx.form.largest, None

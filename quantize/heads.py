@@ -26,9 +26,9 @@ def decide_heads(heads: Mapping[str, Tensor], scheme: Scheme, extras: ExtraSetti
     """
     by_role = {role: heads_by_kv(heads, role) for role in HEAD_ROLES}  # [kv heads, vectors, D]
     matrices = {role: hadamard(heads["key"].shape[-1]).to(heads["key"]) for role in ("query", "key")}
-    matrices = matrices if scheme.rotate_heads else {}
+    matrices = matrices if scheme.turns_heads else {}
     found: dict[str, Tensor] = {}
-    if scheme.rotate_heads and extras.head_transform is HeadTransform.BALANCED:
+    if scheme.turns_heads and extras.head_transform is HeadTransform.BALANCED:
         key = by_role["key"]
         key = key - key.mean(dim=1, keepdim=True) if extras.key_mean else key
         matrices["query"], matrices["key"] = balancing_matrices(by_role["query"], key)
@@ -138,3 +138,16 @@ def rotated_energy(outputs: Tensor, matrices: Tensor) -> Tensor:
     """The root of the mean square [C] of o_proj's input aM, from the second moments [heads, D, D] of a by head."""
     matrices = matrices.to(outputs).repeat_interleave(len(outputs) // len(matrices), dim=0)
     return (matrices * (outputs @ matrices)).sum(dim=1).clamp(min=0).sqrt().flatten().float()
+
+
+def order_in_heads(order: Tensor, shape: torch.Size) -> Tensor:
+    """What an order [C] of o_proj's input does inside the kv heads, as indices of the `shape` [kv heads, …, D]."""
+    heads, size = shape[0], shape[-1]
+    inside = order.view(heads, -1, size)[:, 0] % size  # its query heads have one order
+    return inside.view(heads, *[1] * (len(shape) - 2), size).expand(shape)
+
+
+def in_former_order(matrices: Tensor, order: Tensor) -> Tensor:
+    """P M Pᵀ for matrices M [kv heads, D, D] of heads whose channels are in an order [C] of o_proj's input by now."""
+    rows = order_in_heads(order, matrices.shape).argsort(dim=-1)
+    return matrices.gather(-1, rows).gather(-2, rows.transpose(-1, -2))

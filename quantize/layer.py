@@ -13,9 +13,9 @@ from duquant.quantizer import make_quantizer
 from duquant.scheme import SEARCHED
 from duquant.tensors import widen
 from duquant.transform import DualTransform
-from quantize.build import FullPrecision, LayerBuilder, absorbers, describe_folding, narrowed
+from quantize.build import FullPrecision, LayerBuilder, absorbers, describe_folding, describe_order, narrowed
 from quantize.clipping import search_activation_ratio
-from quantize.heads import decide_heads, multiplied_columns, rotated_energy, value_matrices
+from quantize.heads import decide_heads, multiplied_columns, order_in_heads, rotated_energy, value_matrices
 from quantize.inputs import LayerInputs
 from quantize.learned import LearnedLayer
 from quantize.learning import train_transform
@@ -28,7 +28,7 @@ from quantize.settings import Probe, QuantSettings, SmoothMeasure, SmoothSetting
 from quantize.spec import DecoderSpec, InputGroup
 from quantize.state import GroupState, LayerState
 from quantize.training import Samples, TrainingReport, train_clipping_
-from quantize.transforms import TRANSFORMS, Stage, TransformSearch, measure_stage
+from quantize.transforms import TRANSFORMS, Stage, TransformSearch, channel_peak, measure_stage
 
 CLIP_ROWS = 2048  # of a group's input, on which its clip ratio is searched
 
@@ -37,7 +37,8 @@ CLIP_ROWS = 2048  # of a group's input, on which its clip ratio is searched
 class GroupReport:
     """Figures of one input group: block size, where the scale went, the probe at every stage, steps kept.
 
-    `clip`: the searched ratio of its input, None where it was not searched.
+    `clip`: the searched ratio of its input, None where it was not searched. `order`: where its channels were put into
+    another order, None where the transform does not.
     """
 
     name: str
@@ -46,6 +47,7 @@ class GroupReport:
     stages: tuple[Stage, ...]
     steps: tuple[int, ...]
     clip: float | None = None
+    order: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,38 @@ class Decision:
             view.heads["value"] = torch.einsum("nhd,hde->nhe", view.heads["value"], state.values)
         if view is not None:
             state.attention = decide_heads(view.heads, settings.scheme, settings.extras)
-        if settings.smooth is not None:
-            for group, scale in self._scales(settings.smooth, activation_peaks).items():
-                state.groups[group] = GroupState(scale, *[torch.empty(0, device=scale.device)] * 2)
-        self.builder.begin_(state, self.inputs.probe.device)
+        device = self.inputs.probe.device
+        scales = {} if settings.smooth is None else self._scales(settings.smooth, activation_peaks)
+        for group, scale in scales.items():
+            state.groups[group] = GroupState(scale, *[torch.empty(0, device=scale.device)] * 2)
+        self.builder.fold_(state)
+        if settings.transform.orders_channels:
+            self._order_()
+        self.builder.attach_(state, device)
+
+    def _order_(self) -> None:
+        """Decide in which order the channels of groups are to be, by what the probe gives them, and put them so.
+
+        The layer is scaled and rounds nothing yet. What is known of its full-precision activations follows.
+        """
+        layer, inputs, state = self.layer, self.inputs, self.state
+        with narrowed(layer, self.spec, self.builder.dtype):
+            peaks = {
+                group: channel_peak(widen(capture_rows(layer, group.inputs, inputs.probe, inputs.kwargs)))
+                for group in self.spec.groups
+                if group.ordered
+            }
+        for group, peak in peaks.items():
+            online, none = self.builder.online_scale(group), torch.empty(0, device=peak.device)
+            peak = peak if online is None else peak / online
+            order = group.ordered[0].permutation(peak, block_size(len(peak), self.settings))
+            if torch.equal(order, torch.arange(len(order), device=order.device)):
+                continue
+            state.groups[group.name] = replace(state.groups.get(group.name, GroupState(None, none, none)), order=order)
+        self.builder.order_(state.orders)
+        mean, order = state.attention.get("value.mean"), state.orders.get("o")
+        if mean is not None and order is not None:
+            state.attention["value.mean"] = mean.gather(-1, order_in_heads(order, mean.shape))
 
     def _scales(self, smooth: SmoothSettings, activation_peaks: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """The smoothing scale [C] of every group, by name, from the layer's weights as they are now."""
@@ -187,14 +217,16 @@ class Decision:
         self.search_seconds += time.perf_counter() - started
         for observer in self.observers:
             observer.searched(group, search.peaks)
-        state = GroupState(self.state.scales.get(group.name), search.rotations, search.permutations)
+        order = self.state.orders.get(group.name)
+        state = GroupState(self.state.scales.get(group.name), search.rotations, search.permutations, order=order)
         if self.rows is not None:
             state = fit_input(state, self.rows, DualTransform(state.rotations, state.permutations, online), settings)
         self.state.groups[group.name] = state
         where = describe_folding(absorbers(group, settings.smooth)) if settings.smooth else "none"
         clip = None if state.ratios is None else state.ratios[0].item()
         size = block_size(x.shape[-1], settings)
-        self.reports.append(GroupReport(group.name, size, where, stages, search.steps, clip))
+        moved = describe_order(group, order) if settings.transform.orders_channels else None
+        self.reports.append(GroupReport(group.name, size, where, stages, search.steps, clip, moved))
 
     def open_(self, group: InputGroup) -> None:
         """Put what the group's transform makes of them in the place of its linears."""
@@ -252,11 +284,13 @@ class Decision:
         if not self.settings.aims_at_teacher or len(group.inputs) > 1:
             return Moments(name, moment_of((x,) for x in given))
         folded, matrices = self.builder.folded_scale(group), self.state.values
+        order = self.state.orders.get(group.name)
 
         def aimed() -> Iterator[Tensor]:
             for x in parts_of(self.view.rows[group.name], rows.device):
                 if group.name == "o" and matrices is not None:
                     x = multiplied_columns(x, matrices.to(x.dtype))
+                x = x if order is None else x[:, order]
                 y = shared.transform(x if folded is None else x / folded)
                 yield y if shared.shift is None else y - shared.shift
 

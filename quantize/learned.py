@@ -16,12 +16,12 @@ from duquant.attention import HEAD_ROLES, QUANTIZER, AttentionQuantizer, attach_
 from duquant.formats import BLOCK_FORMATS, number_format
 from duquant.scheme import Scheme, TensorScheme
 from duquant.transform import DualTransform, rotate_blocks
-from quantize.build import LayerBuilder
+from quantize.build import LayerBuilder, absorbers
 from quantize.fake import fake_quantize
-from quantize.heads import multiplied_columns, multiplied_rows, value_rows
+from quantize.heads import in_former_order, multiplied_columns, multiplied_rows, value_rows
 from quantize.refinements import LARGEST_BLOCK_RATIO, Rounding
 from quantize.settings import TrainingSettings
-from quantize.spec import DecoderSpec
+from quantize.spec import DecoderSpec, SharedRows
 from quantize.state import GroupState, LayerState
 
 WEIGHT_RATIO = 0.9  # where clips of weights begin: near what a search finds
@@ -77,19 +77,53 @@ def learned_quantizer(scheme: TensorScheme, ratios: Tensor | None, shape: tuple[
     return LearnedQuantizer(scheme, torch.full(shape, low), torch.full(shape, high), limit)
 
 
+class FixedQuantizer(nn.Module):
+    """Fake quantization of vectors under ratios of their ranges that are not learned; straight-through."""
+
+    def __init__(self, scheme: TensorScheme, ratios: Tensor):
+        super().__init__()
+        self.scheme = scheme
+        self.register_buffer("ratios", ratios)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as `x` [..., C]."""
+        size = self.scheme.group_size
+        vectors = x if size is None else x.unflatten(-1, (-1, size))
+        return fake_quantize(vectors, *self.ratios, number_format(self.scheme)).view(x.shape)
+
+
+def fixed_quantizer(scheme: TensorScheme, ratios: Tensor | None) -> nn.Module:
+    """`learned_quantizer` whose ratios stay as they are."""
+    learned = learned_quantizer(scheme, ratios)
+    if not isinstance(learned, LearnedQuantizer):
+        return learned
+    fixed = scheme.clip if isinstance(scheme.clip, float) else 1.0
+    return FixedQuantizer(scheme, torch.full((2, 1), fixed) if ratios is None else ratios[:, None].clone())
+
+
 class LearnedGroup(nn.Module):
     """Q_x(T((x − m) Λ⁻¹)) and T(W Λ), with what is learned of T, Λ and Q_x; the mean m of x goes with the weight.
 
     While a step lasts, all linears of the group are given one result, and matrices are made once (`begin_step_`).
-    `turn` multiplies rows by what is learned of v's heads, where the group reads them.
+    `turn` multiplies rows by what is learned of v's heads, where the group reads them. `shared`: where query heads
+    share what is learned of Λ, since it goes upstream. `fixed`: nothing is learned of Q_x.
     """
 
-    def __init__(self, state: GroupState, online: Tensor | None, scheme: TensorScheme, turn: Turn | None):
+    def __init__(
+        self,
+        state: GroupState,
+        online: Tensor | None,
+        scheme: TensorScheme,
+        turn: Turn | None,
+        shared: SharedRows | None = None,
+        fixed: bool = False,
+    ):
         super().__init__()
-        self.state, self.online, self.turn = state, online, turn
+        self.state, self.online, self.turn, self.shared = state, online, turn, shared
         self.skews = nn.Parameter(torch.zeros_like(state.rotations))
         self.log_scale = nn.Parameter(torch.zeros(state.permutations.shape[-1], device=state.rotations.device))
-        self.quantizer = learned_quantizer(scheme, state.ratios).to(state.rotations.device)
+        make = fixed_quantizer if fixed else learned_quantizer
+        self.quantizer = make(scheme, state.ratios).to(state.rotations.device)
         self.mean = None
         if state.shift is not None:
             self.mean = DualTransform(state.rotations, state.permutations, online).inverse(state.shift[None])
@@ -107,7 +141,12 @@ class LearnedGroup(nn.Module):
 
     def scale(self) -> Tensor:
         """What x is divided by and W multiplied with here [C]: Λ, or what is learned of it where Λ is upstream."""
-        return self.log_scale.exp() if self.online is None else self.online * self.log_scale.exp()
+        return self.factor() if self.online is None else self.online * self.factor()
+
+    def factor(self) -> Tensor:
+        """What is learned of Λ [C], in the order that the channels have now."""
+        factor = self.log_scale.exp()
+        return factor if self.shared is None else self.shared.tie(factor)
 
     def shift(self) -> Tensor | None:
         """The mean m [1, C] of x."""
@@ -131,9 +170,13 @@ class LearnedGroup(nn.Module):
 
     def learned(self) -> GroupState:
         """What was learned, as plain tensors; the shift is to be measured anew."""
-        scale = None if self.state.scale is None else self.state.scale * self.log_scale.exp()
+        factor, order = self.factor(), self.state.order
+        factor = factor if order is None else factor[order.argsort()]  # scales are of the channels as they were
+        scale = None if self.state.scale is None else self.state.scale * factor
         rotations = (self.state.rotations.double() @ rotation_of(self.skews.double())).float()
-        return replace(self.state, scale=scale, rotations=rotations, ratios=ratios_of(self.quantizer), shift=None)
+        fixed = isinstance(self.quantizer, FixedQuantizer)
+        ratios = self.state.ratios if fixed else ratios_of(self.quantizer)
+        return replace(self.state, scale=scale, rotations=rotations, ratios=ratios, shift=None)
 
 
 class LearnedLinear(nn.Module):
@@ -227,7 +270,9 @@ class LearnedHeads(nn.Module):
                 state.attention["key.mean"] = (self.means["key"].double() @ turn).float()
         if self.rotates_values:
             turn = rotation_of(self.value_skew.double())
-            state.values = (state.values.double() @ turn).float()
+            order = state.orders.get("o")
+            behind = turn if order is None else in_former_order(turn, order)
+            state.values = (state.values.double() @ behind).float()
             if self.means["value"] is not None:
                 state.attention["value.mean"] = (self.means["value"].double() @ turn).float()
         ratios = {f"{role}.clip.ratios": ratios_of(getattr(self, role)) for role in HEAD_ROLES}
@@ -255,7 +300,11 @@ class LearnedLayer:
             reads = turns and group.name == "o"
             columns = (lambda x: multiplied_columns(x, self.heads.value_turn())) if reads else None
             online = builder.online_scale(group)
-            learned = LearnedGroup(state.groups[group.name], online, builder.scheme.input, columns)
+            upstream = absorbers(group, builder.settings.smooth)
+            shared = next((each for each in upstream if isinstance(each, SharedRows)), None)
+            fixed = builder.settings.training.fixed_input_clips
+            own = (state.groups[group.name], online, builder.scheme.input, columns, shared, fixed)
+            learned = LearnedGroup(*own)
             self.groups[group.name] = learned
             for path in group.linears:
                 gives = turns and path == rows.path

@@ -82,4 +82,5 @@ def describe_group(group: dict) -> str:
             note = f" (block spread {spread:.2f} → {stage['spread']:.2f})"
         parts.append(f"{stage['name']} {stage['peak']:.4g}{note}")
         spread = stage["spread"]
-    return f"peak {' → '.join(parts)}; scale {group['scale']}"
+    order = f"; order {group['order']}" if group.get("order") else ""
+    return f"peak {' → '.join(parts)}; scale {group['scale']}{order}"

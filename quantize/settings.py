@@ -39,6 +39,7 @@ class Transform(StrEnum):
 
     DUAL = "dual"  # rotation, permutation, rotation: DuQuant
     ROTATION_PERMUTATION = "rotation_permutation"  # DuQuant without the last rotation
+    PERMUTE_ROTATE = "permute_rotate"  # the permutation, folded upstream, then one greedy rotation
     ROTATION = "rotation"  # the greedy rotation alone
     PERMUTATION = "permutation"  # the zigzag permutation alone
     TWO_HADAMARD = "two_hadamard"  # two of them, and between them a permutation that deals every block to all blocks
@@ -50,8 +51,13 @@ class Transform(StrEnum):
         """Whether it has a rotation; then q and k get a Hadamard of the head too."""
         return self not in (Transform.NONE, Transform.PERMUTATION)
 
+    @property
+    def orders_channels(self) -> bool:
+        """Whether channels are put into another order upstream, where that is exact."""
+        return self is Transform.PERMUTE_ROTATE
+
     def permutations(self, times: int) -> int:
-        """How many permutations it has under `--permutation_times`."""
+        """How many permutations it has under `--permutation_times` that are applied to activations."""
         counts = {Transform.DUAL: times, Transform.ROTATION_PERMUTATION: max(1, times), Transform.PERMUTATION: 1}
         counts[Transform.TWO_HADAMARD] = 1
         return counts.get(self, 0)
@@ -62,7 +68,8 @@ class Transform(StrEnum):
 
     def searches(self, times: int) -> int:
         """How many of its matrices are searched greedily."""
-        counts = {Transform.DUAL: times + 1, Transform.ROTATION_PERMUTATION: max(1, times), Transform.ROTATION: 1}
+        counts = {Transform.DUAL: times + 1, Transform.ROTATION_PERMUTATION: max(1, times)}
+        counts |= {Transform.ROTATION: 1, Transform.PERMUTE_ROTATE: 1}
         return counts.get(self, 0)
 
 
@@ -99,6 +106,13 @@ class GqaSmooth(StrEnum):
 
     ONLINE = "online"  # the activation is divided before o_proj, each channel by its own scale
     FOLD = "fold"  # into v_proj: the query heads of one kv head share their scales
+
+
+class SymmetricRange(StrEnum):
+    """Which codes of b bits a symmetric range uses."""
+
+    RESTRICTED = "restricted"  # as many on either side of 0: the peak is 2^(b−1) − 1 steps away
+    FULL = "full"  # all of them: the peak is (2^b − 1)/2 steps away, the arithmetic of compressed-tensors
 
 
 class Probe(StrEnum):
@@ -169,6 +183,12 @@ class BitSettings:
         None, "channels of a linear's input per range (default: the whole token)", tag="ag"
     )
     act_symmetric: bool = option(False, "symmetric quantization of linears' inputs, q, k and v", tag="symmetric_act")
+    symmetric_range: SymmetricRange = option(
+        SymmetricRange.RESTRICTED,
+        "codes of symmetric ranges: restricted, of 4 bits −7 … 7 in steps of peak/7; or full, −8 … 7 in steps of "
+        "peak/7.5, as compressed-tensors and vLLM compute",
+        tag="range_",
+    )
 
     def __post_init__(self) -> None:
         for flag, bits in (("w", self.weight), ("a", self.activation), ("q", self.query)):
@@ -177,6 +197,11 @@ class BitSettings:
         _check_bits("--vbits", self.value)
         _check_group("--group_size", self.group_size)
         _check_group("--act_group_size", self.act_group_size)
+
+    @property
+    def full_range(self) -> bool:
+        """Whether symmetric ranges use all codes."""
+        return self.symmetric_range is SymmetricRange.FULL
 
     @property
     def attention(self) -> dict[str, int]:
@@ -252,6 +277,11 @@ class TrainingSettings:
     rotation_rate: float = option(1e-2, "learning rate of rotations", flag="rotation_lr", tag="rotation_lr")
     scale_rate: float = option(5e-3, "learning rate of smoothing scales", flag="scale_lr", tag="scale_lr")
     clip_rate: float = option(2e-2, "learning rate of clips beside rotations", flag="clip_lr", tag="clip_lr")
+    fixed_input_clips: bool = option(
+        False,
+        "with --train transform: learn no clip of linears' inputs, whose ranges are then whole or as --lac says",
+        tag="fixed_input_clips",
+    )
     augmented: bool = option(
         False, "also compare with the full-precision layer on the quantized input", flag="aug_loss", tag="aug_loss"
     )
@@ -400,8 +430,9 @@ class QuantSettings:
     )
     transform: Transform = option(
         Transform.DUAL,
-        "dual is DuQuant; rotation_permutation, rotation and permutation are parts of it, hadamard is a Hadamard "
-        "matrix with random signs per block, two_hadamard two with a permutation between them, none nothing at all",
+        "dual is DuQuant; rotation_permutation, rotation and permutation are parts of it, permute_rotate is a "
+        "permutation that is folded into the layers before, then one rotation, hadamard is a Hadamard matrix with "
+        "random signs per block, two_hadamard two with a permutation between them, none nothing at all",
         tag="",
         basic="dual (DuQuant), a part of it, hadamard, two_hadamard or none",
     )
@@ -514,14 +545,16 @@ class QuantSettings:
         head_clip = {"query": clip.activation_ratio, "key": clip.kv_ratio or clip.activation_ratio}
         clips_values = self.extras.value_rotation or clip.activation_ratio == SEARCH
         head_clip["value"] = clip.kv_ratio or (clip.activation_ratio if clips_values else None)
+        activations = {"symmetric": bits.act_symmetric, "full_range": bits.full_range}
         heads = {
-            role: make_scheme(forms.of_head(role, number), number, bits.act_symmetric, None, head_clip[role])
+            role: make_scheme(forms.of_head(role, number), number, group_size=None, clip=head_clip[role], **activations)
             for role, number in bits.attention.items()
         }
-        inputs = (bits.activation, bits.act_symmetric, bits.act_group_size, clip.activation_ratio)
+        inputs = {"bits": bits.activation, "group_size": bits.act_group_size, "clip": clip.activation_ratio}
+        weights = (bits.weight, bits.symmetric, bits.group_size, clip.weight_ratio, bits.full_range)
         return Scheme(
-            weight=make_scheme(forms.weight, bits.weight, bits.symmetric, bits.group_size, clip.weight_ratio),
-            input=make_scheme(forms.activation, *inputs),
+            weight=make_scheme(forms.weight, *weights),
+            input=make_scheme(forms.activation, **inputs, **activations),
             **heads,
             rotate_heads=self.transform.rotates,
         )

@@ -130,7 +130,7 @@ def head_numbers(layer: nn.Module, spec: DecoderSpec, settings: QuantSettings) -
     """Numbers in what is kept of q, k and v: their matrices, means and clip ratios."""
     attention, scheme, extras = layer.get_submodule(spec.attention), settings.scheme, settings.extras
     heads, size = attention.config.num_key_value_heads, attention.head_dim
-    balanced = extras.head_transform is HeadTransform.BALANCED and scheme.rotate_heads
+    balanced = extras.head_transform is HeadTransform.BALANCED and scheme.turns_heads
     means = extras.key_mean * scheme.key.quantized + extras.value_mean * scheme.value.quantized
     roles = (scheme.query, scheme.key, scheme.value)
     ratios = 2 * sum(role.quantized and role.clip == SEARCHED for role in roles)
@@ -188,10 +188,11 @@ def state_bytes(layer: nn.Module, spec: DecoderSpec, settings: QuantSettings) ->
     if settings.extras.value_rotation:
         attention = layer.get_submodule(spec.attention)
         total += WIDE * attention.config.num_key_value_heads * attention.head_dim**2
-    for _, members in layer_groups(layer, spec):
+    for group, members in layer_groups(layer, spec):
         width = members[0].in_features
         total += transform_bytes(width, settings, WIDE, INDEX)
         total += WIDE * width if settings.smooth is not None else 0
+        total += INDEX * width * (settings.transform.orders_channels and bool(group.ordered))
         total += input_extras(width, settings, WIDE)
         if settings.rounds_by_data:
             shapes, scheme = [linear.weight.shape for linear in members], settings.scheme.weight

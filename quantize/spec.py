@@ -1,10 +1,13 @@
 """What the method must know of a decoder layer. A model family is one `DecoderSpec`; see `models/`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
+from quantize.permutation import permute_rows_, zigzag_permutation
 from quantize.smoothing import divide_norm_, divide_rows_
 
 
@@ -37,6 +40,14 @@ class Rows:
         """Divide the rows by `scale` [C], and return it."""
         return divide_rows_(layer.get_submodule(self.path), scale, self.start)
 
+    def permutation(self, peak: Tensor, block_size: int) -> Tensor:
+        """An order [C] of the group's channels that these rows can take, and that spreads `peak` [C] over blocks."""
+        return zigzag_permutation(peak, block_size)
+
+    def order_(self, layer: nn.Module, permutation: Tensor) -> None:
+        """Put the rows into the order `permutation` [C]."""
+        permute_rows_(layer.get_submodule(self.path), permutation, self.start)
+
     def __str__(self) -> str:
         return f"{self.path}[{self.start}:]" if self.start else self.path
 
@@ -57,13 +68,37 @@ class SharedRows(Rows):
         by_head = peak.view(-1, self.heads, self.head_dim)
         return by_head.amax(dim=1, keepdim=True).expand_as(by_head).reshape(-1)
 
+    def tie(self, scale: Tensor) -> Tensor:
+        """`scale` [C] with the geometric mean over the query heads of each kv head in all of them."""
+        by_head = scale.view(-1, self.heads, self.head_dim)
+        return by_head.log().mean(dim=1, keepdim=True).exp().expand_as(by_head).reshape(-1)
+
     def absorb_(self, layer: nn.Module, scale: Tensor) -> Tensor:
         """Divide the rows by `scale` [C], which is the same for the copies of a channel; return it."""
         super().absorb_(layer, scale.view(-1, self.heads, self.head_dim)[:, 0].reshape(-1))
         return scale
 
+    def permutation(self, peak: Tensor, block_size: int) -> Tensor:
+        """As that of `Rows`, inside heads, and alike for the query heads of a kv head.
+
+        Where a head has several blocks they share its channels; where a block has several heads it has them anyhow.
+        """
+        size = math.gcd(block_size, self.head_dim)
+        if size == self.head_dim:  # a head is within one block: nothing to spread
+            return torch.arange(peak.numel(), device=peak.device)
+        peaks = self.share(peak).view(-1, self.heads, self.head_dim)[:, 0]
+        inside = torch.stack([zigzag_permutation(each, size) for each in peaks])
+        starts = torch.arange(0, peak.numel(), self.head_dim, device=peak.device).view(-1, self.heads, 1)
+        return (starts + inside[:, None]).flatten()
+
+    def order_(self, layer: nn.Module, permutation: Tensor) -> None:
+        """Put the rows of every kv head into the order that the first of its query heads has in `permutation` [C]."""
+        inside = permutation.view(-1, self.heads, self.head_dim)[:, 0] % self.head_dim
+        starts = torch.arange(len(inside), device=inside.device)[:, None] * self.head_dim
+        super().order_(layer, (starts + inside).flatten())
+
     def __str__(self) -> str:
-        return f"{super().__str__()}, shared by {self.heads} heads"
+        return super().__str__() + (f", shared by {self.heads} heads" if self.heads > 1 else "")
 
 
 Absorber = Norm | Rows
@@ -79,6 +114,8 @@ class InputGroup:
     with a weight [O, C] that read what was divided: their columns are multiplied by s, and they are not quantized.
     `observed` are the modules whose inputs, as rows, are the group's activation: by default the first linear alone.
     `closes`: the module whose output is that of the group's only linear, so that it need not run once that is known.
+    `ordered`: all rows upstream that make the group's channels. Where they are known, the channels can be put into
+    another order there, exactly; without any they stay in theirs.
     """
 
     name: str
@@ -88,6 +125,7 @@ class InputGroup:
     readers: tuple[str, ...] = ()
     observed: tuple[str, ...] = ()
     closes: str | None = None
+    ordered: tuple[Rows, ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:

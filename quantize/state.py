@@ -18,7 +18,8 @@ COMPACT = {torch.int64: torch.int32}  # permutations; everything else keeps its 
 class GroupState:
     """One input group: the smoothing scale as computed [C] (None without smoothing), rotations [n+1, B, B] and
     permutations [n, C]. `shift` [C] of the transformed input, its clip `ratios` [2] and the `base` [1] of its format,
-    where there are any."""
+    where there are any. `order` [C]: the permutation of its channels that was folded upstream, behind the scale, if one
+    was."""
 
     scale: Tensor | None
     rotations: Tensor
@@ -26,6 +27,7 @@ class GroupState:
     shift: Tensor | None = None
     ratios: Tensor | None = None
     base: Tensor | None = None
+    order: Tensor | None = None
 
     def to(self, device: torch.device) -> "GroupState":
         """The same with its tensors on `device`."""
@@ -61,6 +63,11 @@ class LayerState:
     def scales(self) -> dict[str, Tensor]:
         """The smoothing scales by group name."""
         return {name: group.scale for name, group in self.groups.items() if group.scale is not None}
+
+    @property
+    def orders(self) -> dict[str, Tensor]:
+        """The orders of channels that were folded upstream by group name."""
+        return {name: group.order for name, group in self.groups.items() if group.order is not None}
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +112,9 @@ class LayerState:
             prefix = f"groups.{group.name}"
             permutations = tensors[f"{prefix}.permutations"].to(torch.int64)
             scale, *others = (tensors.get(f"{prefix}.{part}") for part in ("scale", "shift", "ratios", "base"))
-            found = GroupState(scale, tensors[f"{prefix}.rotations"], permutations, *others)
+            order = tensors.get(f"{prefix}.order")
+            order = None if order is None else order.to(torch.int64)
+            found = GroupState(scale, tensors[f"{prefix}.rotations"], permutations, *others, order)
             state.groups[group.name] = found
             for path in group.linears:
                 if f"clips.{path}.low" in tensors:

@@ -184,6 +184,7 @@ def no_transform(x: Tensor, block_size: int, config: RotationSettings, generator
 TRANSFORMS: dict[Transform, TransformBuilder] = {
     Transform.DUAL: search_dual_transform,
     Transform.ROTATION_PERMUTATION: search_rotation_permutation,
+    Transform.PERMUTE_ROTATE: search_rotation,  # of channels that were put into order upstream
     Transform.ROTATION: search_rotation,
     Transform.PERMUTATION: search_permutation,
     Transform.TWO_HADAMARD: two_hadamard_transform,

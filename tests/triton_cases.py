@@ -84,13 +84,15 @@ def assert_nearest(found: Tensor, exact: Tensor) -> None:
         (2, 64, 32, 2, {"rotations": 1}),
         (17, 128, 32, 4, {"group_size": 32}),
         (4, 96, 32, 8, {"group_size": 48, "symmetric": True}),
+        (5, 64, 32, 4, {"symmetric": True, "full_range": True}),
         (3, 90, 30, 5, {"scaled": False, "shifted": False}),
     ],
 )
 def test_codes_are_nearest_to_the_transformed_values(rows, channels, block, bits, changes):
     options = {"symmetric": False, "scaled": True, "shifted": True, "rotations": 2, "group_size": None}
     options |= {"dtype": torch.float32, **changes}
-    form, group_size = IntegerFormat(bits, options["symmetric"]), options["group_size"]
+    form = IntegerFormat(bits, options["symmetric"], options.get("full_range", False))
+    group_size = options["group_size"]
     transform = make_transform(channels, block, options["rotations"], options["scaled"])
     x = (random(rows, channels, seed=5) * 10).to(options["dtype"]).to(DEVICE)
     shift = random(channels, seed=6).to(DEVICE) if options["shifted"] else None
@@ -116,14 +118,14 @@ def test_codes_are_nearest_to_the_transformed_values(rows, channels, block, bits
     assert (oracle != values).sum() <= max(1, 1e-3 * values.numel())
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("how", [(False,), (True,), (True, True)], ids=["asymmetric", "symmetric", "all codes"])
 @pytest.mark.parametrize("bits", [2, 4, 7, 8])
-def test_rows_without_a_transform_have_the_formats_codes_to_the_bit(bits, symmetric):
+def test_rows_without_a_transform_have_the_formats_codes_to_the_bit(bits, how):
     # ties; zeros only; one value; ranges on one side of zero, near it and far away; ends that are zero; huge, tiny
     ties = torch.arange(70) % (2 * 2**bits - 1) / 2
     rows = [ties, -ties, torch.zeros(70), torch.full((70,), 3.0), torch.full((70,), -1e6), random(70).abs() + 5]
     rows += [random(70) + 1e5, random(70).abs(), -random(70).abs(), random(70) * 1e8, random(70) * 1e-9, random(70)]
-    x, form = torch.stack(rows).to(DEVICE), IntegerFormat(bits, symmetric)
+    x, form = torch.stack(rows).to(DEVICE), IntegerFormat(bits, *how)
     expected = Quantizer(form).encode(x)
     codes, scale, zero, _ = quantized(x, identity(70), form)
     assert torch.equal(scale, expected.scale)

@@ -99,6 +99,7 @@ def test_transposed_vectors_are_quantized_in_a_copy():
 def test_the_kernel_passes_the_trial_that_admits_it():
     assert fused.trial(DEVICE, IntegerFormat(4))
     assert fused.trial(DEVICE, IntegerFormat(6, symmetric=True))
+    assert fused.trial(DEVICE, IntegerFormat(4, symmetric=True, full_range=True))
 
 
 @pytest.mark.parametrize("ratios", [None, [0.9, 0.8]])

@@ -91,7 +91,7 @@ def launched(x: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> Tensor:
     dense = x if x.stride(-1) == 1 else x.contiguous()
     shaped = dense if x.dim() <= 4 else dense.flatten(0, -4)
     form = quantizer.format
-    y = operator(shaped, ratios, low, high, form.bits, form.symmetric, quantizer.group_size or x.shape[-1], dtype)
+    y = operator(shaped, ratios, low, high, form.bits, form.kind, quantizer.group_size or x.shape[-1], dtype)
     return y.view(x.shape)
 
 
@@ -102,7 +102,7 @@ def operator(
     low_ratio: float,
     high_ratio: float,
     bits: int,
-    symmetric: bool,
+    symmetric: int,
     length: int,
     dtype: torch.dtype,
 ) -> Tensor:

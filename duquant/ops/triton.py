@@ -80,7 +80,7 @@ def quantize_rows(
         for each in (low_ratio, high_ratio)
     ]
     return launch.quantize_rows(
-        x, rotations, permutations, scale, shift, *ends, form.bits, form.symmetric, group_size, packed
+        x, rotations, permutations, scale, shift, *ends, form.bits, form.kind, group_size, packed
     )
 
 

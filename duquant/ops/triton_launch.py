@@ -52,7 +52,7 @@ def quantize_rows(
     low_ratio: Tensor,
     high_ratio: Tensor,
     bits: int,
-    symmetric: bool,
+    symmetric: int,
     group_size: int | None,
     packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,7 +134,7 @@ def _launch_rounding(
     outputs: list[Tensor],
     group_size: int | None,
     bits: int,
-    symmetric: bool,
+    symmetric: int,
     packed: bool,
 ) -> None:
     """`quantize` over the vectors of y [T, C]; `outputs`: codes, scales, zero points and sums, to be filled."""

@@ -86,18 +86,24 @@ def parameters(
 ):  # fmt: skip
     """Scale and zero point of ranges low … high, float32.
 
-    INVERTED: as torch on a GPU, which divides by a number by multiplying with its reciprocal.
+    SYMMETRIC: `IntegerFormat.kind`. INVERTED: as torch on a GPU, which divides by a number by multiplying with its
+    reciprocal.
     """
-    STEPS: tl.constexpr = 2 ** (BITS - 1) - 1 if SYMMETRIC else 2**BITS - 1
+    FULL: tl.constexpr = SYMMETRIC == 2  # symmetric over the full range
+    STEPS: tl.constexpr = 2 ** (BITS - 1) - 1 if SYMMETRIC == 1 else (2**BITS - 1) / (2 if FULL else 1)
     # of a range that is not a number neither is the scale
     span = tl.maximum(tl.abs(low), tl.abs(high), propagate_nan=tl.PropagateNan.ALL) if SYMMETRIC else high - low
     if INVERTED:  # noqa: SIM108 - only one branch is compiled
         step = span * (1.0 / STEPS)
     else:
         step = tl.div_rn(span, tl.full(span.shape, STEPS, tl.float32))
+    if FULL:
+        scale_low = 0.0
     step = tl.clamp(step, scale_low, scale_high, propagate_nan=tl.PropagateNan.ALL)
+    if FULL:
+        step = tl.where(step == 0, 2.0**-23, step)
     if SYMMETRIC:
-        zero = tl.full(span.shape, STEPS, tl.float32)
+        zero = tl.full(span.shape, 2 ** (BITS - 1) - (0 if FULL else 1), tl.float32)
     else:
         zero = tl.minimum(tl.maximum(tl.div_rn(-low, step), zero_low), zero_high) + ROUNDING - ROUNDING
     return step, zero

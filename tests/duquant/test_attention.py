@@ -10,7 +10,7 @@ from duquant.formats import IntegerFormat
 from duquant.hadamard import hadamard
 from duquant.quantizer import Quantizer, make_quantizer
 from duquant.scheme import Scheme, TensorScheme
-from quantize.settings import QuantSettings, Transform
+from quantize.settings import BitSettings, QuantSettings, Transform
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 TOKENS = random_tokens(2, 12)
@@ -142,21 +142,23 @@ def test_dtypes_are_kept_and_inputs_left_alone(dtype):
 
 @pytest.mark.parametrize("head_dim", [8, 12, 16])
 def test_hadamard_has_the_size_of_the_head_and_not_of_the_block(head_dim):
-    scheme = Scheme(*[TensorScheme(bits=16)] * 5)
     model = make_model("sdpa", head_dim=head_dim)
     before = logits(model)
     install(model)
     for layer in model.model.layers:
-        attach_(layer.self_attn, make_attention_quantizer(scheme, head_dim, torch.device("cpu")))
-        assert layer.self_attn.qkv_quantizer.matrix.shape == (head_dim, head_dim)
+        matrix = make_attention_quantizer(Scheme(), head_dim, torch.device("cpu")).matrix
+        assert matrix.shape == (head_dim, head_dim)
+        attach_(layer.self_attn, AttentionQuantizer(matrix, *[nn.Identity()] * 3))
     torch.testing.assert_close(logits(model), before, atol=1e-5 * before.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("transform", Transform)
 def test_only_a_transform_that_rotates_brings_the_hadamard(transform):
-    made = make_attention_quantizer(QuantSettings(transform=transform).scheme, HEAD_DIM, torch.device("cpu"))
     rotated = transform not in (Transform.NONE, Transform.PERMUTATION)
-    assert (made.matrix is not None) == rotated
+    for bits, multiplied in ((BitSettings(4, 4), rotated), (BitSettings(4, 4, query=16), rotated), (BitSettings(4), 0)):
+        scheme = QuantSettings(bits, transform=transform).scheme
+        made = make_attention_quantizer(scheme, HEAD_DIM, torch.device("cpu"))
+        assert (made.matrix is not None) == multiplied, "where neither q nor k is rounded it would change nothing"
 
 
 def test_keys_and_values_of_shared_heads_are_quantized_once_per_kv_head():

@@ -101,6 +101,23 @@ def test_the_symmetric_scale_comes_from_the_larger_end(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_the_full_range_uses_every_code_and_is_that_of_compressed_tensors(bits):
+    x, form = spread(), IntegerFormat(bits, symmetric=True, full_range=True)
+    codes = form.encode(x, form.parameters(*torch.aminmax(x, dim=-1, keepdim=True)))
+    half = 2 ** (bits - 1)
+    # its arithmetic: q = clamp(round(x / s), −2^(b−1), 2^(b−1) − 1) with s = max|x| / ((2^b − 1)/2), and x̂ = q s
+    scale = x.abs().amax(dim=-1, keepdim=True) / ((2**bits - 1) / 2)
+    expected = (x / scale).round().clamp(-half, half - 1)
+    assert torch.equal(codes.values.float() - half, expected)
+    assert torch.equal(form.decode(codes), expected * scale)
+    assert codes.zero.unique().tolist() == [half]
+    tiny = torch.tensor([[1e-12, -4e-12, 0.0]])
+    assert (form.fake(tiny, form.parameters(*torch.aminmax(tiny, dim=-1, keepdim=True))) != 0).any()
+    zeros = torch.zeros(3, 8)
+    assert not form.fake(zeros, form.parameters(zeros[:, :1], zeros[:, :1])).any()
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_already_quantized_values_stay(bits):
     form, codes = IntegerFormat(bits, True), quantized(spread(), bits, True)
     again = form.encode(form.decode(codes), form.parameters(-codes.scale * codes.zero, codes.scale * codes.zero))

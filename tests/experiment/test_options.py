@@ -28,7 +28,8 @@ IDLE |= {"eval_batch_size", "expand", "multigpu", "max_memory", "log_samples", "
 IDLE |= {"judge_base_url", "judge_api_key_env"}
 GRADED = {"judge_model", "mtbench_references"}  # a judge may come later: what it grades is in the folder
 IDLE_IN = {
-    RunSettings: IDLE | {"stream", "save_model", "save_dir", "resume", "dry_run", "report", "report_layers"},
+    RunSettings: IDLE
+    | {"stream", "save_model", "export", "verify", "save_dir", "resume", "dry_run", "report", "report_layers"},
     CompareSettings: IDLE | {"rows", "seeds"},  # each has files of its own in the folder
 }
 UNNAMED_IN = {cls: idle | GRADED | ({"seed"} if cls is CompareSettings else set()) for cls, idle in IDLE_IN.items()}

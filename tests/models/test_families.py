@@ -10,10 +10,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from duquant.linear import QuantLinear
+from duquant.transform import DualTransform
 from models import FAMILIES, decoder_spec
 from models.load import ModelSource, load_config, load_model
 from quantize.checkpoint import Checkpoint
-from quantize.settings import ClipSettings, GqaSmooth, TrainingSettings
+from quantize.refinements import ExtraSettings
+from quantize.settings import ClipSettings, GqaSmooth, RotationSettings, TrainingSettings, Transform
 from quantize.sizes import checkpoint_bytes
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -36,6 +38,54 @@ def test_smoothing_and_rotating_without_rounding_change_nothing(name, gqa):
     model = make_model(name, torch.float64)
     transformed, _ = quantize(model, settings(16, gqa))
     assert relative_error(logits(transformed), logits(model)) < 1e-5
+
+
+def orders_of(layers: dict) -> dict[str, set[str]]:
+    """Group name → where its channels were put into another order, in any layer."""
+    found: dict[str, set[str]] = {}
+    for done in layers.values():
+        for group in done.figures["groups"]:
+            found.setdefault(group["name"], set()).add(group["order"])
+    return found
+
+
+@every_family
+@pytest.mark.parametrize("extras", [ExtraSettings(), ExtraSettings(value_rotation=True)], ids=["", "value rotation"])
+def test_channels_in_another_order_upstream_change_nothing_and_nothing_is_permuted_when_it_runs(name, extras):
+    model, rotation = make_model(name, torch.float64), RotationSettings(block_size=4, steps=8)
+    how = {"gqa": GqaSmooth.FOLD, "transform": Transform.PERMUTE_ROTATE, "rotation": rotation, "extras": extras}
+    transformed, layers = quantize(model, settings(16, **how))
+    assert relative_error(logits(transformed), logits(model)) < 1e-5
+    transforms = [each for each in transformed.modules() if isinstance(each, DualTransform)]
+    assert all(len(each.rotations) == 1 and not len(each.permutations) for each in transforms)
+    spec = decoder_spec(model.config)
+    for index, done in layers.items():
+        assert done.state.orders.keys() == {"o", "down"}, "a head of two blocks or more, and the MLP"
+        for group in spec.at(index).groups:
+            kept = next(iter(layer_transforms(spec.decoder_layers(transformed)[index], group)))
+            assert kept.scale is None or not group.absorbers
+    assert orders_of(layers)["qkv"] == {"as it was, nothing upstream can take another"}
+    assert all(each.startswith("folded into") for each in orders_of(layers)["down"] | orders_of(layers)["o"])
+
+
+def layer_transforms(layer: nn.Module, group) -> list[DualTransform]:
+    """Those of a group's linears."""
+    return [layer.get_submodule(path).group.transform for path in group.linears]
+
+
+@every_family
+def test_a_model_with_ordered_channels_is_the_same_when_it_is_resumed_and_saved(name, model_folder, tmp_path):
+    model, rotation = make_model(name), RotationSettings(block_size=4, steps=6)
+    config = settings(gqa=GqaSmooth.FOLD, transform=Transform.PERMUTE_ROTATE, rotation=rotation)
+    spec = decoder_spec(model.config)
+    quantized, layers = quantize(model, config)
+    checkpoint = Checkpoint.create(tmp_path / "kept", {"of": name}, name, checkpoint_bytes(model, spec, config))
+    for index, done in layers.items():
+        checkpoint.layer_done(index, done, restored=False)
+    resumed, _ = quantize(model, config, checkpoint.finished(2, spec))
+    assert torch.equal(logits(resumed), logits(quantized))
+    save(tmp_path / "saved", quantized, config, model_folder)
+    assert torch.equal(logits(reload(tmp_path / "saved")[0]), logits(quantized))
 
 
 @every_family

@@ -16,7 +16,7 @@ from quantize.fake import _FakeQuantize, fake_quantize
 from quantize.learned import LearnedGroup, LearnedLinear, rotation_of
 from quantize.learning import token_distance
 from quantize.refinements import Trained
-from quantize.settings import ClipSettings, TrainingSettings
+from quantize.settings import ClipSettings, GqaSmooth, RotationSettings, TrainingSettings, Transform
 from quantize.state import GroupState
 
 TOKENS = random_tokens(6, 24).clamp(min=1)  # token 0 is padding, whose embedding is zeros
@@ -35,16 +35,16 @@ def test_a_layer_in_half_precision_is_learned_with_linears_that_wait_in_float32(
     assert after < 0.95 * before
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_fake_quantization_is_that_of_the_quantizer(symmetric):
-    x, form = torch.randn(20, 32, generator=torch.Generator().manual_seed(1)), IntegerFormat(4, symmetric)
+@pytest.mark.parametrize("how", [(False,), (True,), (True, True)], ids=["asymmetric", "symmetric", "all codes"])
+def test_fake_quantization_is_that_of_the_quantizer(how):
+    x, form = torch.randn(20, 32, generator=torch.Generator().manual_seed(1)), IntegerFormat(4, *how)
     ratio = torch.tensor([0.8])
     assert torch.equal(fake_quantize(x, ratio, ratio, form), Quantizer(form, RatioClip(0.8))(x))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_gradients_lead_to_the_ratios_that_a_search_finds(symmetric):
-    x, form = torch.randn(64, 256, generator=torch.Generator().manual_seed(2)), IntegerFormat(4, symmetric)
+@pytest.mark.parametrize("how", [(False,), (True,), (True, True)], ids=["asymmetric", "symmetric", "all codes"])
+def test_gradients_lead_to_the_ratios_that_a_search_finds(how):
+    x, form = torch.randn(64, 256, generator=torch.Generator().manual_seed(2)), IntegerFormat(4, *how)
 
     def loss(ratio: torch.Tensor) -> torch.Tensor:
         return (fake_quantize(x, ratio, ratio, form) - x).square().mean()
@@ -110,6 +110,21 @@ def test_training_changes_nothing_but_the_rounding(name):
     done, states = quantize(copy.deepcopy(model), config, tokens=TOKENS)
     assert relative_error(logits(done, TOKENS), logits(model, TOKENS)) < 0.04
     assert all(layer.figures["training"]["losses"] for layer in states.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral"])
+@pytest.mark.parametrize("transform", [Transform.DUAL, Transform.PERMUTE_ROTATE])
+def test_neither_does_it_where_heads_share_scales_and_channels_are_in_another_order(name, transform):
+    model = make_model(name)
+    fast = TrainingSettings(Trained.TRANSFORM, epochs=2, rotation_rate=0.1, scale_rate=0.1, fixed_input_clips=True)
+    how = {"rotation": RotationSettings(block_size=4, steps=4), "extras": EXTRAS["all"], "transform": transform}
+    config = trained(number=12, gqa=GqaSmooth.FOLD, training=fast, clip=ClipSettings(None, "search"), **how)
+    done, layers = quantize(copy.deepcopy(model), config, tokens=TOKENS)
+    assert relative_error(logits(done, TOKENS), logits(model, TOKENS)) < 0.04
+    assert all(len(each.state.orders) == 2 * transform.orders_channels for each in layers.values())
+    assert all(group.ratios is None for each in layers.values() for group in each.state.groups.values())
+    again, _ = quantize(model, config, layers, tokens=TOKENS)
+    assert torch.equal(logits(again, TOKENS), logits(done, TOKENS))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quantize.permutation import zigzag_permutation
+from quantize.permutation import permute_rows_, zigzag_permutation
+from quantize.spec import SharedRows
 
 SHAPES = [(4, 2), (12, 4), (48, 16), (80, 8), (15, 5), (16, 16), (6, 1)]
 
@@ -64,3 +65,35 @@ def test_peaks_are_left_as_they_are():
 def test_a_block_size_that_does_not_divide_is_an_error():
     with pytest.raises(ValueError, match="10 channels do not divide by block size 4"):
         zigzag_permutation(torch.ones(10), 4)
+
+
+def test_channels_of_heads_stay_inside_them_alike_for_the_query_heads_that_share_one():
+    """Two kv heads of 8 channels, read by three query heads each, in blocks of 4."""
+    rows = SharedRows("v", 0, heads=3, head_dim=8)
+    peak = torch.rand(48, generator=torch.Generator().manual_seed(0))
+    order = rows.permutation(peak, 4)
+    assert torch.equal(order.sort().values, torch.arange(48))
+    inside = order.view(2, 3, 8) - 8 * torch.arange(6).view(2, 3, 1)
+    assert ((inside >= 0) & (inside < 8)).all()
+    assert torch.equal(inside, inside[:, :1].expand(2, 3, 8))
+    shared = rows.share(peak)
+    before, after = (each.view(-1, 2, 4).amax(dim=2).diff(dim=1).abs().sum() for each in (shared, shared[order]))
+    two_largest = shared.view(-1, 8).topk(2).values
+    assert torch.allclose(after, two_largest.diff(dim=1).abs().sum()), "each block of a head has one of its two largest"
+    assert after <= before
+
+
+def test_channels_stay_where_a_head_is_within_one_block():
+    rows = SharedRows("v", 0, heads=2, head_dim=8)
+    for block_size in (8, 16, 32):
+        assert torch.equal(rows.permutation(torch.rand(32), block_size), torch.arange(32))
+
+
+def test_rows_from_a_start_on_are_put_into_order_and_the_others_are_left():
+    linear = torch.nn.Linear(3, 10)
+    weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
+    order = torch.tensor([2, 0, 3, 1])
+    permute_rows_(linear, order, start=5)
+    expected = [0, 1, 2, 3, 4, 7, 5, 8, 6, 9]
+    assert torch.equal(linear.weight, weight[expected])
+    assert torch.equal(linear.bias, bias[expected])

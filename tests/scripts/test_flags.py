@@ -33,12 +33,14 @@ ROLES = f"""--keep host|--search_rows 64
 {BOS}"""
 BEYOND = """--rounding gptq|--rounding gptq --gptq_damping 0.1|--gptq_target 0.5|--swc search|--lac search
 --smooth_measure energy|--channel_shift|--key_mean|--value_mean|--value_rotation|--head_transform balanced
---probe peaks|--probe peaks --probe_tokens 64|--transform two_hadamard"""
+--probe peaks|--probe peaks --probe_tokens 64|--symmetric_range full
+--lwc --fixed_input_clips|--transform two_hadamard"""
 PRESET = """--preset paper|--preset best_trained|--preset paper --no_smooth|--swc 0.8 --lac none|--no_stream
 --smooth --no-smooth --eval_ppl|--preset paper --swc none"""
 COMPARED = "--preset paper|--no-smooth|--lwc --no_lwc --swc 0.8"
+EXPORT = "--transform permute_rotate|--export e|--export e --verify"
 LATER = {
-    "main": f"{ROLES}\n{PRESET}\n{BEYOND}",
+    "main": f"{ROLES}\n{PRESET}\n{BEYOND}\n{EXPORT}",
     "compare": f"{ROLES}\n{COMPARED}\n" + BEYOND.removesuffix("|--transform two_hadamard"),
     "generate_act_scale_shift": f"--scales_output_path s|--shifts_output_path t|--keep device|{BOS}",
 }

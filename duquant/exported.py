@@ -24,7 +24,16 @@ def load(folder: str | Path, **how: object) -> nn.Module:
 
     model = AutoModelForCausalLM.from_pretrained(folder, **how)
     apply_transforms_(model, folder)
+    decode_(model)
     return model.eval()
+
+
+def decode_(model: nn.Module) -> None:
+    """Decode the weights of `model` now, and not at the first call: 4-bit floats become bfloat16 first."""
+    model.hf_quantizer.compressor.decompress_model(model)
+    for module in model.modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            module.weight.data = module.weight.data.to(model.dtype)
 
 
 @torch.no_grad()

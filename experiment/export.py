@@ -4,8 +4,11 @@ import importlib.util
 from collections.abc import Iterator
 
 from duquant.attention import HEAD_ROLES
+from duquant.formats import INTEGERS, MxFp4, NvFp4
+from duquant.scheme import Scheme
 from experiment.options import RunSettings
 from experiment.setup import Setup
+from models.exported import FORMATS
 from models.saved import require_empty
 from quantize.build import absorbers
 from quantize.settings import QuantSettings, Transform
@@ -16,6 +19,8 @@ from utils.errors import InputError
 WEIGHT_BITS, INPUT_BITS = (4,), (4, 8, 16)
 EXPRESSIBLE = (Transform.PERMUTE_ROTATE, Transform.ROTATION, Transform.HADAMARD, Transform.NONE)
 NEEDED = "compressed_tensors"
+# compressed-tensors takes the next power of two from 1¾ on, which is the format's own rule behind a clip of 8/7
+CLIPS = {MxFp4.name: 8 / 7, NvFp4.name: None}
 
 
 def check_export(settings: RunSettings, setup: Setup, quant: QuantSettings) -> None:
@@ -63,16 +68,34 @@ def problems(setup: Setup, quant: QuantSettings) -> Iterator[str]:
 def problems_of_rounding(quant: QuantSettings) -> Iterator[str]:
     """Of bits, ranges, clips and shifts."""
     scheme = quant.scheme
+    heads = {role: getattr(scheme, role) for role in HEAD_ROLES}
+    rounded = [f"--{role[0]}bits 16" for role, each in heads.items() if each.quantized]
+    if rounded:
+        yield f"q, k and v are not rounded there; give {' '.join(rounded)}"
+    if scheme.input.quantized and scheme.input.format != scheme.weight.format:
+        yield f"inputs have the format of weights there; give --aformat {scheme.weight.format}"
+    if quant.extras.channel_shift and scheme.input.quantized:
+        yield "inputs are not shifted there; give --no_channel_shift"
+    if quant.learns_transform and scheme.input.quantized and not quant.training.fixed_input_clips:
+        yield "inputs are not clipped there, and --train transform learns clips; give --fixed_input_clips"
+    if scheme.weight.format == INTEGERS:
+        yield from problems_of_integers(scheme)
+    elif scheme.weight.format not in FORMATS:
+        known = ", ".join(sorted(FORMATS))
+        yield f"no engine knows {scheme.weight.format}; give --wformat {known}"
+    elif scheme.input.quantized and scheme.input.clip != CLIPS[scheme.weight.format]:
+        clip = CLIPS[scheme.weight.format] or "none"
+        yield f"{scheme.weight.format} inputs have a range of their own there; give --lac {clip}"
+
+
+def problems_of_integers(scheme: Scheme) -> Iterator[str]:
+    """Of bits, ranges and clips of integers."""
     if scheme.weight.bits not in WEIGHT_BITS:
         yield f"weights have {scheme.weight.bits} bits; give --wbits 4"
     if not scheme.weight.symmetric:
         yield "asymmetric weights are not loaded by transformers; give --symmetric"
     if not scheme.weight.full_range or (scheme.input.quantized and scheme.input.symmetric != scheme.input.full_range):
         yield "symmetric codes are −8 … 7 there, in steps of peak/7.5; give --symmetric_range full"
-    heads = {role: getattr(scheme, role) for role in HEAD_ROLES}
-    rounded = [f"--{role[0]}bits 16" for role, each in heads.items() if each.quantized]
-    if rounded:
-        yield f"q, k and v are not rounded there; give {' '.join(rounded)}"
     if not scheme.input.quantized:
         return
     if scheme.input.bits not in INPUT_BITS:
@@ -83,7 +106,3 @@ def problems_of_rounding(quant: QuantSettings) -> Iterator[str]:
         yield f"inputs have one range a token there; drop --act_group_size {scheme.input.group_size}"
     if scheme.input.clip is not None:
         yield f"inputs are not clipped there; give --lac none in place of --lac {scheme.input.clip}"
-    if quant.learns_transform and not quant.training.fixed_input_clips:
-        yield "inputs are not clipped there, and --train transform learns clips; give --fixed_input_clips"
-    if quant.extras.channel_shift:
-        yield "inputs are not shifted there; give --no_channel_shift"

@@ -8,6 +8,12 @@ the tensors of a linear:
     weight_shape    int64 [2]: O and C
     <name>_input.weight   float32 [B, B]: √B times the rotation in front of it, the same for all blocks
 
+and of formats of blocks
+
+    weight_packed         uint8 [O, C/2]: two E2M1 patterns, the first in the lower half
+    weight_scale          [O, C/block]: the bits of powers of two (MXFP4, uint8), numbers of E4M3 (NVFP4)
+    weight_global_scale   float32 [1], NVFP4: 1/base; input_global_scale likewise, of the input
+
 A rotation is told as a transform of type `random-hadamard`, the one whose matrix is read from the file and divided by
 √B; which orthogonal matrix that is makes no difference to who applies it. Every group of linears has one of its own.
 
@@ -22,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from duquant.attention import QUANTIZER
+from duquant.formats import INTEGERS, MxFp4, NvFp4
 from duquant.linear import QuantLinear
 from duquant.packing import unpack
 from duquant.scheme import Scheme, TensorScheme
@@ -29,7 +36,8 @@ from models.saved import ModelWriter
 from quantize.settings import QuantSettings
 from quantize.spec import DecoderSpec
 
-FORMAT = "pack-quantized"
+FORMATS = {INTEGERS: "pack-quantized", MxFp4.name: "mxfp4-pack-quantized", NvFp4.name: "nvfp4-pack-quantized"}
+SCALES = {MxFp4.name: "torch.uint8", NvFp4.name: "torch.float8_e4m3fn"}  # of formats of blocks
 PER_WORD = 8  # codes of 4 bits
 
 
@@ -79,10 +87,24 @@ class ExportWriter(ModelWriter):
 def linear_tensors(linear: QuantLinear) -> dict[str, Tensor]:
     """The tensors of a linear by their names in it."""
     packed = linear.packed_codes
+    if packed.zero is None:
+        return block_tensors(linear)
     codes = unpack(packed, linear.format).values.flatten(1)
     scale = packed.scale if packed.scale.dim() == 2 else packed.scale[..., 0]
     shape = torch.tensor([linear.out_features, linear.in_features])
     tensors = {"weight_packed": packed_words(codes), "weight_scale": scale, "weight_shape": shape}
+    return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
+
+
+def block_tensors(linear: QuantLinear) -> dict[str, Tensor]:
+    """The tensors of a linear whose weight has a format of blocks."""
+    packed, base = linear.packed_codes, getattr(linear.group.quantizer, "base", None)
+    tensors = {"weight_packed": packed.values, "weight_scale": packed.scale.squeeze(-1)}
+    if packed.base is not None:
+        tensors["weight_scale"] = tensors["weight_scale"].view(torch.float8_e4m3fn)
+        tensors["weight_global_scale"] = 1 / packed.base.float()
+    if base is not None:
+        tensors["input_global_scale"] = 1 / base.float()
     return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
 
 
@@ -96,10 +118,11 @@ def packed_words(codes: Tensor) -> Tensor:
 def export_config(scheme: Scheme, rotated: list[RotatedGroup]) -> dict:
     """The `quantization_config` of a model, all of whose linears but the head are quantized as `scheme` says."""
     inputs = tensor_config(scheme.input, "token") if scheme.input.quantized else None
-    group = {"targets": ["Linear"], "weights": tensor_config(scheme.weight, "channel"), "format": FORMAT}
+    named = FORMATS[scheme.weight.format]
+    group = {"targets": ["Linear"], "weights": tensor_config(scheme.weight, "channel"), "format": named}
     config = {
         "quant_method": "compressed-tensors",
-        "format": FORMAT,
+        "format": named,
         "quantization_status": "compressed",
         "config_groups": {"group_0": {**group, "input_activations": inputs, "output_activations": None}},
         "ignore": ["lm_head"],
@@ -111,6 +134,8 @@ def export_config(scheme: Scheme, rotated: list[RotatedGroup]) -> dict:
 
 def tensor_config(scheme: TensorScheme, vector: str) -> dict:
     """Bits and ranges of a tensor; where no groups have them, each `vector` has one. A token's are found live."""
+    if scheme.format != INTEGERS:
+        return block_config(scheme, vector == "token")
     return {
         "num_bits": scheme.bits,
         "type": "int",
@@ -119,6 +144,16 @@ def tensor_config(scheme: TensorScheme, vector: str) -> dict:
         "group_size": scheme.group_size,
         "dynamic": vector == "token",
     }
+
+
+def block_config(scheme: TensorScheme, live: bool) -> dict:
+    """The same of a format of blocks; `live`: scales are found as a tensor comes, but for NVFP4's base."""
+    based = scheme.format == NvFp4.name
+    config = {"num_bits": scheme.bits, "type": "float", "symmetric": True, "group_size": scheme.group_size}
+    config["strategy"] = "tensor_group" if based else "group"
+    config["dynamic"] = live and ("local" if based else True)
+    config |= dict.fromkeys(("scale_dtype", "zp_dtype"), SCALES[scheme.format])
+    return {**config, "observer": "static_minmax"} if based and live else config
 
 
 def told(group: RotatedGroup) -> tuple[str, dict]:

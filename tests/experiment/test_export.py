@@ -15,6 +15,7 @@ from utils.errors import InputError
 
 RIGHT = ("--wbits", 4, "--abits", 4, "--qbits", 16, "--kbits", 16, "--vbits", 16, "--symmetric", "--act_symmetric")
 RIGHT += ("--symmetric_range", "full", "--smooth", "--gqa_smooth", "fold", "--transform", "permute_rotate")
+BLOCKS = ("--no_symmetric", "--no_act_symmetric")
 REFUSED = [
     (("--wbits", 3), "weights have 3 bits; give --wbits 4"),
     (("--wbits", 16), "weights have 16 bits; give --wbits 4"),
@@ -32,6 +33,13 @@ REFUSED = [
     (("--transform", "dual"), "--transform dual permutes activations when it runs; give --transform permute_rotate"),
     (("--transform", "two_hadamard"), "--transform two_hadamard permutes activations"),
     (("--transform", "permutation"), "--transform permutation permutes activations"),
+    (
+        (*BLOCKS, "--wformat", "mxint4", "--aformat", "mxint4"),
+        "no engine knows mxint4; give --wformat int, mxfp4, nvfp4",
+    ),
+    ((*BLOCKS, "--wformat", "mxfp4"), "inputs have the format of weights there; give --aformat mxfp4"),
+    ((*BLOCKS, "--wformat", "mxfp4", "--aformat", "mxfp4"), "give --lac 1.1428571428571428"),
+    ((*BLOCKS, "--wformat", "nvfp4", "--aformat", "nvfp4", "--lac", 1.1), "give --lac none"),
     (("--gqa_smooth", "online"), "the smoothing scale of self_attn.o_proj is applied when it runs; give --gqa_smooth"),
 ]
 ACCEPTED = [
@@ -42,6 +50,9 @@ ACCEPTED = [
     ("--train", "transform", "--fixed_input_clips"),
     ("--lwc", "--transform", "hadamard"),
     ("--no_smooth", "--transform", "none"),
+    (*BLOCKS, "--wformat", "mxfp4", "--aformat", "mxfp4", "--lac", "1.1428571428571428"),
+    (*BLOCKS, "--wformat", "nvfp4", "--aformat", "nvfp4"),
+    (*BLOCKS, "--wformat", "nvfp4", "--abits", 16),
 ]
 
 

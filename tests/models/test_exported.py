@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import logits, make_model, quantize
+from conftest import tiny_model
+from families import logits, make_model, quantize, relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
@@ -18,7 +19,7 @@ from duquant.verify import levels, watched
 from experiment.verify import rotating_as_exported
 from models import decoder_spec
 from models.exported import ExportWriter, packed_words
-from quantize.refinements import ExtraSettings, Rounding, RoundingSettings
+from quantize.refinements import ExtraSettings, Format, FormatSettings, Rounding, RoundingSettings
 from quantize.settings import (
     BitSettings,
     ClipSettings,
@@ -106,6 +107,30 @@ HOW = {
 def test_they_do_so_however_weights_were_rounded(how, model_folder, tmp_path):
     quantized, _ = quantize(make_model("llama"), HOW[how])
     assert same(quantized, export(tmp_path / "out", quantized, HOW[how], model_folder))
+
+
+@needs_package
+@pytest.mark.parametrize("inputs", [16, 4])
+def test_they_compute_mxfp4_to_the_bit(inputs, model_folder, tmp_path):
+    form = FormatSettings(Format.MXFP4, Format.MXFP4 if inputs == 4 else Format.INT)
+    how = {"bits": BitSettings(4, inputs, **HEADS), "clip": ClipSettings(8 / 7), "formats": form}
+    config = exportable(**how) if inputs == 4 else exportable(**{**how, "clip": ClipSettings()})
+    model = tiny_model(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+    quantized, _ = quantize(model, config)
+    assert same(quantized, export(tmp_path / "out", quantized, config, model_folder))
+
+
+@needs_package
+def test_they_come_close_with_nvfp4_whose_weights_transformers_rounds_to_bfloat16(model_folder, tmp_path):
+    bits = BitSettings(4, 4, **HEADS)
+    config = exportable(bits=bits, formats=FormatSettings(Format.NVFP4, Format.NVFP4))
+    model = make_model("llama")
+    quantized, _ = quantize(model, config)
+    loaded = load(export(tmp_path / "out", quantized, config, model_folder))
+    for path, ours in ((path, each) for path, each in quantized.named_modules() if isinstance(each, QuantLinear)):
+        torch.testing.assert_close(loaded.get_submodule(path).weight, ours.weight, rtol=2**-8, atol=0)
+    error, whole = (relative_error(logits(each), logits(quantized)) for each in (loaded, model))
+    assert error < 0.6 * whole
 
 
 @needs_package

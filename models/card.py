@@ -65,7 +65,7 @@ VLLM
 ```
 """
 VLLM_INTEGERS = "vllm serve FOLDER --linear-backend humming"  # 4-bit inputs, on GPUs of compute capability 8.0
-VLLM_WEIGHTS = "vllm serve FOLDER"
+VLLM_PLAIN = "vllm serve FOLDER"
 
 
 def export_card(
@@ -81,7 +81,8 @@ def export_card(
         "| setting | |",
     ]
     lines += ["|---|---|", *(f"| `{name}` | {value} |" for name, value in recipe.items()), ""]
-    use = EXPORTED.replace("VLLM\n", (VLLM_INTEGERS if scheme.input.quantized else VLLM_WEIGHTS) + "\n")
+    integers = scheme.input.quantized and scheme.input.format == "int"
+    use = EXPORTED.replace("VLLM\n", (VLLM_INTEGERS if integers else VLLM_PLAIN) + "\n")
     card = model_card(base, title, label, scheme, command, perplexities, use, "compressed-tensors")
     return card.rstrip("\n") + "\n" + "\n".join(lines)
 

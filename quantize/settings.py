@@ -476,13 +476,11 @@ class QuantSettings:
         check_format("aformat", forms.activation, bits.activation, "abits", **kinds)
         for role, number in bits.attention.items():
             check_format(f"{role[0]}format", forms.of_head(role, number), number, f"{role[0]}bits")
-        heads = [
-            forms.of_head(role, number) if number < UNQUANTIZED_BITS else None
-            for role, number in bits.attention.items()
-        ]
+        heads = [forms.of_head(role, number) for role, number in bits.attention.items()]
+        rounded = [heads[at] for at, role in enumerate(("query", "key")) if bits.attention[role] < UNQUANTIZED_BITS]
         clips = {
             "--swc": (clip.weight_ratio, [forms.weight]),
-            "--lac": (clip.activation_ratio, [forms.activation, *heads[:2]]),
+            "--lac": (clip.activation_ratio, [forms.activation, *rounded]),
             "--lac_kv": (clip.kv_ratio, heads[1:]),
         }
         for flag, (ratio, kinds) in clips.items():

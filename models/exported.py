@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from duquant.attention import QUANTIZER
-from duquant.formats import unpack
 from duquant.linear import QuantLinear
+from duquant.packing import unpack
 from duquant.scheme import Scheme, TensorScheme
 from models.saved import ModelWriter
 from quantize.settings import QuantSettings

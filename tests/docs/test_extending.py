@@ -82,6 +82,7 @@ def runs(house) -> tuple[dict[str, dict], str]:
         "rounding": [*command_of("A way to round weights"), *TINY],
         "nearest": [*command_of("A way to round weights"), *TINY, "--rounding", "nearest"],
         "evaluation": [*command_of("An evaluation"), *TINY],
+        "format": [*command_of("A number format"), *TINY],
     }
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUNNER, json.dumps(commands)]
@@ -97,7 +98,7 @@ def runs(house) -> tuple[dict[str, dict], str]:
 def test_the_page_has_an_example_of_everything_it_promises():
     promised = re.findall(r"^\| \[(.+?)\]\(#", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert [each.lower() for each in EXAMPLES] == [each for each in promised if each != "a setting"]
-    assert len(EXAMPLES) >= 4
+    assert len(EXAMPLES) >= 5
 
 
 def test_a_family_is_loaded_quantized_and_stays_close_at_eight_bits(runs):
@@ -130,6 +131,19 @@ def test_an_evaluation_is_measured_and_tabled(runs):
     left, printed = runs
     assert left["evaluation"]["toy"]["large"] > 0
     assert "| large parameters" in printed
+
+
+def test_a_format_is_what_the_run_rounds_to(house, runs):
+    left, printed = runs
+    assert left["format"]["settings"]["wformat"] == "mxfp4_short"
+    assert "mxfp4_short" in printed
+    codes = "from duquant.formats import MxFp4Short as F; import torch; f = F(); x = torch.randn(3, 2, 16); "
+    codes += "p = f.parameters(*torch.aminmax(x, dim=-1, keepdim=True)); y = f.decode(f.encode(x, p)); "
+    codes += (
+        "print(torch.equal(y, f.fake(x, p)) and p.scale.shape == (3, 2, 1) and 0 < (x - y).abs().max() < x.abs().max())"
+    )
+    done = subprocess.run([sys.executable, "-c", codes], cwd=house, capture_output=True, text=True, check=True)
+    assert "True" in done.stdout
 
 
 def test_changes_are_made_where_their_old_lines_are_and_nowhere_else(tmp_path):

@@ -14,7 +14,7 @@ from conftest import ROOT, run_script
 from docs_cases import PAGES, Block, blocks, words_of
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-ELSEWHERE = {"docs/deploy.md", "docs/formats.md"}  # pages that come with what they describe
+ELSEWHERE = {"docs/formats.md"}  # a page that comes with what it describes
 OTHERS = [ROOT / "CHANGELOG.md", ROOT / "benchmarks/RESULTS.md"]
 BASH = [block for page in PAGES for block in blocks(page) if block.language == "bash"]
 COMMANDS = [(block, command) for block in BASH for command in block.commands if "in=house" not in block.words]

@@ -204,7 +204,7 @@ def test_a_batch_size_changes_no_figure(usual, whole, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--eval_kl",), "--eval_ppl"),
+        (("--eval_kl", "--no_eval_ppl"), "--eval_ppl"),
         (("--max_memory", "0=1GB"), "--multigpu"),
         (("--multigpu", "--max_memory", "gpu"), "--max_memory gpu"),
         (("--eval_batch_size", "0"), "neither a number from 1 nor auto"),

@@ -30,15 +30,10 @@ from models import decoder_spec
 from models.load import load_skeleton
 from models.zoo import SHAPES, zoo_config
 from quantize import layer
+from quantize.bits import BitSettings, ClipSettings
 from quantize.quantization import Quantization
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-)
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import QuantSettings, SmoothSettings, TrainingSettings
 from quantize.statistics import Observation
 from quantize.walk import layers_in_memory, walk
 from tools.fake_device import Traffic, fake_device

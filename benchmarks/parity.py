@@ -23,17 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.perplexity import perplexity
 from models import decoder_spec
 from models.load import ModelSource, load_config, load_model
+from quantize.bits import BitSettings, ClipSettings
 from quantize.quantization import quantize_model
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    Probe,
-    QuantSettings,
-    RotationOrder,
-    RotationSettings,
-    SearchRule,
-    SmoothSettings,
-)
+from quantize.rotation_settings import RotationOrder, RotationSettings, SearchRule
+from quantize.settings import Probe, QuantSettings, SmoothSettings
 from quantize.statistics import channel_statistics
 from utils.results import format_table
 

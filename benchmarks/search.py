@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from quantize.greedy import greedy_rotation
 from quantize.rotation import random_orthogonal, step_rotation
-from quantize.settings import RotationOrder, SearchRule
+from quantize.rotation_settings import RotationOrder, SearchRule
 from utils.results import format_table
 
 

@@ -37,8 +37,10 @@ from experiment.residence import choose_residence
 from models import decoder_spec
 from models.load import load_skeleton, pick_dtype
 from models.zoo import SHAPES, zoo_config
+from quantize.bits import BitSettings, ClipSettings
 from quantize.quantization import Quantization
-from quantize.settings import BitSettings, ClipSettings, QuantSettings, RotationSettings, SmoothSettings
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import QuantSettings, SmoothSettings
 from quantize.spec import DecoderSpec
 from quantize.statistics import channel_statistics
 from quantize.walk import layers_in_memory, walk

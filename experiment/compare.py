@@ -28,7 +28,8 @@ from experiment.usual import Taken
 from models.load import model_fingerprint
 from quantize.observer import LayerLog
 from quantize.quantization import check_shapes, other_blocks
-from quantize.settings import QuantSettings, SmoothMeasure, Transform
+from quantize.rotation_settings import Transform
+from quantize.settings import QuantSettings, SmoothMeasure
 from quantize.statistics import load_scales
 from quantize.walk import layers_in_memory
 from reporting.picture import draw

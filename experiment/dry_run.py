@@ -16,7 +16,8 @@ from experiment.setup import Setup
 from experiment.work import measure_rates, stage_seconds, work_of
 from quantize.build import absorbers, describe_folding
 from quantize.quantization import other_blocks
-from quantize.settings import QuantSettings, Transform
+from quantize.rotation_settings import Transform
+from quantize.settings import QuantSettings
 from quantize.spec import DecoderSpec
 from utils.capacity import free_device_memory, free_disk
 from utils.device import describe

@@ -14,8 +14,9 @@ from torch import nn
 from evaluation.perplexity import tokens_at_once
 from quantize.observe import TOKENS_PER_FORWARD
 from quantize.quantization import PROBE_SAMPLES
+from quantize.rotation_settings import Transform
 from quantize.samples import HEAD_TOKENS, ROWS_AT_ONCE
-from quantize.settings import Probe, QuantSettings, Transform
+from quantize.settings import Probe, QuantSettings
 from quantize.sizes import (
     WIDE,
     activation_bytes,

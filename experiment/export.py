@@ -11,7 +11,8 @@ from experiment.setup import Setup
 from models.exported import FORMATS
 from models.saved import require_empty
 from quantize.build import absorbers
-from quantize.settings import QuantSettings, Transform
+from quantize.rotation_settings import Transform
+from quantize.settings import QuantSettings
 from quantize.sizes import groups_of
 from quantize.spec import SharedRows
 from utils.errors import InputError

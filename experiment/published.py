@@ -15,7 +15,8 @@ from evaluation.figures import TableRow, show
 from experiment.presets import PRESETS
 from experiment.rows import ROWS, Row, SharedQuantSettings, full_title, plan_rows
 from experiment.tables import Finished, read_results, show_spread, table_rows
-from quantize.settings import QuantSettings, Transform
+from quantize.rotation_settings import Transform
+from quantize.settings import QuantSettings
 from utils.errors import InputError
 from utils.results import format_table
 from utils.settings import Changes, defaults, flat, from_flat

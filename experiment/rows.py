@@ -9,17 +9,10 @@ from evaluation.base import FULL
 from evaluation.settings import EvaluationSettings
 from experiment.options import CalibrationSettings, ModelSettings, StatisticsFiles, TrackSettings
 from experiment.presets import PRESETS, VARIANTS, PresetSettings, preset_of, preset_quant
-from quantize.refinements import SEARCH, ExtraSettings, HeadTransform, Rounding, RoundingSettings
-from quantize.settings import (
-    BitSettings,
-    Probe,
-    QuantSettings,
-    SmoothMeasure,
-    SmoothSettings,
-    TrainingSettings,
-    Transform,
-    check_seed,
-)
+from quantize.bits import SEARCH, BitSettings
+from quantize.refinements import ExtraSettings, HeadTransform, Rounding, RoundingSettings
+from quantize.rotation_settings import Transform
+from quantize.settings import Probe, QuantSettings, SmoothMeasure, SmoothSettings, TrainingSettings, check_seed
 from utils.errors import InputError
 from utils.settings import Changes, option, part
 

@@ -10,7 +10,8 @@ from experiment.estimate import Plan, probe_tokens, travelling_bytes
 from quantize.greedy import greedy_rotation
 from quantize.refinements import Rounding
 from quantize.rotation import random_orthogonal, step_rotation
-from quantize.settings import QuantSettings, RotationSettings
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import QuantSettings
 from quantize.sizes import count, groups_of, model_bytes
 from quantize.spec import DecoderSpec
 from utils.capacity import best_seconds, copy_rate, product_rate

@@ -18,8 +18,10 @@ from duquant.packing import pack, packed_width
 from duquant.skeleton import Stored
 from duquant.structure import GroupStructure, LayerStructure, ModelStructure
 from models.load import ModelSource, load_model
+from quantize.bits import BitSettings, ClipSettings
 from quantize.build import build_
-from quantize.settings import BitSettings, ClipSettings, QuantSettings, SmoothSettings, Transform
+from quantize.rotation_settings import Transform
+from quantize.settings import QuantSettings, SmoothSettings
 from quantize.spec import DecoderSpec, InputGroup
 from quantize.state import GroupState, LayerState
 from utils.errors import InputError

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from duquant.tensors import extremes
 from quantize.rotation import exchange_indices
-from quantize.settings import SearchRule
+from quantize.rotation_settings import SearchRule
 from utils.captured import Captured
 from utils.device import cpu_threads
 

@@ -21,10 +21,11 @@ from quantize.learned import LearnedLayer
 from quantize.learning import train_transform
 from quantize.observe import advance_, capture_rows, known_outputs, layer_output, require_finite
 from quantize.observer import Observer
+from quantize.rotation_settings import Transform
 from quantize.rounding import Moments, OpenLinear
 from quantize.samples import GroupRows, KnownOutputs, mean_of, moment_of, parts_of, peak_of
 from quantize.scales import group_peaks, smoothing_scales
-from quantize.settings import Probe, QuantSettings, SmoothMeasure, SmoothSettings, Transform
+from quantize.settings import Probe, QuantSettings, SmoothMeasure, SmoothSettings
 from quantize.spec import DecoderSpec, InputGroup
 from quantize.state import GroupState, LayerState
 from quantize.training import Samples, TrainingReport, train_clipping_

@@ -16,10 +16,11 @@ from duquant.attention import HEAD_ROLES, QUANTIZER, AttentionQuantizer, attach_
 from duquant.formats import BLOCK_FORMATS, number_format
 from duquant.scheme import Scheme, TensorScheme
 from duquant.transform import DualTransform, rotate_blocks
+from quantize.bits import LARGEST_BLOCK_RATIO
 from quantize.build import LayerBuilder, absorbers
 from quantize.fake import fake_quantize
 from quantize.heads import in_former_order, multiplied_columns, multiplied_rows, value_rows
-from quantize.refinements import LARGEST_BLOCK_RATIO, Rounding
+from quantize.refinements import Rounding
 from quantize.settings import TrainingSettings
 from quantize.spec import DecoderSpec, SharedRows
 from quantize.state import GroupState, LayerState

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from quantize.bits import SEARCH
 from quantize.build import absorbers
-from quantize.refinements import SEARCH, HeadTransform, Rounding
-from quantize.settings import Probe, QuantSettings, SmoothMeasure, Transform
+from quantize.refinements import HeadTransform, Rounding
+from quantize.rotation_settings import Transform
+from quantize.settings import Probe, QuantSettings, SmoothMeasure
 from quantize.spec import DecoderSpec, InputGroup, SharedRows
 from quantize.state import FinishedLayer, GroupState, LayerState
 from utils.errors import InputError

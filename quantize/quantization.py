@@ -11,7 +11,8 @@ from quantize.inputs import LayerInputs
 from quantize.layer import decide
 from quantize.observe import layer_calls
 from quantize.observer import Observer
-from quantize.settings import USUAL_BLOCK, Probe, QuantSettings, Transform, check_heads, check_widths
+from quantize.rotation_settings import USUAL_BLOCK, Transform
+from quantize.settings import Probe, QuantSettings, check_heads, check_widths
 from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer
 from quantize.training import own_samples

@@ -7,11 +7,6 @@ from typing import ClassVar
 from utils.errors import InputError
 from utils.settings import option
 
-SEARCH = "search"  # in place of a clip ratio: it is searched on calibration data
-Ratio = float | str | None  # a clip ratio, SEARCH, or no clipping
-BLOCK_BITS = 4  # of all formats of blocks
-LARGEST_BLOCK_RATIO = 2.0  # of their clips: twice the scale that the range asks for
-
 
 class Rounding(StrEnum):
     """How a transformed weight becomes codes."""
@@ -25,20 +20,6 @@ class HeadTransform(StrEnum):
 
     HADAMARD = "hadamard"  # one Hadamard matrix of the head for both (the paper)
     BALANCED = "balanced"  # M and M⁻ᵀ for every kv head, between which q and k share their energy evenly
-
-
-class Format(StrEnum):
-    """Numbers that codes stand for, by the names in `duquant.formats`, which is not imported for a flag."""
-
-    INT = "int"  # integers of any bits
-    MXFP4 = "mxfp4"  # 4-bit floats, a power of two for every 32
-    NVFP4 = "nvfp4"  # 4-bit floats, an 8-bit float for every 16
-    MXINT4 = "mxint4"  # 4-bit integers, a power of two for every 32
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether an input in it has a number that samples decide."""
-        return self is Format.NVFP4
 
 
 class Trained(StrEnum):
@@ -78,39 +59,6 @@ class RoundingSettings:
             raise InputError(f"--gptq_damping {self.damping:g}: must be in (0, 1]")
         if not 0 <= self.target <= 1:
             raise InputError(f"--gptq_target {self.target:g}: must be between 0 and 1")
-
-
-@dataclass(frozen=True)
-class FormatSettings:
-    """Number formats by role. Where `query`, `key` or `value` is None it is that of `activation`, if it has 4 bits."""
-
-    TITLE: ClassVar[str] = "quantization"
-
-    weight: Format = option(Format.INT, "number format of weights", flag="wformat", tag="w")
-    activation: Format = option(
-        Format.INT, "number format of linears' inputs, and of q, k and v if they have 4 bits", flag="aformat", tag="a"
-    )
-    query: Format | None = option(None, "number format of queries (default: --aformat)", flag="qformat", tag="q")
-    key: Format | None = option(None, "number format of keys (default: --aformat)", flag="kformat", tag="k")
-    value: Format | None = option(None, "number format of values (default: --aformat)", flag="vformat", tag="v")
-
-    def of_head(self, role: str, bits: int) -> Format:
-        """That of q, k or v of so many bits."""
-        own = getattr(self, role)
-        if own is None:
-            return self.activation if bits == BLOCK_BITS else Format.INT
-        return own
-
-
-def check_format(flag: str, form: Format, bits: int, bits_flag: str, **fixed: object) -> None:
-    """Raise InputError for a format of blocks with other bits, or with flags (by name) for what it fixes by itself."""
-    if form is Format.INT:
-        return
-    if bits != BLOCK_BITS:
-        raise InputError(f"--{flag} {form}: has {BLOCK_BITS} bits; give --{bits_flag} {BLOCK_BITS}, or drop the format")
-    for name, value in fixed.items():
-        if value:
-            raise InputError(f"--{flag} {form}: has blocks and symmetric numbers of its own; drop --{name}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quantize.settings import RotationOrder
+from quantize.rotation_settings import RotationOrder
 from utils.device import cpu_threads
 
 SMALL = 256  # channels, up to which waking threads costs more than it gives

@@ -3,88 +3,27 @@
 A setting is one field here: flag, help, JSON, identity and the run's folder follow from it (see `utils.settings`).
 """
 
-import argparse
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
-from quantize.refinements import (
-    LARGEST_BLOCK_RATIO,
+from quantize.bits import (
     SEARCH,
-    ExtraSettings,
+    UNQUANTIZED_BITS,
+    BitSettings,
+    ClipSettings,
     Format,
     FormatSettings,
-    HeadTransform,
-    Ratio,
-    Rounding,
-    RoundingSettings,
-    Trained,
     check_format,
 )
+from quantize.refinements import ExtraSettings, HeadTransform, Rounding, RoundingSettings, Trained
+from quantize.rotation_settings import RotationSettings, Transform
 from utils.errors import InputError
-from utils.settings import NONE, Changes, option, part
+from utils.settings import Changes, option, part
 
 if TYPE_CHECKING:
     from duquant.scheme import Scheme
-
-UNQUANTIZED_BITS = 16  # as in `duquant.scheme`, which is not imported for a flag: transformers loads for seconds
-USUAL_BLOCK = 128  # the paper's block size
-AUTO_BLOCK_LIMIT = 128  # what `--block_size auto` does not exceed
-
-
-class Transform(StrEnum):
-    """What is done to an activation beside smoothing; `quantize.transforms.TRANSFORMS` has the builders."""
-
-    DUAL = "dual"  # rotation, permutation, rotation: DuQuant
-    ROTATION_PERMUTATION = "rotation_permutation"  # DuQuant without the last rotation
-    PERMUTE_ROTATE = "permute_rotate"  # the permutation, folded upstream, then one greedy rotation
-    ROTATION = "rotation"  # the greedy rotation alone
-    PERMUTATION = "permutation"  # the zigzag permutation alone
-    TWO_HADAMARD = "two_hadamard"  # two of them, and between them a permutation that deals every block to all blocks
-    HADAMARD = "hadamard"  # a Hadamard matrix with random signs per block, not searched
-    NONE = "none"  # nothing: round-to-nearest, or smoothing alone
-
-    @property
-    def rotates(self) -> bool:
-        """Whether it has a rotation; then q and k get a Hadamard of the head too."""
-        return self not in (Transform.NONE, Transform.PERMUTATION)
-
-    @property
-    def orders_channels(self) -> bool:
-        """Whether channels are put into another order upstream, where that is exact."""
-        return self is Transform.PERMUTE_ROTATE
-
-    def permutations(self, times: int) -> int:
-        """How many permutations it has under `--permutation_times` that are applied to activations."""
-        counts = {Transform.DUAL: times, Transform.ROTATION_PERMUTATION: max(1, times), Transform.PERMUTATION: 1}
-        counts[Transform.TWO_HADAMARD] = 1
-        return counts.get(self, 0)
-
-    def rotations(self, times: int) -> int:
-        """How many matrices it has: one before, between and behind the permutations, if need be the identity."""
-        return 0 if self is Transform.NONE else self.permutations(times) + 1
-
-    def searches(self, times: int) -> int:
-        """How many of its matrices are searched greedily."""
-        counts = {Transform.DUAL: times + 1, Transform.ROTATION_PERMUTATION: max(1, times)}
-        counts |= {Transform.ROTATION: 1, Transform.PERMUTE_ROTATE: 1}
-        return counts.get(self, 0)
-
-
-class SearchRule(StrEnum):
-    """Which index the greedy search exchanges with index 0 before it applies the base rotation."""
-
-    CHANNEL = "channel"  # the outlier's channel inside its block (the paper)
-    ROW = "row"  # the outlier's row number modulo the block size (the original code)
-
-
-class RotationOrder(StrEnum):
-    """How the base rotation R̃ and the random orthogonal Q = diag(1, q) are combined."""
-
-    RQ = "RQ"  # R̃ Q (the paper): mixes the columns of R̃, so its constant first row is lost
-    QR = "QR"  # Q R̃: the first row stays the constant 1/√B
 
 
 class WeightPeak(StrEnum):
@@ -108,47 +47,12 @@ class GqaSmooth(StrEnum):
     FOLD = "fold"  # into v_proj: the query heads of one kv head share their scales
 
 
-class SymmetricRange(StrEnum):
-    """Which codes of b bits a symmetric range uses."""
-
-    RESTRICTED = "restricted"  # as many on either side of 0: the peak is 2^(b−1) − 1 steps away
-    FULL = "full"  # all of them: the peak is (2^b − 1)/2 steps away, the arithmetic of compressed-tensors
-
-
 class Probe(StrEnum):
     """The activation on which rotations and permutations are searched."""
 
     MEAN = "mean"  # the mean over the calibration samples (the original code)
     SAMPLE = "sample"  # a few real samples
     PEAKS = "peaks"  # of all samples in the quantized network, the tokens with the largest magnitudes
-
-
-def clip_ratio(text: str) -> Ratio:
-    """What `--lac` and `--swc` say: a number, SEARCH, or `none`, which takes out what a preset has."""
-    if text == NONE:
-        return None
-    try:
-        return text if text == SEARCH else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {SEARCH}") from None
-
-
-def _check_ratio(flag: str, value: Ratio) -> None:
-    if isinstance(value, str):
-        if value != SEARCH:
-            raise InputError(f"{flag} {value}: must be a number in (0, 1] or {SEARCH}")
-    elif value is not None and not 0 < value <= LARGEST_BLOCK_RATIO:
-        raise InputError(f"{flag} {value:g}: the clip ratio must be in (0, 1]")
-
-
-def _check_bits(flag: str, bits: int | None) -> None:
-    if bits is not None and not 2 <= bits <= UNQUANTIZED_BITS:
-        raise InputError(f"{flag} {bits}: bits must be between 2 and 16 (16 leaves the tensor unquantized)")
-
-
-def _check_group(flag: str, size: int | None) -> None:
-    if size is not None and size < 1:
-        raise InputError(f"{flag} {size}: must be a positive number of channels")
 
 
 def check_seed(flag: str, seed: int) -> None:
@@ -160,100 +64,6 @@ def check_seed(flag: str, seed: int) -> None:
 def seed_option() -> int:
     """The field of every class that has a seed."""
     return option(2, "of the samples drawn and of the random rotations", tag="seed", title="calibration")
-
-
-@dataclass(frozen=True)
-class BitSettings:
-    """Bits and granularity by role. `query`, `key` and `value` are those of `activation` where they are None."""
-
-    TITLE: ClassVar[str] = "method, quantization"
-
-    weight: int = option(4, "bits of weights, 2 to 16; 16 leaves them alone", flag="wbits", tag="w", basic=True)
-    activation: int = option(
-        16, "bits of linears' inputs, and of q, k and v, 2 to 16", flag="abits", tag="a", basic=True
-    )
-    group_size: int | None = option(None, "weights per range (default: a whole output channel)", tag="g", basic=True)
-    symmetric: bool = option(
-        False, "symmetric weight quantization", flag=("symmetric", "weight_symmetric"), tag="symmetric"
-    )
-    query: int | None = option(None, "bits of queries (default: --abits)", flag="qbits", tag="q")
-    key: int | None = option(None, "bits of keys (default: --abits)", flag="kbits", tag="k")
-    value: int | None = option(None, "bits of values (default: --abits)", flag="vbits", tag="v")
-    act_group_size: int | None = option(
-        None, "channels of a linear's input per range (default: the whole token)", tag="ag"
-    )
-    act_symmetric: bool = option(False, "symmetric quantization of linears' inputs, q, k and v", tag="symmetric_act")
-    symmetric_range: SymmetricRange = option(
-        SymmetricRange.RESTRICTED,
-        "codes of symmetric ranges: restricted, of 4 bits −7 … 7 in steps of peak/7; or full, −8 … 7 in steps of "
-        "peak/7.5, as compressed-tensors and vLLM compute",
-        tag="range_",
-    )
-
-    def __post_init__(self) -> None:
-        for flag, bits in (("w", self.weight), ("a", self.activation), ("q", self.query)):
-            _check_bits(f"--{flag}bits", bits)
-        _check_bits("--kbits", self.key)
-        _check_bits("--vbits", self.value)
-        _check_group("--group_size", self.group_size)
-        _check_group("--act_group_size", self.act_group_size)
-
-    @property
-    def full_range(self) -> bool:
-        """Whether symmetric ranges use all codes."""
-        return self.symmetric_range is SymmetricRange.FULL
-
-    @property
-    def attention(self) -> dict[str, int]:
-        """Bits of q, k and v by role."""
-        roles = {"query": self.query, "key": self.key, "value": self.value}
-        return {role: self.activation if bits is None else bits for role, bits in roles.items()}
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing is quantized."""
-        return min(self.weight, self.activation, *self.attention.values()) >= UNQUANTIZED_BITS
-
-
-@dataclass(frozen=True)
-class ClipSettings:
-    """Clip ratios: `activation_ratio` for linear inputs, q and k, `weight_ratio` for weights; None: no clipping.
-
-    `kv_ratio` is for k, in place of `activation_ratio`, and for v, which has none otherwise. SEARCH in place of a ratio
-    means that calibration data decide: for every range of weights, for the inputs of every group, for q, k and v of
-    every layer.
-    """
-
-    TITLE: ClassVar[str] = "method, quantization"
-
-    activation_ratio: Ratio = option(
-        None,
-        "clip ratio of linears' inputs, q and k, in (0, 1]; or search: found for each of them, and for v, on "
-        "calibration data (default: no clipping)",
-        flag="lac",
-        tag="lac",
-        basic="clip ratio of linears' inputs, q and k, in (0, 1], or search",
-        type=clip_ratio,
-        metavar="RATIO|search",
-    )
-    weight_ratio: Ratio = option(
-        None,
-        "clip ratio of weights in (0, 1]; or search: both ends of every range on calibration data (default: no "
-        "clipping)",
-        flag="swc",
-        tag="swc",
-        basic="clip ratio of weights in (0, 1], or search",
-        type=clip_ratio,
-        metavar="RATIO|search",
-    )
-    kv_ratio: float | None = option(
-        None, "clip ratio of k and v (default: --lac for k, no clipping for v)", flag="lac_kv", tag="lac_kv"
-    )
-
-    def __post_init__(self) -> None:
-        _check_ratio("--lac", self.activation_ratio)
-        _check_ratio("--swc", self.weight_ratio)
-        _check_ratio("--lac_kv", self.kv_ratio)
 
 
 @dataclass(frozen=True)
@@ -339,82 +149,6 @@ class SmoothSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise InputError(f"--alpha {self.alpha:g}: must be between 0 and 1")
-
-
-class GivenSize(int):
-    """A block size that was named on the command line, and so must divide every width.
-
-    Where it does, it is its number: in comparisons, in JSON, in identities and in names of folders.
-    """
-
-
-def _number_or(word: str, kind: type[int]) -> Callable[[str], int | None]:
-    """Reads a flag's value: a number, or None for the `word`."""
-
-    def read(text: str) -> int | None:
-        if text != word and not text.lstrip("-").isdigit():
-            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {word}")
-        return None if text == word else kind(text)
-
-    return read
-
-
-@dataclass(frozen=True)
-class RotationSettings:
-    """The dual transformation's search. `block_size` None means auto, -1 the whole width.
-
-    The default, unless a `GivenSize` names it, is auto for the widths that it does not divide.
-    """
-
-    TITLE: ClassVar[str] = "method, rotation and permutation"
-
-    block_size: int | None = option(
-        USUAL_BLOCK,
-        "channels per block; -1: the whole width; auto: at most 128 (default: 128, and auto for a width that it does "
-        "not divide)",
-        tag="b",
-        basic="channels per block, or auto (default: 128)",
-        type=_number_or("auto", GivenSize),
-    )
-    steps: int = option(256, "greedy steps per rotation", flag="max_rotation_step", tag="steps")
-    permutation_times: int = option(1, "(rotation, permutation) pairs before the last", tag="p")
-    rule: SearchRule = option(
-        SearchRule.CHANNEL,
-        "what a step exchanges: the outlier's channel (paper) or its row number (the original code)",
-        flag="rotation_search",
-        tag="rule_",
-    )
-    order: RotationOrder = option(
-        RotationOrder.RQ, "base rotation times random rotation (paper), or the reverse", flag="rotation_order", tag=""
-    )
-    rows: int | None = option(
-        None,
-        "a number: only so many rows of the probe (a token's channels in one block) take part in the search of a "
-        "rotation, the longest ones; faster, and a little worse (default: all)",
-        flag="search_rows",
-        tag="rows_",
-        type=_number_or("all", int),
-        metavar="N|all",
-    )
-
-    def __post_init__(self) -> None:
-        if self.block_size is not None and self.block_size != -1 and self.block_size < 2:
-            raise InputError(f"--block_size {self.block_size}: must be at least 2, -1 (the whole width) or auto")
-        if self.steps < 0:
-            raise InputError(f"--max_rotation_step {self.steps}: must not be negative")
-        if self.permutation_times < 0:
-            raise InputError(f"--permutation_times {self.permutation_times}: must not be negative")
-        if self.rows is not None and self.rows < 1:
-            raise InputError(f"--search_rows {self.rows}: must be at least 1, or all")
-
-    def block_size_for(self, channels: int) -> int:
-        """Channels per block of an activation with that many channels; it need not divide (see `check_widths`)."""
-        if self.block_size == -1:
-            return channels
-        yields = self.block_size == USUAL_BLOCK and not isinstance(self.block_size, GivenSize)
-        if self.block_size is None or (yields and channels % USUAL_BLOCK):
-            return max(size for size in range(1, AUTO_BLOCK_LIMIT + 1) if channels % size == 0)
-        return int(self.block_size)
 
 
 @dataclass(frozen=True)

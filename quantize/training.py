@@ -1,8 +1,9 @@
 """Learnable weight clipping: train the clip logits of one layer so that its quantized output follows full precision."""
 
+import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from utils.captured import Captured
 from utils.distributed import own_batches, sum_, world_size
 from utils.log import meter
 
+logger = logging.getLogger(__name__)
 MOST_RECORDED = 2**26  # parameters of a layer: with more, passes over its weights take longer than all launches
 INITIAL_LOGIT = 4.0  # sigmoid(4) = 0.982: training starts near the unclipped range
 
@@ -92,10 +94,18 @@ class Gradients:
         if self.records:
             key = (batch.inputs.shape, batch.share)
             if key not in self._recorded:
-                self._recorded[key] = Captured(work, *given)
-            recorded = self._recorded[key]
+                self._record_(key, work, given)
+            recorded = self._recorded.get(key, work)
         loss, *gradients = recorded(*given)
         return loss, tuple(gradients)
+
+    def _record_(self, key: tuple, work: Callable[..., tuple], given: tuple[Tensor, ...]) -> None:
+        """Record `work`; where that fails, all steps of this layer are launched kernel by kernel, as on a CPU."""
+        try:
+            self._recorded[key] = Captured(work, *given)
+        except RuntimeError as problem:
+            logger.warning("training steps are not recorded: %s", (str(problem).splitlines() or ["unknown"])[0])
+            self.records = False
 
 
 class Batch(NamedTuple):

@@ -12,7 +12,7 @@ from duquant.transform import rotate_blocks
 from quantize.greedy import greedy_rotation
 from quantize.permutation import zigzag_permutation
 from quantize.rotation import random_orthogonal, step_rotation
-from quantize.settings import RotationSettings, Transform
+from quantize.rotation_settings import RotationSettings, Transform
 
 
 @dataclass(frozen=True)

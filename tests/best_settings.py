@@ -2,17 +2,10 @@
 
 from dataclasses import replace
 
+from quantize.bits import BitSettings, ClipSettings
 from quantize.refinements import ExtraSettings, HeadTransform, Rounding, RoundingSettings
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    GqaSmooth,
-    Probe,
-    QuantSettings,
-    RotationSettings,
-    SmoothMeasure,
-    SmoothSettings,
-)
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import GqaSmooth, Probe, QuantSettings, SmoothMeasure, SmoothSettings
 
 BALANCED = HeadTransform.BALANCED
 GPTQ = RoundingSettings(Rounding.GPTQ, damping=0.01, target=0.5)

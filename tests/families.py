@@ -12,9 +12,11 @@ from duquant.experts import unfuse_experts_
 from models import decoder_spec
 from models.load import ModelSource, load_config
 from models.saved import ModelWriter, load_saved_model, read_settings
+from quantize.bits import BitSettings
 from quantize.observer import Observer
 from quantize.quantization import quantize_model
-from quantize.settings import BitSettings, GqaSmooth, QuantSettings, RotationSettings, SmoothSettings
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings
 from quantize.spec import Norm
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics

@@ -22,18 +22,12 @@ from models import decoder_spec
 from models.load import load_skeleton
 from models.zoo import zoo_config
 from quantize import greedy, samples, training
+from quantize.bits import BitSettings, ClipSettings
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
 from quantize.refinements import RoundingSettings, Trained
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    GqaSmooth,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-)
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings, TrainingSettings
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
 from quantize.walk import layers_in_memory, walk

@@ -9,18 +9,12 @@ from torch import nn
 
 from evaluation.perplexity import perplexity
 from models import decoder_spec
+from quantize.bits import BitSettings
 from quantize.greedy import greedy_rotation
 from quantize.quantization import quantize_model
 from quantize.rotation import random_orthogonal, step_rotation
-from quantize.settings import (
-    BitSettings,
-    QuantSettings,
-    RotationOrder,
-    RotationSettings,
-    SearchRule,
-    SmoothSettings,
-    TrainingSettings,
-)
+from quantize.rotation_settings import RotationOrder, RotationSettings, SearchRule
+from quantize.settings import QuantSettings, SmoothSettings, TrainingSettings
 from quantize.statistics import channel_statistics
 from utils.ferry import Ferry
 

@@ -385,7 +385,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        return int(value)  # of a type that may say more, as `quantize.settings.GivenSize` does
+        return int(value)  # of a type that may say more, as `quantize.rotation_settings.GivenSize` does
     return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -10,7 +10,9 @@ from duquant.formats import IntegerFormat
 from duquant.hadamard import hadamard
 from duquant.quantizer import Quantizer, make_quantizer
 from duquant.scheme import Scheme, TensorScheme
-from quantize.settings import BitSettings, QuantSettings, Transform
+from quantize.bits import BitSettings
+from quantize.rotation_settings import Transform
+from quantize.settings import QuantSettings
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 TOKENS = random_tokens(2, 12)

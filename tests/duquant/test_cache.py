@@ -11,8 +11,10 @@ from duquant.hadamard import hadamard
 from duquant.quantizer import make_quantizer
 from duquant.scheme import TensorScheme
 from models import decoder_spec
+from quantize.bits import BitSettings, ClipSettings
 from quantize.quantization import quantize_model
-from quantize.settings import BitSettings, ClipSettings, QuantSettings, RotationSettings
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import QuantSettings
 
 CPU = torch.device("cpu")
 CONFIG = QuantSettings(BitSettings(4, 4), ClipSettings(0.9, 0.8), rotation=RotationSettings(16, 8))

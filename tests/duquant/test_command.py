@@ -146,7 +146,7 @@ def test_the_suite_reads_its_flags_without_loading_the_runtime():
 
 def test_both_have_the_number_of_bits_that_leaves_a_tensor_alone():
     from duquant.scheme import UNQUANTIZED_BITS
-    from quantize import settings as flags
+    from quantize import bits as flags
 
     assert flags.UNQUANTIZED_BITS == UNQUANTIZED_BITS
 

@@ -24,8 +24,10 @@ from duquant.linear import linears_of
 from duquant.runtime import set_runtime_
 from models.load import pick_attention
 from models.saved import INDEX
+from quantize.bits import BitSettings, ClipSettings
 from quantize.refinements import ExtraSettings, HeadTransform
-from quantize.settings import BitSettings, ClipSettings, RotationSettings, SmoothSettings, Transform
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import SmoothSettings
 from utils.errors import InputError
 
 TOKENS = random_tokens(2, 12, seed=3)

@@ -18,8 +18,10 @@ from duquant.formats import IntegerFormat
 from duquant.quantizer import CenteredQuantizer, FoundClip, Quantizer
 from duquant.scheme import SEARCHED, Scheme, TensorScheme
 from models import decoder_spec
+from quantize.bits import BitSettings, ClipSettings
 from quantize.quantization import quantize_model
-from quantize.settings import BitSettings, ClipSettings, QuantSettings, RotationSettings
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import QuantSettings
 
 CPU = torch.device("cpu")
 HEADS, HEAD_DIM = 2, 16  # kv heads of conftest's tiny model, and their size

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluation import decoding
 from evaluation.decoding import AT_ONCE, Request, choose_batch, rope_switch, write_tokens
 from models import decoder_spec
+from quantize.bits import BitSettings
 from quantize.quantization import quantize_model
-from quantize.settings import BitSettings, QuantSettings, RotationSettings
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import QuantSettings
 from utils.batching import BatchSize
 
 LENGTHS = (3, 20, 11, 1)  # windows of the tiny families have 7 tokens

@@ -20,10 +20,11 @@ from evaluation.runner import Runner, open_evaluations
 from evaluation.sensitivity import Variants, gap_share, sensitivity_results, sensitivity_table, variant_parts
 from evaluation.settings import EvaluationSettings, PerplexitySettings, SensitivitySettings
 from models import decoder_spec
+from quantize.bits import BitSettings
 from quantize.observe import advance_, layer_calls
 from quantize.observer import Observer
 from quantize.quantization import Quantization
-from quantize.settings import BitSettings, QuantSettings
+from quantize.settings import QuantSettings
 from quantize.statistics import channel_statistics
 from quantize.unrounded import Part, left_unrounded, rounded_part
 from quantize.walk import layers_in_memory, walk

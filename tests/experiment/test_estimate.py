@@ -27,18 +27,11 @@ from models import decoder_spec
 from models.load import ModelSource, load_skeleton
 from models.shards import open_shards
 from models.streaming import LayerReader, load_shell
+from quantize.bits import BitSettings, ClipSettings
 from quantize.quantization import Quantization
 from quantize.refinements import Rounding, RoundingSettings, Trained
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    Probe,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-    Transform,
-)
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import Probe, QuantSettings, SmoothSettings, TrainingSettings
 from quantize.statistics import Observation
 from quantize.walk import layers_in_memory, walk
 

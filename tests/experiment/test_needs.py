@@ -22,16 +22,9 @@ from experiment.estimate import Plan, estimate
 from experiment.residence import Residence
 from models import decoder_spec
 from models.load import load_skeleton
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    GqaSmooth,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-    Transform,
-)
+from quantize.bits import BitSettings, ClipSettings
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings, TrainingSettings
 from utils.errors import InputError, Missing, noting
 
 CONFIG = tiny_config()

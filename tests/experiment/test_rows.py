@@ -13,7 +13,9 @@ from experiment.compare import row_identity
 from experiment.options import RunSettings
 from experiment.presets import BEYOND_PAPER, PRESETS, VARIANTS, preset_quant
 from experiment.rows import GROUPS, PLAIN_ROWS, ROWS, CompareSettings, Row, full_title, method_name, plan_rows
-from quantize.settings import BitSettings, GivenSize, QuantSettings, RotationSettings, SmoothSettings
+from quantize.bits import BitSettings
+from quantize.rotation_settings import GivenSize, RotationSettings
+from quantize.settings import QuantSettings, SmoothSettings
 from utils.errors import InputError
 from utils.settings import add_flags, flat
 

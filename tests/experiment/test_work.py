@@ -14,16 +14,11 @@ from experiment.work import Rates, forward_operations, measure_rates, stage_seco
 from models import decoder_spec
 from models.load import load_skeleton
 from quantize import transforms
+from quantize.bits import BitSettings
 from quantize.quantization import quantize_model
 from quantize.refinements import Trained
-from quantize.settings import (
-    BitSettings,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-    Transform,
-)
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import QuantSettings, SmoothSettings, TrainingSettings
 from quantize.statistics import channel_statistics
 
 CPU = torch.device("cpu")

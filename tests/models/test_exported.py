@@ -19,17 +19,10 @@ from duquant.verify import levels, watched
 from experiment.verify import rotating_as_exported
 from models import decoder_spec
 from models.exported import ExportWriter, packed_words
-from quantize.refinements import ExtraSettings, Format, FormatSettings, Rounding, RoundingSettings
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    GqaSmooth,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    SymmetricRange,
-    Transform,
-)
+from quantize.bits import BitSettings, ClipSettings, Format, FormatSettings, SymmetricRange
+from quantize.refinements import ExtraSettings, Rounding, RoundingSettings
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("compressed_tensors") is None,

@@ -13,9 +13,11 @@ from duquant.linear import QuantLinear
 from duquant.transform import DualTransform
 from models import FAMILIES, decoder_spec
 from models.load import ModelSource, load_config, load_model
+from quantize.bits import ClipSettings
 from quantize.checkpoint import Checkpoint
 from quantize.refinements import ExtraSettings
-from quantize.settings import ClipSettings, GqaSmooth, RotationSettings, TrainingSettings, Transform
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import GqaSmooth, TrainingSettings
 from quantize.sizes import checkpoint_bytes
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -19,17 +19,10 @@ from models import decoder_spec
 from models.earlier import FIRST_VERSION_TRANSFORMS
 from models.load import ModelSource, load_config, load_model
 from models.saved import INDEX, ModelWriter, read_settings, saved_settings
+from quantize.bits import BitSettings, ClipSettings
 from quantize.quantization import quantize_model
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    GqaSmooth,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-    Transform,
-)
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings, TrainingSettings
 from quantize.statistics import channel_statistics
 from utils.errors import InputError
 from utils.settings import options

@@ -12,8 +12,9 @@ from experiment.estimate import Plan, estimate
 from models import decoder_spec
 from models.load import load_skeleton
 from models.zoo import SHAPES, zoo_config
+from quantize.bits import BitSettings, ClipSettings
 from quantize.quantization import check_shapes
-from quantize.settings import BitSettings, ClipSettings, QuantSettings, SmoothSettings
+from quantize.settings import QuantSettings, SmoothSettings
 from utils.errors import InputError
 
 PAPER = QuantSettings(BitSettings(4, 4), ClipSettings(0.9, 0.8), SmoothSettings(0.6))

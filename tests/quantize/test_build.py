@@ -10,20 +10,13 @@ from torch import nn
 
 from duquant.attention import install
 from models import decoder_spec
+from quantize.bits import BitSettings, ClipSettings
 from quantize.build import build_
 from quantize.layer import decide
 from quantize.observe import layer_output
 from quantize.quantization import Flow
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    GqaSmooth,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-    Transform,
-)
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings, TrainingSettings
 from quantize.state import GroupState, LayerState
 from quantize.statistics import channel_statistics
 

@@ -22,18 +22,12 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from models import decoder_spec
+from quantize.bits import BitSettings, ClipSettings
 from quantize.checkpoint import Checkpoint
 from quantize.observer import Observer
 from quantize.quantization import quantize_model
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-    Transform,
-)
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import QuantSettings, SmoothSettings, TrainingSettings
 from quantize.sizes import checkpoint_bytes
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics

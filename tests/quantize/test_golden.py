@@ -10,7 +10,7 @@ from duquant.transform import DualTransform, rotate_blocks
 from quantize.greedy import greedy_rotation
 from quantize.permutation import zigzag_permutation
 from quantize.rotation import base_rotation, step_rotation
-from quantize.settings import RotationOrder, SearchRule
+from quantize.rotation_settings import RotationOrder, SearchRule
 from quantize.training import LearnedClip
 from quantize.transforms import channel_peak
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantize import greedy
 from quantize.greedy import STEPS_PER_CHECK, greedy_rotation
 from quantize.rotation import random_orthogonal, step_rotation
-from quantize.settings import RotationOrder, SearchRule
+from quantize.rotation_settings import RotationOrder, SearchRule
 
 BLOCKS = 3  # blocks of channels in every probe
 

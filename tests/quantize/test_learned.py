@@ -12,11 +12,13 @@ from torch import nn
 from duquant.formats import IntegerFormat
 from duquant.quantizer import Quantizer, RatioClip
 from duquant.scheme import TensorScheme
+from quantize.bits import ClipSettings
 from quantize.fake import _FakeQuantize, fake_quantize
 from quantize.learned import LearnedGroup, LearnedLinear, rotation_of
 from quantize.learning import token_distance
 from quantize.refinements import Trained
-from quantize.settings import ClipSettings, GqaSmooth, RotationSettings, TrainingSettings, Transform
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import GqaSmooth, TrainingSettings
 from quantize.state import GroupState
 
 TOKENS = random_tokens(6, 24).clamp(min=1)  # token 0 is padding, whose embedding is zeros

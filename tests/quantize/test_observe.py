@@ -9,9 +9,11 @@ from duquant.attention import install
 from evaluation.perplexity import head_logits
 from models import decoder_spec
 from quantize import observe
+from quantize.bits import BitSettings
 from quantize.observe import advance_, capture_input, layer_calls, layer_output, layers_replaced, shell_on_device
 from quantize.quantization import quantize_model
-from quantize.settings import BitSettings, QuantSettings, RotationSettings
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import QuantSettings
 from quantize.statistics import channel_statistics
 from utils.errors import InputError
 

@@ -7,16 +7,11 @@ import torch
 from conftest import ROOT, random_tokens, tiny_model
 
 from models import decoder_spec
+from quantize.bits import BitSettings, ClipSettings
 from quantize.observer import Observer
 from quantize.quantization import quantize_model
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-)
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import QuantSettings, SmoothSettings, TrainingSettings
 from quantize.statistics import channel_statistics
 from reporting.recorder import Recorder
 

@@ -14,20 +14,13 @@ from torch import nn
 from evaluation.perplexity import perplexity
 from models import decoder_spec
 from models.load import ModelSource, load_config, load_model
+from quantize.bits import BitSettings, ClipSettings
 from quantize.observer import Observer
 from quantize.original import SCALES, read_original
 from quantize.quantization import quantize_model
 from quantize.refinements import Rounding, RoundingSettings
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    GqaSmooth,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-    Transform,
-)
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings, TrainingSettings
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
 from utils.errors import InputError

@@ -21,25 +21,15 @@ from duquant.attention import install
 from duquant.linear import GroupInput, QuantLinear
 from duquant.quantizer import NoClip
 from models import decoder_spec
+from quantize.bits import BitSettings, ClipSettings
 from quantize.inputs import LayerInputs
 from quantize.layer import decide
 from quantize.observe import layer_calls
 from quantize.observer import LayerLog, describe_group
 from quantize.quantization import PROBE_SAMPLES, check_shapes, make_probe, other_blocks, quantize_model
+from quantize.rotation_settings import GivenSize, RotationOrder, RotationSettings, SearchRule, Transform
 from quantize.scales import group_peaks, smoothing_scales
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    GivenSize,
-    Probe,
-    QuantSettings,
-    RotationOrder,
-    RotationSettings,
-    SearchRule,
-    SmoothSettings,
-    Transform,
-    WeightPeak,
-)
+from quantize.settings import Probe, QuantSettings, SmoothSettings, WeightPeak
 from quantize.state import FinishedLayer, LayerState
 from quantize.statistics import channel_statistics
 from utils.errors import InputError

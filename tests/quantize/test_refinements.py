@@ -10,20 +10,12 @@ from families import CASES, CPU, TOKENS, logits, make_model, quantize, relative_
 from torch import nn
 
 from models import decoder_spec
+from quantize.bits import BitSettings, ClipSettings
 from quantize.checkpoint import Checkpoint
 from quantize.layer import GroupReport
 from quantize.refinements import ExtraSettings, Rounding, RoundingSettings
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    GqaSmooth,
-    Probe,
-    QuantSettings,
-    SmoothMeasure,
-    SmoothSettings,
-    TrainingSettings,
-    Transform,
-)
+from quantize.rotation_settings import Transform
+from quantize.settings import GqaSmooth, Probe, QuantSettings, SmoothMeasure, SmoothSettings, TrainingSettings
 from quantize.sizes import checkpoint_bytes
 from quantize.state import LayerState
 from utils.errors import InputError

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantize.rotation import base_rotation, exchange_index, random_orthogonal, step_rotation
-from quantize.settings import RotationOrder
+from quantize.rotation_settings import RotationOrder
 
 DENSE_SIZES = [*range(2, 34), 48, 63, 64, 65, 80, 96, 127, 128, 129, 130]
 

@@ -10,8 +10,8 @@ from duquant.quantizer import Quantizer, make_quantizer
 from duquant.scheme import TensorScheme
 from duquant.tensors import row_parts
 from duquant.transform import DualTransform
+from quantize.rotation_settings import RotationSettings
 from quantize.rounding import OpenLinear
-from quantize.settings import RotationSettings
 from quantize.smoothing import column_peak
 from quantize.transforms import search_dual_transform
 

@@ -8,18 +8,9 @@ import json
 import pytest
 from settings_cases import get, switched_on, with_another
 
-from quantize.settings import (
-    AUTO_BLOCK_LIMIT,
-    BitSettings,
-    ClipSettings,
-    GivenSize,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-    Transform,
-    check_widths,
-)
+from quantize.bits import BitSettings, ClipSettings
+from quantize.rotation_settings import AUTO_BLOCK_LIMIT, GivenSize, RotationSettings, Transform
+from quantize.settings import QuantSettings, SmoothSettings, TrainingSettings, check_widths
 from utils.errors import InputError
 from utils.settings import Changes, add_flags, flat, folder_name, from_dict, from_flags, identity, options, to_dict
 

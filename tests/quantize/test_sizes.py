@@ -11,19 +11,12 @@ from conftest import random_tokens, tiny_config, tiny_model
 from models import decoder_spec
 from models.load import load_skeleton
 from models.saved import ModelWriter
+from quantize.bits import BitSettings, ClipSettings, Format, FormatSettings
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
-from quantize.refinements import Format, FormatSettings, Rounding, RoundingSettings
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    GqaSmooth,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-    Transform,
-)
+from quantize.refinements import Rounding, RoundingSettings
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings, TrainingSettings
 from quantize.sizes import (
     LAYER_FILE,
     checkpoint_bytes,

@@ -16,17 +16,12 @@ from duquant.attention import install
 from duquant.linear import QuantLinear
 from duquant.transform import DualTransform
 from models import decoder_spec
+from quantize.bits import BitSettings, ClipSettings
 from quantize.layer import decide
 from quantize.observe import layer_output
 from quantize.quantization import Flow, quantize_model
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-)
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import QuantSettings, SmoothSettings, TrainingSettings
 from quantize.statistics import channel_statistics
 from quantize.training import (
     INITIAL_LOGIT,

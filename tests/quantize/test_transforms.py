@@ -8,7 +8,7 @@ from torch import Tensor
 from duquant.hadamard import hadamard
 from duquant.transform import DualTransform, rotate_blocks
 from quantize.permutation import zigzag_permutation
-from quantize.settings import RotationOrder, RotationSettings, SearchRule, Transform
+from quantize.rotation_settings import RotationOrder, RotationSettings, SearchRule, Transform
 from quantize.transforms import (
     TRANSFORMS,
     channel_peak,

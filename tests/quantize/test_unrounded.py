@@ -12,10 +12,12 @@ from torch import nn
 
 from duquant.linear import GroupInput, QuantLinear
 from models import decoder_spec
+from quantize.bits import BitSettings, ClipSettings
 from quantize.observe import layer_calls, layer_output
 from quantize.observer import Observer
 from quantize.quantization import quantize_model
-from quantize.settings import BitSettings, ClipSettings, QuantSettings, TrainingSettings, Transform
+from quantize.rotation_settings import Transform
+from quantize.settings import QuantSettings, TrainingSettings
 from quantize.statistics import channel_statistics
 from quantize.unrounded import HEADS, ROLES, Part, left_unrounded, rounded_part
 

@@ -12,18 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duquant.transform import DualTransform
 from models import decoder_spec
+from quantize.bits import BitSettings, ClipSettings
 from quantize.observe import capture_input, layer_calls, layer_output
 from quantize.observer import Observer
 from quantize.quantization import quantize_model
-from quantize.settings import (
-    BitSettings,
-    ClipSettings,
-    QuantSettings,
-    RotationSettings,
-    SmoothSettings,
-    TrainingSettings,
-    Transform,
-)
+from quantize.rotation_settings import RotationSettings, Transform
+from quantize.settings import QuantSettings, SmoothSettings, TrainingSettings
 from quantize.state import FinishedLayer
 from quantize.statistics import channel_statistics
 from reporting.recorder import (

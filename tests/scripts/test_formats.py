@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from duquant.formats import FORMATS
 from duquant.linear import linears_of
-from quantize.refinements import Format
+from quantize.bits import Format
 
 NVFP4 = ("--wformat", "nvfp4", "--aformat", "nvfp4")  # the one whose blocks divide the tiny model's widths
 PLAIN = ("--wbits", 4, "--abits", 4, "--block_size", 16, "--max_rotation_step", 20)

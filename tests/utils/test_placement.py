@@ -5,8 +5,10 @@ import torch
 from conftest import random_tokens, tiny_model
 
 from models import decoder_spec
+from quantize.bits import BitSettings
 from quantize.quantization import quantize_model
-from quantize.settings import BitSettings, QuantSettings, RotationSettings
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import QuantSettings
 from utils.errors import InputError
 from utils.placement import device_map, free_memory, parse_memory, placed, room_for_weights
 

@@ -41,8 +41,10 @@ from evaluation.mmlu.answers import (
 from evaluation.mmlu.choices import encode_prompts, ending_log_probabilities
 from evaluation.mmlu.data import Subject, prompt
 from models import decoder_spec
+from quantize.bits import BitSettings
 from quantize.quantization import quantize_model
-from quantize.settings import BitSettings, QuantSettings, RotationSettings
+from quantize.rotation_settings import RotationSettings
+from quantize.settings import QuantSettings
 from utils.errors import InputError
 from utils.io import write_json
 

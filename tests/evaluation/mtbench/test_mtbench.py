@@ -30,8 +30,10 @@ from evaluation.mtbench.answers import (
 from evaluation.mtbench.conversation import FORMATS, Format
 from evaluation.mtbench.settings import TEMPERATURES, Temperature
 from models import decoder_spec
+from quantize.bits import BitSettings
 from quantize.quantization import quantize_model
-from quantize.settings import BitSettings, QuantSettings, Transform
+from quantize.rotation_settings import Transform
+from quantize.settings import QuantSettings
 from utils.errors import InputError
 
 CPU = torch.device("cpu")

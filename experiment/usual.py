@@ -12,6 +12,7 @@ from quantize.settings import QuantSettings
 from utils.settings import Changes, defaults, destination, options
 
 PRESET = "paper"
+LEFT_OPEN = {"seed", "block_size"}  # by every preset
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Taken:
 
 
 def method_flags() -> set[str]:
-    """Where argparse keeps the values of the flags that decide what the quantized layers are, the seed's but for."""
+    """Where argparse keeps the values of the flags that decide what a preset says of the quantized layers."""
     idle = {each.name for each in options(QuantSettings) if each.changes is not Changes.LAYERS}
-    return {destination(name) for name in set(defaults(QuantSettings)) - idle - {"seed"}}
+    return {destination(name) for name in set(defaults(QuantSettings)) - idle - LEFT_OPEN}
 
 
 def usual_method(flags: Any, given: Collection[str]) -> list[Taken]:

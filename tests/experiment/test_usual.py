@@ -39,7 +39,15 @@ def test_a_model_alone_is_the_papers_method_and_perplexity(said):
 @pytest.mark.parametrize(
     "given",
     [
-        *("--seed 3", "--nsamples 4 --seqlen 64", "--test_dataset c4", "--eval_kl", "--save_model d", "--save_dir d"),
+        *(
+            "--seed 3",
+            "--block_size 64",
+            "--nsamples 4 --seqlen 64",
+            "--test_dataset c4",
+            "--eval_kl",
+            "--save_model d",
+            "--save_dir d",
+        ),
         *("--resume d", "--dry_run", "--report", "--stream", "--no_sensitivity", "--offload_calibration"),
         "--act_scales s",
     ],
@@ -64,7 +72,7 @@ def test_what_says_nothing_of_method_or_evaluation_leaves_both_open(given, said)
             "--transform dual",
             "--lwc",
         ),
-        *("--rounding nearest", "--block_size auto", "--train transform", "--swc none", "--key_mean", "--preset none"),
+        *("--rounding nearest", "--train transform", "--swc none", "--key_mean", "--preset none"),
         *("--alpha 0.5", "--epochs 20", "--kbits 8", "--symmetric", "--probe mean"),
     ],
 )
@@ -101,7 +109,7 @@ def test_a_comparison_takes_perplexity_alone(said):
     assert settings.preset.preset is None
 
 
-def test_the_flags_of_the_method_are_those_that_change_layers_but_the_seeds():
+def test_the_flags_of_the_method_are_those_that_change_layers_and_that_presets_speak_of():
     flags = method_flags()
     assert {name for preset in PRESETS.values() for name in preset} <= flags
-    assert not {"seed", "offload_calibration", "preset", "act_scales", "calib_dataset"} & flags
+    assert not {"seed", "block_size", "offload_calibration", "preset", "act_scales", "calib_dataset"} & flags

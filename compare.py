@@ -24,7 +24,6 @@ EXAMPLES = """examples:
   python compare.py --model meta-llama/Llama-2-7b-hf --preset paper             with the paper's quantizers
   python compare.py --model DIR --preset paper --rows rtn dual --seeds 2 3 4    mean ± deviation
   python compare.py output/RUN_A output/RUN_B                                   runs that are finished
-  python compare.py output/RUN --published                                      beside published figures
 """
 
 
@@ -32,11 +31,10 @@ def make_parser() -> Parser:
     """The parser of compare.py."""
     parser = Parser(__doc__, EXAMPLES, "(--model MODEL [flags] | RUN RUN ... [--output FILE.md])", short=True)
     runs = parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, instead of a model")
-    page = parser.add_argument("--output", type=Path, metavar="FILE.md", help="with RUNs: also write what is printed")
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="with RUNs: also write what is printed")
     beside = parser.add_argument("--published", action="store_true", help="with RUNs: beside published figures")
     set_basic(runs, True)
     set_basic(beside, True)
-    set_basic(page, True)
     add_flags(parser, CompareSettings, leave_out=("transform",))
     return parser
 

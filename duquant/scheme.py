@@ -60,7 +60,12 @@ class TensorScheme:
 
 
 def make_scheme(
-    form: str, bits: int, symmetric: bool, group_size: int | None, clip: float | str | None, full_range: bool
+    form: str,
+    bits: int,
+    symmetric: bool,
+    group_size: int | None,
+    clip: float | str | None = None,
+    full_range: bool = False,
 ) -> TensorScheme:
     """The scheme of a tensor: a format of blocks says by itself what `symmetric` and `group_size` say of integers."""
     blocks = BLOCK_FORMATS.get(form)

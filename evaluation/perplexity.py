@@ -24,9 +24,7 @@ from utils.distributed import own_part, together
 from utils.errors import InputError
 from utils.memory import Allocate
 
-LOGITS_AT_ONCE = (
-    2**26
-)  # numbers of the logits made at a time: 2048 tokens over Llama-2's vocabulary, 512 over Llama-3's
+LOGITS_AT_ONCE = 2**26  # numbers: of 2048 tokens over Llama-2's vocabulary, of 512 over Llama-3's
 
 
 @dataclass(frozen=True)
@@ -172,9 +170,9 @@ def _window_means(
     """
     predicted = tokens.shape[1] - 1
     size = tokens_at_once(model.config.vocab_size)
-    sums = torch.zeros(len(variants), len(tokens), 2, dtype=torch.float64, device=device)
+    means = torch.zeros(len(variants), len(tokens), 2, dtype=torch.float64, device=device)
     if teacher is None:
-        sums[:, :, 1] = math.nan
+        means[:, :, 1] = math.nan
 
     def logits_of(hidden: Tensor, part: slice) -> Tensor:
         return head_logits(model, spec, window[None, part], hidden[index, None, part].to(device))[0].float()
@@ -182,13 +180,16 @@ def _window_means(
     with shell_on_device(model, spec, device):
         for index, window in enumerate(tokens.to(device)):
             for part in (slice(start, min(start + size, predicted)) for start in range(0, predicted, size)):
-                wanted = None if teacher is None else logits_of(teacher, part)
-                for total, hidden in zip(sums[:, index], variants, strict=True):
+                wanted, share = (
+                    None if teacher is None else logits_of(teacher, part),
+                    (part.stop - part.start) / predicted,
+                )
+                for mean, hidden in zip(means[:, index], variants, strict=True):
                     logits = logits_of(hidden, part)
-                    total[0] += F.cross_entropy(logits, window[1:][part], reduction="sum")
+                    mean[0] += share * F.cross_entropy(logits, window[1:][part]).double()
                     if wanted is not None:
-                        total[1] += token_divergence(wanted, logits).sum()
-    return sums.cpu() / predicted
+                        mean[1] += share * token_divergence(wanted, logits).mean().double()
+    return means.cpu()
 
 
 def tokens_at_once(vocabulary: int) -> int:

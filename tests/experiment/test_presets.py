@@ -72,7 +72,8 @@ def test_a_name_that_is_no_setting_is_refused(cls, monkeypatch, said):
         said("--preset paper", cls)
 
 
-def test_every_preset_has_its_line_in_the_help(said, capsys):
+def test_every_preset_has_its_line_in_the_help(said, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # or a narrow terminal breaks lines
     with pytest.raises(SystemExit):
         said("--help")
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]

@@ -400,7 +400,10 @@ class Broken(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.config, self.device = model.config, CPU
+        self.config, self.device, self.head = model.config, CPU, model.get_output_embeddings()
+
+    def get_output_embeddings(self):
+        return self.head
 
     def forward(self, *args, **kwargs):
         raise KeyboardInterrupt

@@ -19,6 +19,12 @@ def straight_through_round(x: Tensor) -> Tensor:
     return _StraightThroughRound.apply(x) if torch.is_grad_enabled() and x.requires_grad else x.round()
 
 
+def power_below(x: Tensor) -> Tensor:
+    """The largest power of two that is not above |x|, and 0 for 0: the bits of the exponent of float32 or float64."""
+    integers, exponent = {4: (torch.int32, 0x7F800000), 8: (torch.int64, 0x7FF0000000000000)}[x.dtype.itemsize]
+    return (x.view(integers) & exponent).view(x.dtype)
+
+
 class E2M1:
     """Floats of 4 bits, a sign, two of exponent and one of mantissa: ±{0, ½, 1, 1½, 2, 3, 4, 6}. Source: OCP MX 1.0."""
 
@@ -30,9 +36,10 @@ class E2M1:
     def nearest(x: Tensor) -> Tensor:
         """The nearest of these numbers, ties to an even mantissa; the largest beyond it. Straight-through."""
         x = x.clamp(-E2M1.largest, E2M1.largest)
-        size = x.detach().abs()
-        step = 0.5 + 0.5 * (size >= 2) + (size >= 4).to(x.dtype)
-        return straight_through_round(x / step) * step
+        step = power_below(x.detach()).mul_(0.5).clamp_(min=0.5)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return straight_through_round(x / step) * step
+        return x.div_(step).round_().mul_(step)
 
     @staticmethod
     def pattern(x: Tensor) -> Tensor:

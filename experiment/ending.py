@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 FIRST = ("load", "read", "statistics", "quantize")  # then what was measured
-WITHIN = ("search",)  # stages that are parts of others
+WITHIN = ("search", "placing")  # stages that are parts of others
 
 
 def cost(seconds: Mapping[str, float], total: float, peaks: Mapping[str, int]) -> str:

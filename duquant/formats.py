@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from duquant.elements import E2M1, Int4, straight_through_round
+from duquant.elements import E2M1, Int4, power_below, straight_through_round
 
 if TYPE_CHECKING:
     from duquant.scheme import TensorScheme
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SCALE_LIMITS = (1e-5, 1e4)
 ZERO_LIMITS = (-1e4, 1e4)
 E4M3_LARGEST, E4M3_LEAST = 448.0, 2.0**-9  # positive numbers of float8_e4m3fn
+LEAST_BASE = 2.0**-100  # of tensors of zeros: products with it are no subnormal numbers
 
 
 class Parameters(NamedTuple):
@@ -230,8 +231,9 @@ class MxInt4(PowerScales):
 class NvFp4(BlockFormat):
     """NVFP4: E2M1 elements in blocks of 16 with scales E4M3(max|x| / 6 / base) · base, `base` a float32 number.
 
-    A base is max|tensor| / (448 · 6), so that the largest scale is the largest number of E4M3. It is one number of a
-    weight, and of a linear's input where it was calibrated; where none is given every vector has its own.
+    A base is max|tensor| / (448 · 6), for which the largest scale is the largest number of E4M3, or the next power of
+    two above it: that takes one of the 17 octaves of E4M3 and makes all products exact, in bfloat16 too. It is one
+    number of a weight, and of a linear's input where it was calibrated; where none is given every vector has its own.
     """
 
     name = "nvfp4"
@@ -241,7 +243,9 @@ class NvFp4(BlockFormat):
 
     def base_of(self, peak: Tensor) -> Tensor:
         """The base of tensors whose largest magnitude is `peak`, in its shape."""
-        return (peak / (E4M3_LARGEST * self.elements.largest)).clamp(min=torch.finfo(torch.float32).tiny)
+        least = (peak / (E4M3_LARGEST * self.elements.largest)).clamp(min=LEAST_BASE)
+        below = power_below(least)
+        return torch.where(below < least, 2 * below, below)
 
     def scale(self, peak: Tensor, base: Tensor | None) -> Tensor:
         """The number of E4M3 times the base."""

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from duquant.formats import NvFp4
 from duquant.tensors import widen
 from duquant.transform import DualTransform
 from evaluation.measured import Measured
@@ -57,9 +56,7 @@ def verify_export(prepared: Prepared, model: nn.Module, measured: Measured) -> N
     if isinstance(found, str):
         wrong, said = {"loading": found}, found
     else:
-        # weights of NVFP4 are decoded to bfloat16 there, whatever the dtype; those of MXFP4 are exact in it
-        exact = model.dtype.itemsize >= torch.float32.itemsize and prepared.quant.scheme.weight.format != NvFp4.name
-        bound = LOGITS if exact else HALF_LOGITS
+        bound = LOGITS if model.dtype.itemsize >= torch.float32.itemsize else HALF_LOGITS
         wrong, said = judged(found, expected, prepared.quant, [each.label for each in tested], bound)
     logger.log(RESULT, "%s, run by transformers and compressed-tensors alone: %s", folder, said)
     for name, reason in wrong.items():

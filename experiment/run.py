@@ -84,6 +84,8 @@ def run_experiment(settings: RunSettings, taken: Sequence[Taken] = ()) -> None:
         finish(prepared, outcome)
         if outcome.error is not None:
             again = resume_command(sys.argv, prepared.checkpoint.folder) if prepared.checkpoint else "the same command"
+            exported = settings.output.export is not None and settings.output.export.exists()
+            again += ", and another folder for --export" if exported else ""
             raise Incomplete(f"{outcome.error}; the rest is kept, try these again with: {again}")
     runner.journal.close()
     leave_group()

@@ -231,9 +231,10 @@ class MxInt4(PowerScales):
 class NvFp4(BlockFormat):
     """NVFP4: E2M1 elements in blocks of 16 with scales E4M3(max|x| / 6 / base) · base, `base` a float32 number.
 
-    A base is max|tensor| / (448 · 6), for which the largest scale is the largest number of E4M3, or the next power of
-    two above it: that takes one of the 17 octaves of E4M3 and makes all products exact, in bfloat16 too. It is one
-    number of a weight, and of a linear's input where it was calibrated; where none is given every vector has its own.
+    Of a weight, and of a linear's input where it was calibrated, the base is max|tensor| / (448 · 6), for which the
+    largest scale is the largest number of E4M3, rounded up to a power of two: that takes one of its 17 octaves and
+    makes all products exact, in bfloat16 too. Where none is given every vector has its own, which is not rounded: then
+    the scale of its largest block is exact.
     """
 
     name = "nvfp4"
@@ -243,13 +244,16 @@ class NvFp4(BlockFormat):
 
     def base_of(self, peak: Tensor) -> Tensor:
         """The base of tensors whose largest magnitude is `peak`, in its shape."""
-        least = (peak / (E4M3_LARGEST * self.elements.largest)).clamp(min=LEAST_BASE)
+        least = self._least_base(peak)
         below = power_below(least)
         return torch.where(below < least, 2 * below, below)
 
+    def _least_base(self, peak: Tensor) -> Tensor:
+        return (peak / (E4M3_LARGEST * self.elements.largest)).clamp(min=LEAST_BASE)
+
     def scale(self, peak: Tensor, base: Tensor | None) -> Tensor:
         """The number of E4M3 times the base."""
-        base = self.base_of(peak.amax(dim=-2, keepdim=True)) if base is None else base.to(peak.dtype)
+        base = self._least_base(peak.amax(dim=-2, keepdim=True)) if base is None else base.to(peak.dtype)
         scale = (peak / self.elements.largest / base).clamp(E4M3_LEAST, E4M3_LARGEST)
         return scale.float().to(torch.float8_e4m3fn).to(peak.dtype) * base
 

@@ -115,11 +115,17 @@ class Decided(Observer):
             self.layers[index] = finished
 
 
-def save(folder: Path, model: nn.Module, config: QuantSettings, tokenizer_folder: Path) -> None:
-    """Write a quantized model as `--save_model` does."""
+def save(
+    folder: Path,
+    model: nn.Module,
+    config: QuantSettings,
+    tokenizer_folder: Path,
+    kind: type[ModelWriter] = ModelWriter,
+) -> None:
+    """Write a quantized model as `--save_model` does, or as what has a writer of that `kind`."""
     spec, tokenizer = decoder_spec(model.config), AutoTokenizer.from_pretrained(tokenizer_folder)
     layers = spec.decoder_layers(model)
-    with ModelWriter(folder, spec, len(layers)) as writer:
+    with kind(folder, spec, len(layers)) as writer:
         for index, layer in enumerate(layers):
             writer.visit(index, layer)
         writer.finish(model, tokenizer, config)

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
-from families import logits, make_model, quantize
+from families import logits, make_model, quantize, save
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoTokenizer
 
 from duquant.exported import apply_transforms_, load
 from duquant.linear import QuantLinear
@@ -42,12 +41,7 @@ def exportable(group_size: int | None = None, activation: int = 4, **changes) ->
 
 def export(folder: Path, model: nn.Module, config: QuantSettings, tokenizer_folder: Path) -> Path:
     """Write a quantized model as `--export` does."""
-    spec, tokenizer = decoder_spec(model.config), AutoTokenizer.from_pretrained(tokenizer_folder)
-    layers = spec.decoder_layers(model)
-    with ExportWriter(folder, spec, len(layers)) as writer:
-        for index, layer in enumerate(layers):
-            writer.visit(index, layer)
-        writer.finish(model, tokenizer, config)
+    save(folder, model, config, tokenizer_folder, ExportWriter)
     return folder
 
 

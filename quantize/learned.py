@@ -51,12 +51,25 @@ class LearnedRatios(nn.Module):
         return self.limit * self.low.sigmoid(), self.limit * self.high.sigmoid()
 
 
-class LearnedQuantizer(nn.Module):
-    """Fake quantization of vectors under learned ratios of their ranges; straight-through."""
+class FixedRatios(nn.Module):
+    """Both ends of ranges multiplied by ratios that stay as they are."""
 
-    def __init__(self, scheme: TensorScheme, low: Tensor, high: Tensor, limit: float):
+    def __init__(self, low: Tensor, high: Tensor):
         super().__init__()
-        self.scheme, self.clip = scheme, LearnedRatios(low, high, limit)
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """Of the lower and of the upper end."""
+        return self.low, self.high
+
+
+class LearnedQuantizer(nn.Module):
+    """Fake quantization of vectors under a clip's ratios of their ranges, learned or fixed; straight-through."""
+
+    def __init__(self, scheme: TensorScheme, clip: LearnedRatios | FixedRatios):
+        super().__init__()
+        self.scheme, self.clip = scheme, clip
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as `x` [..., C]."""
@@ -65,41 +78,21 @@ class LearnedQuantizer(nn.Module):
         return fake_quantize(vectors, *self.clip.ratios(), number_format(self.scheme)).view(x.shape)
 
 
-def learned_quantizer(scheme: TensorScheme, ratios: Tensor | None, shape: tuple[int, ...] = (1,)) -> nn.Module:
+def learned_quantizer(
+    scheme: TensorScheme, ratios: Tensor | None, shape: tuple[int, ...] = (1,), fixed: bool = False
+) -> nn.Module:
     """That of a tensor, from the `ratios` [2] that were searched or else from the scheme's; the identity at 16 bits.
 
-    One ratio for all vectors may exceed 1 where the format gives that a meaning.
+    They stay as they are where `fixed`. One ratio for all vectors may exceed 1 where the format gives that a meaning.
     """
     if not scheme.quantized:
         return nn.Identity()
+    usual = scheme.clip if isinstance(scheme.clip, float) else 1.0
+    ends = [torch.full(shape, each) for each in ((usual, usual) if ratios is None else ratios.tolist())]
+    if fixed:
+        return LearnedQuantizer(scheme, FixedRatios(*ends))
     limit = LARGEST_BLOCK_RATIO if scheme.format in BLOCK_FORMATS and shape == (1,) else 1.0
-    fixed = scheme.clip if isinstance(scheme.clip, float) else 1.0
-    low, high = (fixed, fixed) if ratios is None else ratios.tolist()
-    return LearnedQuantizer(scheme, torch.full(shape, low), torch.full(shape, high), limit)
-
-
-class FixedQuantizer(nn.Module):
-    """Fake quantization of vectors under ratios of their ranges that are not learned; straight-through."""
-
-    def __init__(self, scheme: TensorScheme, ratios: Tensor):
-        super().__init__()
-        self.scheme = scheme
-        self.register_buffer("ratios", ratios)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as `x` [..., C]."""
-        size = self.scheme.group_size
-        vectors = x if size is None else x.unflatten(-1, (-1, size))
-        return fake_quantize(vectors, *self.ratios, number_format(self.scheme)).view(x.shape)
-
-
-def fixed_quantizer(scheme: TensorScheme, ratios: Tensor | None) -> nn.Module:
-    """`learned_quantizer` whose ratios stay as they are."""
-    learned = learned_quantizer(scheme, ratios)
-    if not isinstance(learned, LearnedQuantizer):
-        return learned
-    fixed = scheme.clip if isinstance(scheme.clip, float) else 1.0
-    return FixedQuantizer(scheme, torch.full((2, 1), fixed) if ratios is None else ratios[:, None].clone())
+    return LearnedQuantizer(scheme, LearnedRatios(*ends, limit))
 
 
 class LearnedGroup(nn.Module):
@@ -123,8 +116,7 @@ class LearnedGroup(nn.Module):
         self.state, self.online, self.turn, self.shared = state, online, turn, shared
         self.skews = nn.Parameter(torch.zeros_like(state.rotations))
         self.log_scale = nn.Parameter(torch.zeros(state.permutations.shape[-1], device=state.rotations.device))
-        make = fixed_quantizer if fixed else learned_quantizer
-        self.quantizer = make(scheme, state.ratios).to(state.rotations.device)
+        self.quantizer = learned_quantizer(scheme, state.ratios, fixed=fixed).to(state.rotations.device)
         self.mean = None
         if state.shift is not None:
             self.mean = DualTransform(state.rotations, state.permutations, online).inverse(state.shift[None])
@@ -175,7 +167,7 @@ class LearnedGroup(nn.Module):
         factor = factor if order is None else factor[order.argsort()]  # scales are of the channels as they were
         scale = None if self.state.scale is None else self.state.scale * factor
         rotations = (self.state.rotations.double() @ rotation_of(self.skews.double())).float()
-        fixed = isinstance(self.quantizer, FixedQuantizer)
+        fixed = isinstance(getattr(self.quantizer, "clip", None), FixedRatios)
         ratios = self.state.ratios if fixed else ratios_of(self.quantizer)
         return replace(self.state, scale=scale, rotations=rotations, ratios=ratios, shift=None)
 

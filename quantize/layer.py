@@ -7,14 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from duquant.formats import number_format
 from duquant.linear import GroupInput
-from duquant.quantizer import make_quantizer
-from duquant.scheme import SEARCHED
 from duquant.tensors import widen
 from duquant.transform import DualTransform
 from quantize.build import FullPrecision, LayerBuilder, absorbers, describe_folding, describe_order, narrowed
-from quantize.clipping import search_activation_ratio
+from quantize.group_input import fit_input, measure_input
 from quantize.heads import decide_heads, multiplied_columns, order_in_heads, rotated_energy, value_matrices
 from quantize.inputs import LayerInputs
 from quantize.learned import LearnedLayer
@@ -23,15 +20,13 @@ from quantize.observe import advance_, capture_rows, known_outputs, layer_output
 from quantize.observer import Observer
 from quantize.rotation_settings import Transform
 from quantize.rounding import Moments, OpenLinear
-from quantize.samples import GroupRows, KnownOutputs, mean_of, moment_of, parts_of, peak_of
+from quantize.samples import GroupRows, KnownOutputs, moment_of, parts_of
 from quantize.scales import group_peaks, smoothing_scales
 from quantize.settings import Probe, QuantSettings, SmoothMeasure, SmoothSettings
 from quantize.spec import DecoderSpec, InputGroup
 from quantize.state import GroupState, LayerState
 from quantize.training import Samples, TrainingReport, train_clipping_
 from quantize.transforms import TRANSFORMS, Stage, TransformSearch, channel_peak, measure_stage
-
-CLIP_ROWS = 2048  # of a group's input, on which its clip ratio is searched
 
 
 @dataclass(frozen=True)
@@ -297,34 +292,6 @@ class Decision:
 
         both = moment_of(zip(given, aimed(), strict=True))
         return Moments(name, *both.tensor_split(2))
-
-
-def fit_input(state: GroupState, rows: GroupRows, transform: DualTransform, settings: QuantSettings) -> GroupState:
-    """`state` with the shift, the base and the clip ratios of the group's input that its `rows` ask for."""
-    scheme = settings.scheme.input
-    state = measure_input(state, rows, transform, settings)
-    shift = state.shift
-    if scheme.quantized and scheme.clip == SEARCHED:
-        some = transform(rows.some(CLIP_ROWS))
-        some = some if shift is None else some - shift
-        some = some / some.norm(dim=1, keepdim=True).clamp(min=1e-12)  # each token's error beside its own length
-        ratio = search_activation_ratio(some, make_quantizer(scheme, nn.Identity()))
-        state = replace(state, ratios=torch.tensor([ratio, ratio], device=some.device))
-    return state
-
-
-def measure_input(state: GroupState, rows: GroupRows, transform: DualTransform, settings: QuantSettings) -> GroupState:
-    """`state` with the mean of the group's transformed input, and the base of its format, where these are asked for."""
-    scheme = settings.scheme.input
-    if not scheme.quantized:
-        return state
-    form = number_format(scheme)
-    if settings.extras.channel_shift:
-        state = replace(state, shift=mean_of(map(transform, rows.parts())))
-    if form.has_base:
-        moved = (transform(x) if state.shift is None else transform(x) - state.shift for x in rows.parts())
-        state = replace(state, base=form.base_of(peak_of(moved).amax()[None]))
-    return state
 
 
 def teacher_targets_(layer: nn.Module, inputs: LayerInputs, settings: QuantSettings) -> tuple[Tensor, ...]:

@@ -10,7 +10,10 @@ from evaluation.settings import EvaluationSettings
 from experiment.presets import PresetSettings
 from quantize.settings import QuantSettings
 from utils.errors import InputError
+from utils.flags import BehindWord
 from utils.settings import Changes, option, part
+
+TARGET = "compressed-tensors"  # what --export writes, as its word
 
 
 class Keep(StrEnum):
@@ -167,9 +170,14 @@ class OutputSettings:
     )
     export: Path | None = option(
         None,
-        "folder for the quantized model as other engines (vLLM, transformers) load it: symmetric integers of 4 bits "
-        "and rotations, as compressed-tensors describes them; says what cannot be told so before anything is computed",
+        "the format, which may be left out, and a folder for the quantized model as other engines (vLLM, transformers) "
+        "load it: symmetric integers, MXFP4 or NVFP4, and rotations, as compressed-tensors describes them; says what "
+        "cannot be told so before anything is computed",
         changes=Changes.NOTHING,
+        nargs="+",
+        action=BehindWord,
+        const=TARGET,
+        metavar=(TARGET, "FOLDER"),
     )
     verify: bool = option(
         False,

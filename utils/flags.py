@@ -21,6 +21,20 @@ class Flatten(argparse.Action):
         setattr(namespace, self.dest, [name for names in values for name in names])
 
 
+class BehindWord(argparse.Action):
+    """Stores the last of at most two values; in front of it the word `const` may stand, which says what it is of."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Called by argparse."""
+        *words, value = values
+        given = " ".join(str(word) for word in words)
+        if given not in ("", self.const):
+            raise argparse.ArgumentError(self, f"{given} is not known; give {self.const} and one value")
+        if str(value) == self.const:
+            raise argparse.ArgumentError(self, f"a value is missing behind {self.const}")
+        setattr(namespace, self.dest, value)
+
+
 NAME_LIST = {"type": names, "action": Flatten}  # of a flag: names separated by spaces or commas
 
 

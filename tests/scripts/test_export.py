@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 FLAGS = ("--wbits", 4, "--abits", 4, "--qbits", 16, "--kbits", 16, "--vbits", 16, "--symmetric", "--act_symmetric")
 FLAGS += ("--symmetric_range", "full", "--smooth", "--gqa_smooth", "fold", "--transform", "permute_rotate")
 FLAGS += ("--block_size", 16, "--max_rotation_step", 10, "--net", "tiny")
+EXPORT = ("--export", "compressed-tensors")
 TELLS_OTHER_LOGITS = """
 import sys
 if "duquant.verify" in sys.orig_argv:
@@ -33,7 +34,16 @@ def tensors_of(folder) -> dict[str, torch.Tensor]:
 def exported(model_folder, token_file, tmp_path_factory):
     """A run of main.py --export --verify --save_model: its folder, and how it ended."""
     folder = tmp_path_factory.mktemp("exported")
-    flags = (*common(model_folder, token_file), *FLAGS, "--eval_ppl", "--export", "out", "--save_model", "saved")
+    flags = (
+        *common(model_folder, token_file),
+        *FLAGS,
+        "--eval_ppl",
+        "--export",
+        "compressed-tensors",
+        "out",
+        "--save_model",
+        "saved",
+    )
     done = run_script("main.py", *flags, "--verify", folder=folder)
     return folder, done
 

@@ -38,7 +38,7 @@ BEYOND = """--rounding gptq|--rounding gptq --gptq_damping 0.1|--gptq_target 0.5
 PRESET = """--preset paper|--preset best_trained|--preset paper --no_smooth|--swc 0.8 --lac none|--no_stream
 --smooth --no-smooth --eval_ppl|--preset paper --swc none"""
 COMPARED = "--preset paper|--no-smooth|--lwc --no_lwc --swc 0.8"
-EXPORT = "--transform permute_rotate|--export e|--export e --verify"
+EXPORT = "--transform permute_rotate|--export e|--export compressed-tensors e|--export e --verify"
 LATER = {
     "main": f"{ROLES}\n{PRESET}\n{BEYOND}\n{EXPORT}",
     "compare": f"{ROLES}\n{COMPARED}\n" + BEYOND.removesuffix("|--transform two_hadamard"),
@@ -69,5 +69,9 @@ def test_a_flag_is_accepted_and_says_something(script, flags, monkeypatch):
 
 
 def test_both_names_of_a_flag_are_one_setting(monkeypatch):
-    for first, second in (("--symmetric", "--weight_symmetric"), ("--act-scales s", "--act_scales s")):
+    for first, second in (
+        ("--symmetric", "--weight_symmetric"),
+        ("--act-scales s", "--act_scales s"),
+        ("--export e", "--export compressed-tensors e"),
+    ):
         assert parsed("main", first, monkeypatch) == parsed("main", second, monkeypatch)

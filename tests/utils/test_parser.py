@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from utils.flags import did_you_mean
+from utils.flags import BehindWord, did_you_mean
 from utils.parser import Parser, set_basic
 from utils.settings import add_flags, from_flags, option, part
 
@@ -137,3 +137,17 @@ def test_a_script_of_few_flags_shows_them_all(capsys):
     text = shown("--help", capsys=capsys, short=False)
     assert "ribbon" in text
     assert "--help-all" not in text
+
+
+def test_a_word_may_stand_in_front_of_a_value(caplog):
+    parser = Parser("")
+    parser.add_argument("--into", nargs="+", action=BehindWord, const="jam", metavar=("jam", "POT"))
+    assert parser.parse_args(["--into", "pot"]).into == parser.parse_args(["--into", "jam", "pot"]).into == "pot"
+    for values, message in (
+        (["jam"], "--into: a value is missing behind jam"),
+        (["honey", "pot"], "--into: honey is not known; give jam and one value"),
+        (["jam", "pot", "pan"], "--into: jam pot is not known"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(["--into", *values])
+        assert message in caplog.text

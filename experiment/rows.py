@@ -20,12 +20,12 @@ RTN, SMOOTH = "rtn", "smooth"
 FULL_TITLE = "full precision"
 TRANSFORM_ROWS = (  # the shared settings with this transform
     *(Transform.HADAMARD, Transform.TWO_HADAMARD, Transform.ROTATION, Transform.PERMUTATION),
-    *(Transform.ROTATION_PERMUTATION, Transform.DUAL),
+    *(Transform.ROTATION_PERMUTATION, Transform.PERMUTE_ROTATE, Transform.DUAL),
 )
 PLAIN_ROWS = (FULL, RTN, SMOOTH, *map(str, TRANSFORM_ROWS))
 ROWS = (*PLAIN_ROWS, *PRESETS, *VARIANTS)  # the order of every table
 GROUPS = {  # rows by one name
-    "usual": (*PLAIN_ROWS, "best"),
+    "usual": (*(row for row in PLAIN_ROWS if row != Transform.PERMUTE_ROTATE), "best"),
     "ablation": (FULL, "paper", "best", *VARIANTS),
 }
 
@@ -78,7 +78,7 @@ class ComparisonSettings:
         "each transform\n"
         f"  {', '.join(PRESETS)}: that preset, whatever is given, but for settings of bits and the block size\n"
         f"  {', '.join(VARIANTS)}: the preset best but for one part\n"
-        "  usual: the first line and best\n"
+        "  usual: the first line but permute_rotate, and best\n"
         "  ablation: full, paper, best, and best but for each part",
         changes=Changes.NOTHING,
         basic="usual, ablation, or rows such as full, rtn, smooth, dual, best (default: usual)",

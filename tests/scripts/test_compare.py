@@ -126,6 +126,18 @@ def test_rows_are_bit_for_bit_what_main_finds(whole, runs):
     assert ours["perplexity_details"]["tokens"]["divergence"] > 0
 
 
+def test_channels_that_one_row_permutes_upstream_are_in_their_places_for_the_next(usual, runs, tmp_path):
+    data = usual[: -len(TINY) - 1]
+    ours = (*data, *TINY, "--eval_ppl", "--eval_kl", "--swc", 0.9)
+    compared = run_script("compare.py", *ours, "--rows", "permute_rotate", "dual", folder=tmp_path)
+    alone = run_script("main.py", *ours, "--smooth", "--transform", "permute_rotate", folder=tmp_path)
+    assert compared.returncode == alone.returncode == 0, compared.stderr + alone.stderr
+    rows = rows_of(tmp_path)
+    mains = results_in(the_run(tmp_path / "output", "tiny_w4a4_lac*"))
+    assert rows["permute_rotate"][0]["perplexity_details"] == mains["perplexity_details"]
+    assert rows["dual"][0]["perplexity_details"] == results_in(runs / "a")["perplexity_details"]
+
+
 def test_a_row_that_is_a_preset_is_what_main_finds_with_it_whatever_else_is_given(whole, usual, tmp_path):
     block_size, data = TINY[:2], usual[: -len(TINY) - 1]
     alone = run_script("main.py", *data, "--preset", "best", *block_size, "--eval_ppl", "--eval_kl", folder=tmp_path)

@@ -133,10 +133,12 @@ class IntegerFormat:
 class BlockFormat:
     """x̂ = e · s: elements e of 4 bits, and for every `block` of channels a scale s that has 8 bits at rest.
 
-    There is no zero point: that of its codes is 0. A clip ratio r takes r · max|x| in place of max|x|.
+    There is no zero point: that of its codes is 0. A clip ratio r takes r · max|x| in place of max|x|. `choices`: the
+    ratios among which `fitted` chooses.
     """
 
     name: ClassVar[str]
+    choices: ClassVar[tuple[float, ...]]
     block: ClassVar[int]
     elements: ClassVar[type[E2M1] | type[Int4]]
     has_base: ClassVar[bool] = False
@@ -160,6 +162,10 @@ class BlockFormat:
         """The scale of blocks whose largest magnitude is `peak` [..., C/block, 1], in its dtype; never zero."""
         raise NotImplementedError
 
+    def base_for(self, peak: Tensor, base: Tensor | None) -> Tensor | None:
+        """What the scales of vectors with such blocks are multiplied with: `base`, or where there is none their own."""
+        return base
+
     def stored(self, scale: Tensor, base: Tensor | None) -> Tensor:
         """The bits of such scales, uint8."""
         raise NotImplementedError
@@ -175,6 +181,23 @@ class BlockFormat:
         if peak.requires_grad and torch.is_grad_enabled():
             smooth = peak / self.elements.largest
             scale = scale + (smooth - smooth.detach())
+        return Parameters(scale, torch.zeros_like(scale))
+
+    def fitted(self, x: Tensor, low: Tensor, high: Tensor, base: Tensor | None = None) -> Parameters:
+        """`parameters` for each of the `choices` times the range, of which a block of `x` has those that round it best.
+
+        By squared error. Neither the choice nor a base of the vector's own is differentiated.
+        """
+        peak = torch.maximum(low.abs(), high.abs())
+        base = self.base_for(max(self.choices) * peak.detach(), base)
+        scale, least = None, None
+        for ratio in self.choices:
+            each = self.parameters(ratio * low, ratio * high, base)
+            with torch.no_grad():
+                error = (self.fake(x, each) - x).square_().sum(dim=-1, keepdim=True)
+            better = None if least is None else error < least
+            scale = each.scale if better is None else torch.where(better, each.scale, scale)
+            least = error if better is None else torch.minimum(error, least)
         return Parameters(scale, torch.zeros_like(scale))
 
     def encode(self, x: Tensor, parameters: Parameters) -> Codes:
@@ -219,6 +242,7 @@ class MxFp4(PowerScales):
 
     name = "mxfp4"
     elements = E2M1
+    choices = (1.0, 2.0)  # the largest magnitude is between 4 and 8, or between 2 and 4
 
 
 class MxInt4(PowerScales):
@@ -226,6 +250,7 @@ class MxInt4(PowerScales):
 
     name = "mxint4"
     elements = Int4
+    choices = (1.0, 0.5)  # between 4 and 8, or more
 
 
 class NvFp4(BlockFormat):
@@ -239,6 +264,7 @@ class NvFp4(BlockFormat):
 
     name = "nvfp4"
     block = 16
+    choices = (1.0, 15 / 16, 1.5)  # the largest magnitude is 6, cut off to 6, or 4, about which numbers lie closer
     elements = E2M1
     has_base = True
 
@@ -251,9 +277,13 @@ class NvFp4(BlockFormat):
     def _least_base(self, peak: Tensor) -> Tensor:
         return (peak / (E4M3_LARGEST * self.elements.largest)).clamp(min=LEAST_BASE)
 
+    def base_for(self, peak: Tensor, base: Tensor | None) -> Tensor:
+        """The base, or the least that the vectors' largest blocks can have."""
+        return self._least_base(peak.amax(dim=-2, keepdim=True)) if base is None else base.to(peak.dtype)
+
     def scale(self, peak: Tensor, base: Tensor | None) -> Tensor:
         """The number of E4M3 times the base."""
-        base = self._least_base(peak.amax(dim=-2, keepdim=True)) if base is None else base.to(peak.dtype)
+        base = self.base_for(peak, base)
         scale = (peak / self.elements.largest / base).clamp(E4M3_LEAST, E4M3_LARGEST)
         return scale.float().to(torch.float8_e4m3fn).to(peak.dtype) * base
 

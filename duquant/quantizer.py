@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from duquant.formats import Codes, Format, Parameters, number_format
-from duquant.scheme import SEARCHED, TensorScheme
+from duquant.scheme import BY_BLOCK, SEARCHED, TensorScheme
 from duquant.tensors import extremes, row_parts, widen
 
 
@@ -13,6 +13,14 @@ class NoClip(nn.Module):
 
     def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Return (low, high) unchanged."""
+        return low, high
+
+
+class FittedClip(nn.Module):
+    """For a format of blocks: of its `choices` the ratio that rounds a block best, which `BlockFormat.fitted` finds."""
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (low, high) unchanged: what the choices multiply."""
         return low, high
 
 
@@ -44,8 +52,10 @@ class FoundClip(nn.Module):
         return self.ratios[0] * low, self.ratios[1] * high
 
 
-def fixed_clip(ratio: float | None) -> nn.Module:
-    """The clip of a fixed ratio: `NoClip` when it is None."""
+def fixed_clip(ratio: float | str | None) -> nn.Module:
+    """The clip of a fixed ratio: `NoClip` when it is None, `FittedClip` for BY_BLOCK."""
+    if ratio == BY_BLOCK:
+        return FittedClip()
     return NoClip() if ratio is None else RatioClip(ratio)
 
 
@@ -77,7 +87,10 @@ class Quantizer(nn.Module):
 
     def parameters(self, vectors: Tensor) -> Parameters:
         """Scale and zero point of the clipped range of every vector: [..., 1]."""
-        return self.format.parameters(*self.clip(*ends(vectors)), self.base)
+        low, high = self.clip(*ends(vectors))
+        if isinstance(self.clip, FittedClip):
+            return self.format.fitted(vectors, low, high, self.base)
+        return self.format.parameters(low, high, self.base)
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Fake quantization: decode(encode(x)), in the shape of `x`, rounded once to `dtype` or to that of `x`."""

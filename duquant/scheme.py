@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from duquant.formats import BLOCK_FORMATS, FORMATS
 
 SEARCHED = "search"  # the clip that is not one number: every range has its own, searched when the model was made
+BY_BLOCK = "block"  # or of blocks: the one among the format's that rounds each of them best, found when it is rounded
 UNQUANTIZED_BITS = 16  # this many bits or more: the tensor is left as it is
 
 
@@ -14,8 +15,8 @@ class TensorScheme:
 
     `format`: one of `duquant.formats.FORMATS`. `bits`: 16 leaves the tensor alone. `group_size`: channels that share a
     range; None: all of a vector's; formats of blocks have 4 bits, their own block and no zero point. `clip`: factor on
-    both ends of the range; None: none; SEARCHED: factors of their own, which are kept beside the codes. `full_range`:
-    of symmetric integers, see `IntegerFormat`.
+    both ends of the range; None: none; SEARCHED: factors of their own, which are kept beside the codes; BY_BLOCK: of a
+    format of blocks, see `BlockFormat.fitted`. `full_range`: of symmetric integers, see `IntegerFormat`.
 
     Raises ValueError for what cannot be.
     """
@@ -38,13 +39,15 @@ class TensorScheme:
             ("full_range", bool),
         ):
             value = getattr(self, name)
-            if not isinstance(value, kinds) and not (name == "clip" and value == SEARCHED):
+            if not isinstance(value, kinds) and not (name == "clip" and value in (SEARCHED, BY_BLOCK)):
                 raise ValueError(f"{name} is {value!r}")
         if not 2 <= self.bits <= UNQUANTIZED_BITS:
             raise ValueError(f"{self.bits} bits: must be between 2 and {UNQUANTIZED_BITS}")
         form = BLOCK_FORMATS.get(self.format)
         if form is not None and (self.bits, self.group_size, self.symmetric) != (form.bits, form.block, form.symmetric):
             raise ValueError(f"{self.format} has {form.bits} bits, blocks of {form.block} and no zero point")
+        if form is None and self.quantized and self.clip == BY_BLOCK:
+            raise ValueError(f"{self.format} has no blocks whose clip could be chosen")
 
     @property
     def quantized(self) -> bool:

@@ -13,7 +13,8 @@ from utils.settings import NONE, option
 
 UNQUANTIZED_BITS = 16  # as in `duquant.scheme`, which is not imported for a flag: transformers loads for seconds
 SEARCH = "search"  # in place of a clip ratio: it is searched on calibration data
-Ratio = float | str | None  # a clip ratio, SEARCH, or no clipping
+BLOCK = "block"  # or every block of an activation has the best of a few
+Ratio = float | str | None  # a clip ratio, SEARCH, BLOCK, or no clipping
 BLOCK_BITS = 4  # of all formats of blocks
 LARGEST_BLOCK_RATIO = 2.0  # of their clips: twice the scale that the range asks for
 
@@ -40,19 +41,28 @@ class Format(StrEnum):
 
 
 def clip_ratio(text: str) -> Ratio:
-    """What `--lac` and `--swc` say: a number, SEARCH, or `none`, which takes out what a preset has."""
+    """What `--swc` says: a number, SEARCH, or `none`, which takes out what a preset has."""
+    return _ratio(text, (SEARCH,))
+
+
+def input_clip_ratio(text: str) -> Ratio:
+    """What `--lac` says: what `--swc` can, or BLOCK."""
+    return _ratio(text, (SEARCH, BLOCK))
+
+
+def _ratio(text: str, words: tuple[str, ...]) -> Ratio:
     if text == NONE:
         return None
     try:
-        return text if text == SEARCH else float(text)
+        return text if text in words else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {SEARCH}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {' or '.join(words)}") from None
 
 
-def _check_ratio(flag: str, value: Ratio) -> None:
+def _check_ratio(flag: str, value: Ratio, words: tuple[str, ...] = ()) -> None:
     if isinstance(value, str):
-        if value != SEARCH:
-            raise InputError(f"{flag} {value}: must be a number in (0, 1] or {SEARCH}")
+        if value not in words:
+            raise InputError(f"{flag} {value}: must be a number in (0, 1] or {' or '.join(words)}")
     elif value is not None and not 0 < value <= LARGEST_BLOCK_RATIO:
         raise InputError(f"{flag} {value:g}: the clip ratio must be in (0, 1]")
 
@@ -126,7 +136,7 @@ class ClipSettings:
 
     `kv_ratio` is for k, in place of `activation_ratio`, and for v, which has none otherwise. SEARCH in place of a ratio
     means that calibration data decide: for every range of weights, for the inputs of every group, for q, k and v of
-    every layer.
+    every layer. BLOCK means that every block of an activation decides, when it is rounded.
     """
 
     TITLE: ClassVar[str] = "method, quantization"
@@ -134,12 +144,12 @@ class ClipSettings:
     activation_ratio: Ratio = option(
         None,
         "clip ratio of linears' inputs, q and k, in (0, 1]; or search: found for each of them, and for v, on "
-        "calibration data (default: no clipping)",
+        "calibration data; or block: every block of a format, of v too, has the best of some (default: no clipping)",
         flag="lac",
         tag="lac",
         basic="clip ratio of linears' inputs, q and k, in (0, 1], or search",
-        type=clip_ratio,
-        metavar="RATIO|search",
+        type=input_clip_ratio,
+        metavar="RATIO|search|block",
     )
     weight_ratio: Ratio = option(
         None,
@@ -156,8 +166,8 @@ class ClipSettings:
     )
 
     def __post_init__(self) -> None:
-        _check_ratio("--lac", self.activation_ratio)
-        _check_ratio("--swc", self.weight_ratio)
+        _check_ratio("--lac", self.activation_ratio, (SEARCH, BLOCK))
+        _check_ratio("--swc", self.weight_ratio, (SEARCH,))
         _check_ratio("--lac_kv", self.kv_ratio)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from duquant.attention import HEAD_ROLES, QUANTIZER, AttentionQuantizer, attach_, by_head
 from duquant.formats import BLOCK_FORMATS, number_format
-from duquant.scheme import Scheme, TensorScheme
+from duquant.quantizer import make_quantizer
+from duquant.scheme import BY_BLOCK, Scheme, TensorScheme
 from duquant.transform import DualTransform, rotate_blocks
 from quantize.bits import LARGEST_BLOCK_RATIO
 from quantize.build import LayerBuilder, absorbers
@@ -83,10 +84,13 @@ def learned_quantizer(
 ) -> nn.Module:
     """That of a tensor, from the `ratios` [2] that were searched or else from the scheme's; the identity at 16 bits.
 
-    They stay as they are where `fixed`. One ratio for all vectors may exceed 1 where the format gives that a meaning.
+    They stay as they are where `fixed`; there are none where every block chooses its own. One ratio for all vectors may
+    exceed 1 where the format gives that a meaning.
     """
     if not scheme.quantized:
         return nn.Identity()
+    if scheme.clip == BY_BLOCK:
+        return make_quantizer(scheme)
     usual = scheme.clip if isinstance(scheme.clip, float) else 1.0
     ends = [torch.full(shape, each) for each in ((usual, usual) if ratios is None else ratios.tolist())]
     if fixed:

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
 from quantize.bits import (
+    BLOCK,
     SEARCH,
     UNQUANTIZED_BITS,
     BitSettings,
@@ -222,6 +223,8 @@ class QuantSettings:
                 raise InputError(
                     f"{flag} {ratio:g}: the clip ratio must be in (0, 1]; only formats of blocks take more"
                 )
+            if ratio == BLOCK and Format.INT in kinds:
+                raise InputError(f"{flag} {BLOCK}: integers have no blocks; give {flag} {SEARCH}, or --aformat nvfp4")
 
     @property
     def learns_transform(self) -> bool:
@@ -278,7 +281,7 @@ class QuantSettings:
 
         bits, clip, forms = self.bits, self.clip, self.formats
         head_clip = {"query": clip.activation_ratio, "key": clip.kv_ratio or clip.activation_ratio}
-        clips_values = self.extras.value_rotation or clip.activation_ratio == SEARCH
+        clips_values = self.extras.value_rotation or clip.activation_ratio in (SEARCH, BLOCK)
         head_clip["value"] = clip.kv_ratio or (clip.activation_ratio if clips_values else None)
         activations = {"symmetric": bits.act_symmetric, "full_range": bits.full_range}
         heads = {

@@ -125,6 +125,47 @@ def test_decoded_packed_codes_are_fake_quantization_to_the_bit(name, dtype):
 
 
 @every_format
+@pytest.mark.parametrize("has_base", [True, False])
+def test_a_fitted_block_has_the_scale_among_the_choices_that_rounds_it_best(name, has_base):
+    x, form = blocks(name, rows=40), BLOCK_FORMATS[name]()
+    base = form.base_of(2 * x.abs().amax()[None]) if form.has_base and has_base else None
+    if form.has_base and not has_base:  # that of its largest block, under the largest ratio
+        base = (x.abs().amax(dim=1)[:, None, None] * 1.5 / (448 * 6)).clamp(min=2.0**-100)
+    clip = make_quantizer(make_scheme(name, 4, False, None, "block")).clip
+    codes = Quantizer(form, clip, form.block, base if has_base else None).encode(x)
+    vectors = x.unflatten(1, (-1, form.block))
+    low, high = vectors.amin(dim=-1, keepdim=True), vectors.amax(dim=-1, keepdim=True)
+    each = [form.parameters(ratio * low, ratio * high, base) for ratio in form.choices]
+    errors = torch.stack([(form.fake(vectors, way) - vectors).square().sum(dim=-1) for way in each])
+    found = (form.decode(codes) - vectors).square().sum(dim=-1)
+    assert torch.equal(found, errors.amin(dim=0))
+    assert (errors.argmin(dim=0) > 0).any()
+    assert (errors.argmin(dim=0) == 0).any()
+
+
+@every_format
+def test_a_fitted_vector_does_not_depend_on_its_neighbours_and_its_gradient_passes(name):
+    x, quantizer = blocks(name), make_quantizer(make_scheme(name, 4, False, None, "block"))
+    assert torch.equal(quantizer(x), torch.cat([quantizer(row[None]) for row in x]))
+    differentiated = x.clone().requires_grad_()
+    quantizer(differentiated).sum().backward()
+    assert differentiated.grad.isfinite().all()
+    assert (differentiated.grad != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("name", "gain"), [("nvfp4", 0.22), ("mxfp4", 0.05), ("mxint4", 0.25)])
+def test_what_fitting_takes_off_the_error_of_normally_distributed_numbers(name, gain):
+    x = torch.randn(2000, 256, generator=torch.Generator().manual_seed(0))
+    plain, fitted = (make_quantizer(make_scheme(name, 4, False, None, clip)) for clip in (None, "block"))
+    assert 1 - ((fitted(x) - x).norm() / (plain(x) - x).norm()).square().item() == pytest.approx(gain, abs=0.01)
+
+
+def test_integers_have_no_blocks_to_fit():
+    with pytest.raises(ValueError, match="int has no blocks"):
+        TensorScheme(clip="block")
+
+
+@every_format
 def test_the_error_is_at_most_half_the_gap_between_elements_where_nothing_is_cut_off(name):
     x = blocks(name)
     quantizer = quantizer_of(name, x, clip=FoundClip(torch.tensor([4 / 3, 4 / 3])))

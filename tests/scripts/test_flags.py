@@ -32,6 +32,7 @@ ROLES = f"""--keep host|--search_rows 64
 --act_scales s|--act_shifts t|--sensitivity|--sensitivity --sensitivity_windows 3
 {BOS}"""
 BEYOND = """--rounding gptq|--rounding gptq --gptq_damping 0.1|--gptq_target 0.5|--swc search|--lac search
+--aformat nvfp4 --lac block
 --smooth_measure energy|--channel_shift|--key_mean|--value_mean|--value_rotation|--head_transform balanced
 --probe peaks|--probe peaks --probe_tokens 64|--symmetric_range full
 --lwc --fixed_input_clips|--transform two_hadamard"""

@@ -26,7 +26,14 @@ def test_the_names_of_formats_are_those_of_the_runtime():
 
 
 @pytest.mark.parametrize(
-    "flags", [PLAIN, FLAGS, (*FLAGS, "--train", "transform", "--epochs", 1)], ids=["nearest", "searched", "trained"]
+    "flags",
+    [
+        PLAIN,
+        FLAGS,
+        (*FLAGS, "--train", "transform", "--epochs", 1),
+        (*FLAGS, "--train", "transform", "--epochs", 1, "--lac", "block"),
+    ],
+    ids=["nearest", "searched", "trained", "fitted"],
 )
 def test_a_saved_model_has_bytes_for_scales_and_the_perplexity_of_its_run(flags, usual, token_file, tmp_path):
     done = run_script("main.py", *usual, *flags, *NVFP4, "--save_model", "saved", folder=tmp_path)
@@ -84,6 +91,8 @@ def test_tables_name_the_format(usual, tmp_path):
         (("--qformat", "nvfp4", "--qbits", 8), "--qformat nvfp4: has 4 bits; give --qbits 4"),
         (("--wformat", "mxfp4"), "blocks of 32, which do not divide its 48 input channels; try nvfp4"),
         (("--vformat", "mxfp4"), "--vformat mxfp4 has blocks of 32, which do not divide heads of 16"),
+        (("--lac", "block"), "--lac block: integers have no blocks; give --lac search, or --aformat nvfp4"),
+        (("--swc", "block"), "'block' is neither a number nor search"),
         (("--lac", 1.3), "--lac 1.3: the clip ratio must be in (0, 1]"),
         (("--wformat", "nvfp4", "--swc", 2.5), "--swc 2.5"),
     ],

@@ -18,7 +18,7 @@ from experiment.rows import CompareSettings
 from experiment.usual import usual_evaluation
 from utils.errors import InputError
 from utils.parser import Parser, set_basic
-from utils.settings import add_flags
+from utils.setting_flags import add_flags
 
 EXAMPLES = """examples:
   python compare.py --model meta-llama/Llama-2-7b-hf --preset paper             with the paper's quantizers

@@ -16,7 +16,8 @@ from experiment.options import CalibrationSettings, ModelSettings
 from quantize.settings import seed_option
 from utils.errors import InputError
 from utils.parser import Parser
-from utils.settings import Changes, add_flags, from_flags, option, part
+from utils.setting_flags import add_flags, from_flags
+from utils.settings import Changes, option, part
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from experiment.cli import parse_with_preset, read_settings, run_script
 from experiment.options import RunSettings
 from experiment.usual import usual_run
 from utils.parser import Parser, set_basic
-from utils.settings import add_flags
+from utils.setting_flags import add_flags
 
 EXAMPLES = """examples:
   python main.py --model meta-llama/Llama-2-7b-hf                        the paper's W4A4, perplexity of WikiText-2

@@ -9,7 +9,7 @@ from pathlib import Path
 from experiment.cli import run_script
 from experiment.options import ReportLayers
 from utils.parser import Parser
-from utils.settings import add_flags, from_flags
+from utils.setting_flags import add_flags, from_flags
 
 EXAMPLES = """examples:
   python report.py output/tiny-llama_w4a4

@@ -15,7 +15,7 @@ from experiment.usual import Taken
 from utils.errors import Incomplete, InputError
 from utils.log import setup_console
 from utils.parser import Parser, fail
-from utils.settings import destination, from_flags, start_flags_from, way_off
+from utils.setting_flags import destination, from_flags, start_flags_from, way_off
 
 Settings = TypeVar("Settings")
 Fill = Callable[[argparse.Namespace, set[str]], list[Taken]]

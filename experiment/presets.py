@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from quantize.settings import QuantSettings
-from utils.settings import Changes, from_flat, option
+from utils.setting_flags import from_flat
+from utils.settings import Changes, option
 
 W4A4 = {"wbits": 4, "abits": 4}
 SEARCH = {"max_rotation_step": 256, "permutation_times": 1}

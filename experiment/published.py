@@ -19,7 +19,8 @@ from quantize.rotation_settings import Transform
 from quantize.settings import QuantSettings
 from utils.errors import InputError
 from utils.results import format_table
-from utils.settings import Changes, defaults, flat, from_flat
+from utils.setting_flags import from_flat
+from utils.settings import Changes, defaults, flat
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "assets/published.json"
 UNTOUCHED = {"wbits": 16, "abits": 16}

@@ -9,7 +9,8 @@ from typing import Any
 
 from evaluation.settings import entries
 from quantize.settings import QuantSettings
-from utils.settings import Changes, defaults, destination, options
+from utils.setting_flags import destination
+from utils.settings import Changes, defaults, options
 
 PRESET = "paper"
 LEFT_OPEN = {"seed", "block_size"}  # by every preset

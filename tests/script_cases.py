@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from experiment.options import RunSettings
 from utils.io import read_tensors
 from utils.parser import Parser
-from utils.settings import add_flags, from_flags
+from utils.setting_flags import add_flags, from_flags
 
 
 def common(model: Path, tokens: Path) -> tuple:

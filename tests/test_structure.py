@@ -7,7 +7,7 @@ from conftest import ROOT
 
 PACKAGES = ("experiment", "reporting", "evaluation", "models", "quantize", "duquant", "utils")
 # a script's beginning; its flags; flags into settings; the runtime's own script
-READS_FLAGS = {"experiment/cli.py", "utils/parser.py", "utils/settings.py", "duquant/__main__.py"}
+READS_FLAGS = {"experiment/cli.py", "utils/parser.py", "utils/setting_flags.py", "duquant/__main__.py"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -16,7 +16,7 @@ from experiment.cli import Parser, run_script  # noqa: E402
 from experiment.options import RunSettings  # noqa: E402
 from experiment.rows import CompareSettings  # noqa: E402
 from utils.errors import InputError  # noqa: E402
-from utils.settings import add_flags  # noqa: E402
+from utils.setting_flags import add_flags  # noqa: E402
 
 PAGE = ROOT / "docs/flags.md"
 HEAD = """# All flags

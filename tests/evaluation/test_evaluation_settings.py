@@ -13,7 +13,8 @@ from evaluation.mtbench.conversation import FORMATS
 from evaluation.mtbench.settings import CHAT_FORMATS, TEMPLATE
 from evaluation.settings import EvaluationSettings, entries
 from utils.errors import InputError
-from utils.settings import Changes, add_flags, flat, from_dict, from_flags, identity, options, to_dict
+from utils.setting_flags import add_flags, from_flags
+from utils.settings import Changes, flat, from_dict, identity, options, to_dict
 
 NOT_FIGURES = {"eval_batch_size", "expand", "multigpu", "max_memory", "log_samples"}
 NOT_FIGURES |= {"judge_base_url", "judge_model", "judge_api_key_env", "mtbench_references"}  # a judge may come later

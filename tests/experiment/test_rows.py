@@ -17,7 +17,8 @@ from quantize.bits import BitSettings
 from quantize.rotation_settings import GivenSize, RotationSettings
 from quantize.settings import QuantSettings, SmoothSettings
 from utils.errors import InputError
-from utils.settings import add_flags, flat
+from utils.setting_flags import add_flags
+from utils.settings import flat
 
 SMOOTHED = QuantSettings(bits=BitSettings(4, 4), smooth=SmoothSettings())
 PARTS = {  # a row that leaves a part of `best` out → the settings of that part, and what they are in the row

@@ -10,7 +10,8 @@ from experiment.presets import PRESETS
 from experiment.rows import CompareSettings
 from experiment.usual import method_flags, usual_evaluation, usual_run
 from utils.parser import Parser
-from utils.settings import add_flags, flat
+from utils.setting_flags import add_flags
+from utils.settings import flat
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 
 from utils.flags import BehindWord, did_you_mean
 from utils.parser import Parser, set_basic
-from utils.settings import add_flags, from_flags, option, part
+from utils.setting_flags import add_flags, from_flags
+from utils.settings import option, part
 
 
 class Fruit(StrEnum):

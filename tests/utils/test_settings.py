@@ -11,23 +11,8 @@ import pytest
 from settings_cases import switched_on, with_another
 
 from utils.parser import Parser
-from utils.settings import (
-    Changes,
-    add_flags,
-    defaults,
-    flat,
-    folder_name,
-    from_dict,
-    from_flags,
-    from_flat,
-    identity,
-    option,
-    options,
-    part,
-    start_flags_from,
-    to_dict,
-    way_off,
-)
+from utils.setting_flags import add_flags, from_flags, from_flat, start_flags_from, way_off
+from utils.settings import Changes, defaults, flat, folder_name, from_dict, identity, option, options, part, to_dict
 
 
 class Fruit(StrEnum):

@@ -20,10 +20,11 @@ from experiment.prepare import statistics_identity
 from experiment.residence import make_plan, settle_
 from experiment.results import settings_dict
 from experiment.rows import FULL_TITLE, CompareSettings, Row, plan_rows
-from experiment.run import LayerFigures, log_taken, travel
+from experiment.run import log_taken
 from experiment.setup import Setup, fetch_tokens, keep_statistics, known_peaks, make_setup, open_model
 from experiment.tables import Finished, comparison_text, csv_table, row_facts, table_rows
 from experiment.tracking import Tracker, check_tracking, open_tracker
+from experiment.travel import LayerFigures, travel
 from experiment.usual import Taken
 from models.load import model_fingerprint
 from quantize.observer import LayerLog

@@ -3,13 +3,12 @@
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from evaluation.base import FULL, QUANTIZED
 from evaluation.journal import Journal
@@ -29,20 +28,19 @@ from experiment.results import (
     write_results,
 )
 from experiment.rows import FULL_TITLE, full_title, method_name
-from experiment.setup import Setup, keep_statistics, known_peaks, open_model
+from experiment.setup import keep_statistics, known_peaks, open_model
 from experiment.tracking import check_tracking, open_tracker
+from experiment.travel import LayerFigures, needs_peaks, travel
 from experiment.usual import Taken
 from experiment.verify import verify_export
 from models.exported import ExportWriter
 from models.saved import ModelWriter
 from models.streaming import LayerReader, load_shell
 from quantize.observer import LayerLog, Observer
-from quantize.quantization import Quantization, other_blocks
-from quantize.settings import QuantSettings, SmoothMeasure
+from quantize.quantization import other_blocks
 from quantize.sizes import hidden_bytes, sample_copies
 from quantize.state import FinishedLayer
-from quantize.statistics import ChannelStatistics, Observation
-from quantize.walk import Passenger, layers_in_memory, walk
+from quantize.walk import layers_in_memory
 from utils.device import describe, peak_memory
 from utils.distributed import from_main, is_main, join_group, leave_group, world_size
 from utils.errors import Incomplete, InputError
@@ -239,78 +237,6 @@ def execute(prepared: Prepared, outcome: Outcome, runner: Runner, observers: Seq
     if output.verify and is_main():
         with measured.timing("verify"):
             verify_export(prepared, model, measured)
-
-
-def travel(
-    setup: Setup,
-    model: nn.Module,
-    layers: Iterable[nn.Module],
-    quant: QuantSettings | None,
-    measured: Measured,
-    *,
-    before: Sequence[Passenger] = (),
-    behind: Sequence[Passenger] = (),
-    peaks: Callable[[], Mapping[str, Tensor] | None],
-    finished: Mapping[int, FinishedLayer] | None = None,
-    observers: Sequence[Observer] = (),
-    allocate: Allocate | None = None,
-) -> ChannelStatistics | None:
-    """Visit every layer once: statistics if they are needed, passengers `before`, quantization, passengers `behind`.
-
-    `quant` None: the model is quantized already. `peaks` finds the activation peaks that are known; where it gives None
-    they are observed on the way, and returned with the other statistics.
-    """
-    passengers = [*before, *behind]
-    observation = quantization = None
-    if quant is not None and quant.bits.untouched:
-        logger.info("16-bit weights and activations: nothing to quantize")
-    elif quant is not None:
-        smooths = needs_peaks(setup, quant, finished)
-        scales = peaks() if smooths else None
-        if smooths and scales is None:
-            with measured.timing("statistics"):
-                observation = Observation(model, setup.spec, setup.tokens, setup.device, allocate)
-            scales = observation.statistics.scales
-            passengers.insert(0, Timed(observation, measured, "statistics"))
-        with measured.timing("quantize"):
-            how = (quant, setup.device, finished, observers, allocate)
-            quantization = Quantization(model, setup.spec, setup.tokens, scales, *how)
-        passengers.insert(len(passengers) - len(behind), Timed(quantization, measured, "quantize"))
-    walk(layers, passengers, setup.layers)
-    if quantization is not None:
-        measured.seconds["search"] = quantization.search_seconds
-    return observation and observation.statistics
-
-
-def needs_peaks(setup: Setup, quant: QuantSettings, finished: Mapping[int, FinishedLayer] | None) -> bool:
-    """Whether something is still to be smoothed by peaks."""
-    by_peaks = quant.smooth is not None and quant.smooth.measure is SmoothMeasure.PEAK
-    return by_peaks and not quant.bits.untouched and len(finished or {}) < setup.layers
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A passenger whose visits are counted under a stage of `measured`."""
-
-    passenger: Passenger
-    measured: Measured
-    stage: str
-
-    def visit(self, index: int, layer: nn.Module) -> None:
-        """Pass the layer on."""
-        with self.measured.timing(self.stage):
-            self.passenger.visit(index, layer)
-
-
-@dataclass(frozen=True)
-class LayerFigures(Observer):
-    """Notes the figures of every layer as soon as it is done."""
-
-    measured: Measured
-
-    def layer_done(self, index: int, finished: FinishedLayer, restored: bool) -> None:
-        """Add them."""
-        self.measured.add_layer(finished.figures)
 
 
 def observers_of(prepared: Prepared, measured: Measured) -> list[Observer]:

@@ -12,11 +12,12 @@ from quantize.layer import decide
 from quantize.observe import layer_calls
 from quantize.observer import Observer
 from quantize.rotation_settings import USUAL_BLOCK, Transform
-from quantize.settings import Probe, QuantSettings, check_heads, check_widths
+from quantize.settings import Probe, QuantSettings
 from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer
 from quantize.training import own_samples
 from quantize.walk import layers_in_memory, walk
+from quantize.widths import check_heads, check_widths
 from utils.device import home_of, to_device
 from utils.distributed import make_equal_
 from utils.memory import Allocate, memory_of

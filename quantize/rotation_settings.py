@@ -133,7 +133,7 @@ class RotationSettings:
             raise InputError(f"--search_rows {self.rows}: must be at least 1, or all")
 
     def block_size_for(self, channels: int) -> int:
-        """Channels per block of an activation with that many channels; it need not divide (see `check_widths`)."""
+        """Channels per block of an activation with that many channels; it need not divide (see `quantize.widths`)."""
         if self.block_size == -1:
             return channels
         yields = self.block_size == USUAL_BLOCK and not isinstance(self.block_size, GivenSize)

@@ -10,9 +10,10 @@ from experiment.cli import Parser, parse_with_preset, read_settings
 from experiment.options import RunSettings
 from experiment.presets import ABOUT, PRESETS
 from experiment.rows import CompareSettings
-from quantize.settings import check_widths
+from quantize.widths import check_widths
 from utils.errors import InputError
-from utils.settings import Changes, add_flags, flat, from_dict, identity, options, start_flags_from, to_dict, way_off
+from utils.setting_flags import add_flags, start_flags_from, way_off
+from utils.settings import Changes, flat, from_dict, identity, options, to_dict
 
 LEFT_OUT = {RunSettings: (), CompareSettings: ("transform",)}  # as the scripts do
 PAPER = "--wbits 4 --abits 4 --smooth --alpha 0.6 --lac 0.9 --swc 0.8 --max_rotation_step 256 --permutation_times 1"

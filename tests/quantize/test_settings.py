@@ -10,9 +10,11 @@ from settings_cases import get, switched_on, with_another
 
 from quantize.bits import BitSettings, ClipSettings
 from quantize.rotation_settings import AUTO_BLOCK_LIMIT, GivenSize, RotationSettings, Transform
-from quantize.settings import QuantSettings, SmoothSettings, TrainingSettings, check_widths
+from quantize.settings import QuantSettings, SmoothSettings, TrainingSettings
+from quantize.widths import check_widths
 from utils.errors import InputError
-from utils.settings import Changes, add_flags, flat, folder_name, from_dict, from_flags, identity, options, to_dict
+from utils.setting_flags import add_flags, from_flags
+from utils.settings import Changes, flat, folder_name, from_dict, identity, options, to_dict
 
 NAN, INF = float("nan"), float("inf")
 WRONG = [

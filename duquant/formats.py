@@ -9,16 +9,12 @@ and one line in FORMATS; `duquant.packing` puts codes and scales at rest.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from duquant.elements import E2M1, Int4, power_below, straight_through_round
-
-if TYPE_CHECKING:
-    from duquant.scheme import TensorScheme
-
 
 SCALE_LIMITS = (1e-5, 1e4)
 ZERO_LIMITS = (-1e4, 1e4)
@@ -302,10 +298,3 @@ Format = IntegerFormat | BlockFormat
 BLOCK_FORMATS: dict[str, type[BlockFormat]] = {each.name: each for each in (MxFp4, NvFp4, MxInt4)}
 INTEGERS = "int"
 FORMATS = (INTEGERS, *BLOCK_FORMATS)
-
-
-def number_format(scheme: "TensorScheme") -> Format:
-    """The format of a tensor's codes."""
-    if scheme.format == INTEGERS:
-        return IntegerFormat(scheme.bits, scheme.symmetric, scheme.full_range)
-    return BLOCK_FORMATS[scheme.format]()

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from duquant.formats import Codes, Format, Parameters, number_format
-from duquant.scheme import BY_BLOCK, SEARCHED, TensorScheme
+from duquant.formats import Codes, Format, Parameters
+from duquant.scheme import BY_BLOCK, SEARCHED, TensorScheme, number_format
 from duquant.tensors import extremes, row_parts, widen
 
 

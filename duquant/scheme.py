@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 
-from duquant.formats import BLOCK_FORMATS, FORMATS
+from duquant.formats import BLOCK_FORMATS, FORMATS, INTEGERS, Format, IntegerFormat
 
 SEARCHED = "search"  # the clip that is not one number: every range has its own, searched when the model was made
 BY_BLOCK = "block"  # or of blocks: the one among the format's that rounds each of them best, found when it is rounded
@@ -75,6 +75,13 @@ def make_scheme(
     if blocks is not None:
         return TensorScheme(str(form), bits, blocks.symmetric, blocks.block, clip)
     return TensorScheme(str(form), bits, symmetric, group_size, clip, symmetric and full_range)
+
+
+def number_format(scheme: TensorScheme) -> Format:
+    """The format of a tensor's codes."""
+    if scheme.format == INTEGERS:
+        return IntegerFormat(scheme.bits, scheme.symmetric, scheme.full_range)
+    return BLOCK_FORMATS[scheme.format]()
 
 
 @dataclass(frozen=True)

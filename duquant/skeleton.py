@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from duquant.attention import AttentionQuantizer, attach_, install, make_attention_quantizer
 from duquant.experts import unfuse_experts_
-from duquant.formats import BlockFormat, number_format
+from duquant.formats import BlockFormat
 from duquant.hadamard import hadamard
 from duquant.linear import GroupInput, QuantLinear
 from duquant.packing import PackedCodes, packed_width
 from duquant.quantizer import FoundClip, make_quantizer
-from duquant.scheme import Scheme
+from duquant.scheme import Scheme, number_format
 from duquant.structure import GroupStructure, LayerStructure, ModelStructure
 from duquant.transform import DualTransform
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from duquant.formats import number_format
 from duquant.hub import METHOD, VERSION, DuQuantConfig
+from duquant.scheme import number_format
 from duquant.skeleton import drop_repeated_, fit_, make_quantized_, read_headers, set_matrices_
 from duquant.structure import LayerStructure, ModelStructure, describe_layer
 from models import decoder_spec

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from duquant.attention import attach_, make_attention_quantizer
-from duquant.formats import number_format
 from duquant.linear import GroupInput, QuantLinear
 from duquant.quantizer import FoundClip, make_quantizer
+from duquant.scheme import number_format
 from duquant.tensors import widen
 from duquant.transform import DualTransform
 from quantize.heads import rotate_values_

@@ -5,9 +5,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from duquant.formats import number_format
 from duquant.quantizer import make_quantizer
-from duquant.scheme import SEARCHED
+from duquant.scheme import SEARCHED, number_format
 from duquant.transform import DualTransform
 from quantize.clipping import search_activation_ratio
 from quantize.samples import GroupRows, mean_of, peak_of

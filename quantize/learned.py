@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duquant.attention import HEAD_ROLES, QUANTIZER, AttentionQuantizer, attach_, by_head
-from duquant.formats import BLOCK_FORMATS, number_format
+from duquant.formats import BLOCK_FORMATS
 from duquant.quantizer import make_quantizer
-from duquant.scheme import BY_BLOCK, Scheme, TensorScheme
+from duquant.scheme import BY_BLOCK, Scheme, TensorScheme, number_format
 from duquant.transform import DualTransform, rotate_blocks
 from quantize.bits import LARGEST_BLOCK_RATIO
 from quantize.build import LayerBuilder, absorbers

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from duquant.formats import Codes, Parameters, number_format
+from duquant.formats import Codes, Parameters
 from duquant.linear import GroupInput, QuantLinear
 from duquant.packing import PackedCodes, pack
 from duquant.quantizer import NoClip, Quantizer, make_quantizer
-from duquant.scheme import SEARCHED, TensorScheme
+from duquant.scheme import SEARCHED, TensorScheme, number_format
 from quantize.clipping import search_parameters
 from quantize.gptq import gptq_codes
 from quantize.refinements import Rounding, RoundingSettings

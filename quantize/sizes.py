@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from duquant.formats import BLOCK_FORMATS, number_format
+from duquant.formats import BLOCK_FORMATS
 from duquant.packing import packed_width
-from duquant.scheme import SEARCHED, TensorScheme
+from duquant.scheme import SEARCHED, TensorScheme, number_format
 from quantize.build import absorbers
 from quantize.refinements import HeadTransform
 from quantize.settings import QuantSettings

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from duquant.elements import E2M1, Int4
-from duquant.formats import BLOCK_FORMATS, Codes, MxFp4, NvFp4, number_format
+from duquant.formats import BLOCK_FORMATS, Codes, MxFp4, NvFp4
 from duquant.packing import decode_weight, pack, packed_width, unpack
 from duquant.quantizer import FoundClip, Quantizer, make_quantizer
-from duquant.scheme import TensorScheme, make_scheme
+from duquant.scheme import TensorScheme, make_scheme, number_format
 
 # OCP Microscaling Formats 1.0, table of E2M1: bits S EE M
 E2M1_TABLE = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]

@@ -13,6 +13,7 @@ from reporting.style import COLOURS, MARKERS, REFERENCE, layer_axis, legend_belo
 
 LEAST_SPAN = 6.0  # dB
 MOST_LABELS = 20  # below the bars of one panel
+NARROWEST = 8  # a panel of few bars is as wide as one of so many
 Lookup = Callable[[dict], float | None]  # a group's recorded figures → the number to draw
 
 
@@ -194,7 +195,7 @@ def sensitivity_figure(panels: Sequence[tuple[str, Sequence[str], Sequence[dict]
     `panels`: title, labels and figures of the variants of one kind.
     """
     figure = Figure(figsize=(14.0, 4.6), layout="constrained")
-    widths = [max(4, len(labels)) for _, labels, _ in panels]
+    widths = [max(NARROWEST, len(labels)) for _, labels, _ in panels]
     axes = figure.subplots(1, len(panels), sharey=True, width_ratios=widths, squeeze=False)[0]
     for axis, (title, labels, variants) in zip(axes, panels, strict=True):
         places = np.arange(len(labels))
@@ -203,7 +204,8 @@ def sensitivity_figure(panels: Sequence[tuple[str, Sequence[str], Sequence[dict]
         axis.plot(places, divergence, "D", color=COLOURS[1], markersize=6, label="of the KL divergence")
         axis.axhline(0, color=REFERENCE, linewidth=1)
         step = -(-len(labels) // MOST_LABELS)
-        axis.set_xticks(places[::step], labels[::step])
+        words = not all(label.isdigit() for label in labels)
+        axis.set_xticks(places[::step], labels[::step], rotation=30 if words else 0, ha="right" if words else "center")
         axis.grid(False, axis="x")
         axis.set_title(title)
     axes[0].set_ylabel("removed (%)")

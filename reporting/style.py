@@ -1,5 +1,6 @@
 """How every figure looks: fonts that survive a narrow page, colours that colour-blind readers can tell apart."""
 
+import textwrap
 from collections.abc import Sequence
 
 from matplotlib import colormaps, rc_context
@@ -12,6 +13,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 REFERENCE = "#555555"
 MAP = "viridis"
+CHARACTER_WIDTH = 0.085  # of a legend's text, in inches
+HANDLE_CHARACTERS = 5  # the room of a legend's handle and of the space about it
 SETTINGS = {
     "font.size": 12,
     "axes.titlesize": 12,
@@ -60,5 +63,9 @@ def marker_size(layers: Sequence) -> float:
 
 
 def legend_below(figure: Figure, axis: Axes, columns: int = 4) -> None:
-    """The legend outside, where it hides no data."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+    """The legend outside, where it hides no data; names that its columns have no room for are broken into lines."""
+    handles, names = axis.get_legend_handles_labels()
+    columns = min(columns, len(names))
+    room = max(12, int(figure.get_figwidth() / columns / CHARACTER_WIDTH) - HANDLE_CHARACTERS)
+    names = [textwrap.fill(name, room) for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)

@@ -1,9 +1,11 @@
 """Figures and tables of the report, drawn from values that are known."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from reporting import drawing, figures, overview, tables
+from reporting import drawing, figures, overview, style, tables
 from reporting.page import duration, number, size
 
 
@@ -76,6 +78,35 @@ def test_bars_have_the_scores_heights_and_a_far_one_makes_the_axis_logarithmic()
     assert axis.get_yscale() == "log"
     assert [text.get_text() for text in axis.texts] == ["5.5", "650"]
     assert "log" in axis.get_ylabel()
+
+
+def inside(figure, part) -> bool:
+    """Whether `part` is not cut off by the figure's left and right edge."""
+    figure.draw_without_rendering()
+    box = part.get_window_extent()
+    return box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
+def test_a_legend_of_long_names_is_inside_its_figure():
+    long = "energy smoothing + two Hadamard rotations + GPTQ, searched clips, shifts, heads"
+    with style.styled():
+        figure = overview.bars_figure([("full precision", [5.5]), (long, [6.5])], ["wikitext2"], "perplexity")
+        assert inside(figure, figure.legends[0])
+    assert figure.legends[0].get_texts()[1].get_text().replace("\n", " ") == long
+
+
+def test_words_below_the_bars_of_a_gap_do_not_lie_on_each_other():
+    part = {"share": 0.2, "divergence_share": 0.1}
+    panels = [("roles", ["weights", "inputs", "q", "k", "v"]), ("layers", [str(index) for index in range(30)])]
+    with style.styled():
+        figure = overview.sensitivity_figure([(title, names, [part] * len(names)) for title, names in panels])
+        figure.draw_without_rendering()
+    roles, layers = ([label for label in axis.get_xticklabels() if label.get_text()] for axis in figure.axes)
+    assert [label.get_text() for label in roles] == panels[0][1]
+    assert {label.get_rotation() for label in roles} == {30.0}
+    assert {label.get_rotation() for label in layers} == {0.0}
+    boxes = [label.get_window_extent() for label in layers]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_accuracies_have_the_standard_error_of_the_metric_that_is_shown():

@@ -9,7 +9,7 @@ from evaluation.base import FULL
 from evaluation.settings import EvaluationSettings
 from experiment.options import CalibrationSettings, ModelSettings, StatisticsFiles, TrackSettings
 from experiment.presets import PRESETS, VARIANTS, PresetSettings, preset_of, preset_quant
-from quantize.bits import SEARCH, BitSettings
+from quantize.bits import BLOCK, SEARCH, BitSettings
 from quantize.refinements import ExtraSettings, HeadTransform, Rounding, RoundingSettings
 from quantize.rotation_settings import Transform
 from quantize.settings import Probe, QuantSettings, SmoothMeasure, SmoothSettings, TrainingSettings, check_seed
@@ -247,6 +247,7 @@ def refinements(quant: QuantSettings) -> list[str]:
     named = {
         "GPTQ": quant.rounding.rounding is Rounding.GPTQ,
         "searched clips": SEARCH in (clip.activation_ratio, clip.weight_ratio),
+        "fitted blocks": clip.activation_ratio == BLOCK,
         "shifts": shifts,
         "heads": heads,
     }

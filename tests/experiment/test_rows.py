@@ -189,6 +189,7 @@ def test_what_is_searched_on_is_nothing_to_rows_without_a_transform():
         ("--transform none --swc search", "round-to-nearest + searched clips"),
         ("--smooth --transform two_hadamard --rounding gptq", "smoothing + two Hadamard rotations + GPTQ"),
         ("--smooth --key_mean --lac search", "DuQuant + searched clips, shifts"),
+        ("--smooth --aformat nvfp4 --swc search --lac block", "DuQuant + searched clips, fitted blocks"),
         ("--transform hadamard --value_rotation", "Hadamard rotation + heads"),
         ("--smooth --transform hadamard --smooth_measure energy", "energy smoothing + Hadamard rotation"),
         ("--preset paper", "DuQuant"),

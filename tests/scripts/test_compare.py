@@ -352,7 +352,7 @@ import builtins, pathlib
 real = builtins.__import__
 def patched(name, *arguments, **keywords):
     module = real(name, *arguments, **keywords)
-    if name == "experiment.run" and hasattr(module, "travel") and not hasattr(module, "patched"):
+    if name == "experiment.travel" and hasattr(module, "travel") and not hasattr(module, "patched"):
         module.patched, travel = True, module.travel
         def fail(setup, model, layers, quant, *rest, **more):
             if quant.transform == "hadamard" and not pathlib.Path("failed").exists():

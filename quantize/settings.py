@@ -15,6 +15,7 @@ from quantize.bits import (
     ClipSettings,
     Format,
     FormatSettings,
+    Ratio,
     check_format,
 )
 from quantize.refinements import ExtraSettings, HeadTransform, Rounding, RoundingSettings, Trained
@@ -210,20 +211,28 @@ class QuantSettings:
         check_format("aformat", forms.activation, bits.activation, "abits", **kinds)
         for role, number in bits.attention.items():
             check_format(f"{role[0]}format", forms.of_head(role, number), number, f"{role[0]}bits")
-        heads = [forms.of_head(role, number) for role, number in bits.attention.items()]
-        rounded = [heads[at] for at, role in enumerate(("query", "key")) if bits.attention[role] < UNQUANTIZED_BITS]
-        clips = {
-            "--swc": (clip.weight_ratio, [forms.weight]),
-            "--lac": (clip.activation_ratio, [forms.activation, *rounded]),
-            "--lac_kv": (clip.kv_ratio, heads[1:]),
-        }
-        for flag, (ratio, kinds) in clips.items():
-            if isinstance(ratio, float) and ratio > 1 and Format.INT in kinds:
+        used = [("--swc", clip.weight_ratio, forms.weight), ("--lac", clip.activation_ratio, forms.activation)]
+        for role, number in bits.attention.items():
+            flag, ratio = self._head_clips[role]
+            if number < UNQUANTIZED_BITS or flag == "--lac_kv":  # --lac is for inputs too, and idle for what is whole
+                used.append((flag, ratio, forms.of_head(role, number)))
+        for flag, ratio in ((flag, ratio) for flag, ratio, form in used if form is Format.INT):
+            if isinstance(ratio, float) and ratio > 1:
                 raise InputError(
                     f"{flag} {ratio:g}: the clip ratio must be in (0, 1]; only formats of blocks take more"
                 )
-            if ratio == BLOCK and Format.INT in kinds:
-                raise InputError(f"{flag} {BLOCK}: integers have no blocks; give {flag} {SEARCH}, or --aformat nvfp4")
+            if ratio == BLOCK:
+                raise InputError(
+                    f"{flag} {BLOCK}: integers have no blocks; give {flag} {SEARCH}, or --aformat nvfp4 at 4 bits"
+                )
+
+    @property
+    def _head_clips(self) -> dict[str, tuple[str, Ratio]]:
+        """By role of q, k and v the flag that clips it, and its ratio."""
+        clip, inputs = self.clip, ("--lac", self.clip.activation_ratio)
+        own = inputs if clip.kv_ratio is None else ("--lac_kv", clip.kv_ratio)
+        clips_values = self.extras.value_rotation or clip.activation_ratio in (SEARCH, BLOCK)
+        return {"query": inputs, "key": own, "value": own if clips_values or clip.kv_ratio else ("--lac", None)}
 
     @property
     def learns_transform(self) -> bool:
@@ -279,9 +288,7 @@ class QuantSettings:
         from duquant.scheme import Scheme, make_scheme
 
         bits, clip, forms = self.bits, self.clip, self.formats
-        head_clip = {"query": clip.activation_ratio, "key": clip.kv_ratio or clip.activation_ratio}
-        clips_values = self.extras.value_rotation or clip.activation_ratio in (SEARCH, BLOCK)
-        head_clip["value"] = clip.kv_ratio or (clip.activation_ratio if clips_values else None)
+        head_clip = {role: ratio for role, (_, ratio) in self._head_clips.items()}
         activations = {"symmetric": bits.act_symmetric, "full_range": bits.full_range}
         heads = {
             role: make_scheme(forms.of_head(role, number), number, group_size=None, clip=head_clip[role], **activations)

@@ -92,6 +92,8 @@ def test_tables_name_the_format(usual, tmp_path):
         (("--wformat", "mxfp4"), "blocks of 32, which do not divide its 48 input channels; try nvfp4"),
         (("--vformat", "mxfp4"), "--vformat mxfp4 has blocks of 32, which do not divide heads of 16"),
         (("--lac", "block"), "--lac block: integers have no blocks; give --lac search, or --aformat nvfp4"),
+        (("--aformat", "nvfp4", "--vbits", 8, "--lac", "block"), "--lac block: integers have no blocks"),
+        (("--aformat", "nvfp4", "--vbits", 8, "--value_rotation", "--lac", 1.3), "--lac 1.3: the clip ratio must be"),
         (("--swc", "block"), "'block' is neither a number nor search"),
         (("--lac", 1.3), "--lac 1.3: the clip ratio must be in (0, 1]"),
         (("--wformat", "nvfp4", "--swc", 2.5), "--swc 2.5"),

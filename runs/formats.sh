@@ -14,5 +14,6 @@ for format in ${FORMATS:-mxfp4 nvfp4}; do
     compare_models formats "${flags[@]}" --lac none --swc none "$@" --rows rtn || failed=1
     compare_models formats "${flags[@]}" --preset best --block_size "$size" \
         --rows full smooth hadamard two_hadamard dual "$@" || failed=1
+    compare_models formats "${flags[@]}" --preset best --block_size "$size" --lac block "$@" --rows hadamard || failed=1
 done
 exit "$failed"

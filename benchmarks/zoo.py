@@ -187,6 +187,9 @@ def main() -> None:
     parser.add_argument(
         "--tf32", action="store_true", help="a GPU may multiply float32 in TF32, which main.py never does"
     )
+    parser.add_argument(
+        "--warm", action="store_true", help="first all of it on one layer: kernels are compiled, libraries loaded"
+    )
     parser.add_argument("--profile", action="store_true", help="also the functions that took longest")
     args = parser.parse_args()
     if args.table:
@@ -201,6 +204,11 @@ def main() -> None:
     tokens = torch.randint(VOCABULARY, (samples, args.seqlen), generator=torch.Generator().manual_seed(0))
     if not args.windows:
         config.vocab_size = VOCABULARY
+    settings = replace(SETTINGS, rotation=RotationSettings(rows=args.search_rows))
+    if args.warm:
+        single = shape_config(args.shape, 1)
+        single.vocab_size = config.vocab_size
+        measure(make_model(single, dtype), decoder_spec(single), tokens, settings, args.windows, args.integers, device)
     model, spec = make_model(config, dtype), decoder_spec(config)
     plan = Plan(dtype, device.type == "cuda", (samples, args.seqlen), ((args.windows, args.seqlen),))
     needed = estimate(load_skeleton(config), spec, SETTINGS, plan)
@@ -210,7 +218,6 @@ def main() -> None:
     profile = cProfile.Profile()
     if args.profile:
         profile.enable()
-    settings = replace(SETTINGS, rotation=RotationSettings(rows=args.search_rows))
     seconds = measure(model, spec, tokens, settings, args.windows, args.integers, device)
     if args.profile:
         profile.disable()

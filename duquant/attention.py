@@ -20,7 +20,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from duquant.hadamard import hadamard
-from duquant.quantizer import FoundClip, make_quantizer, quantized
+from duquant.ops.fused import rotate_and_round
+from duquant.quantizer import FoundClip, Quantizer, make_quantizer, quantized
 from duquant.scheme import Scheme
 from duquant.tensors import widen
 
@@ -59,15 +60,28 @@ class AttentionQuantizer(nn.Module):
 
     def quantized_query(self, query: Tensor) -> Tensor:
         """The multiplied and quantized query, in its dtype."""
-        return quantized(self.query, by_head(widen(query), self.matrix), query.dtype)
+        return multiplied_and_rounded(query, self.matrix, self.query)
 
     def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The quantized (key, value), in their dtypes."""
-        return quantized(self.key, self.multiplied_key(key), key.dtype), self.value(value)
+        return multiplied_and_rounded(key, self._matrix_of_key, self.key), self.value(value)
 
     def multiplied_key(self, key: Tensor) -> Tensor:
         """kM⁻ᵀ before it is rounded, in at least float32."""
-        return by_head(widen(key), self.matrix if self.key_matrix is None else self.key_matrix)
+        return by_head(widen(key), self._matrix_of_key)
+
+    @property
+    def _matrix_of_key(self) -> Tensor | None:
+        return self.matrix if self.key_matrix is None else self.key_matrix
+
+
+def multiplied_and_rounded(x: Tensor, matrix: Tensor | None, quantizer: nn.Module) -> Tensor:
+    """Q(xM) of heads `x` [batch, heads, T, D] in its dtype; M as `by_head` takes it, any module for Q."""
+    if matrix is not None and matrix.dim() == 2 and type(quantizer) is Quantizer:
+        rounded = rotate_and_round(x, matrix[None], None, None, None, quantizer)
+        if rounded is not None:
+            return rounded
+    return quantized(quantizer, by_head(widen(x), matrix), x.dtype)
 
 
 def by_head(x: Tensor, matrix: Tensor | None) -> Tensor:

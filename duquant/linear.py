@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from duquant.formats import Codes, Format, IntegerFormat
 from duquant.ops import kernel_for
 from duquant.ops.base import Kernel, RowCodes
+from duquant.ops.fused import rotate_and_round
 from duquant.packing import PackedCodes, code_sums, decode_weight, pack
 from duquant.quantizer import Quantizer, quantized
+from duquant.transform import DualTransform
 
 
 class GroupInput(nn.Module):
@@ -63,6 +65,11 @@ class GroupInput(nn.Module):
         return x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
     def _computed(self, x: Tensor) -> Tensor:
+        if x.device.type == "cuda" and type(self.transform) is DualTransform and type(self.quantizer) is Quantizer:
+            parts = self.transform
+            rounded = rotate_and_round(x, parts.rotations, parts.permutations, parts.scale, self.shift, self.quantizer)
+            if rounded is not None:
+                return rounded
         y = self.transform(x)
         return quantized(self.quantizer, y if self.shift is None else y - self.shift, x.dtype)
 

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from evaluation.base import FULL, Candidate, Context, Evaluation, Finding
 from evaluation.settings import EvaluationSettings, PerplexitySettings
 from quantize.observe import advance_, layer_calls, layers_replaced, shell_on_device
-from quantize.sizes import activation_bytes, layer_groups, widest
+from quantize.sizes import fit_
 from quantize.spec import DecoderSpec
 from quantize.walk import layers_in_memory, walk
 from utils import data
 from utils.batching import BatchSize
-from utils.capacity import SPARE, free_device_memory
 from utils.distributed import own_part, together
 from utils.errors import InputError
 from utils.memory import Allocate
@@ -93,18 +92,6 @@ class Windows:
             if self._batch_size is not None:
                 fit_(self._batch_size, layer, self._spec.at(index), hidden, self._device)
             advance_(layer, hidden, self._calls.kwargs[index], self._device, self._batch_size)
-
-
-def fit_(batches: BatchSize, layer: nn.Module, spec: DecoderSpec, hidden: Tensor, device: torch.device) -> None:
-    """Lower a size that was not given to what fits beside `layer`, with its `spec`, and all else on a GPU by now.
-
-    The windows of `hidden` [n, T, C] may go through a layer whose inputs are rounded.
-    """
-    free = free_device_memory(device)
-    if free is not None:
-        width = widest(linear for _, members in layer_groups(layer, spec) for linear in members)
-        window = activation_bytes(hidden.shape[1], width, hidden.dtype.itemsize, rounded=True)
-        batches.fit_(free * (1 - SPARE), window)
 
 
 def final_hidden(

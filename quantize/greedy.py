@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from duquant.tensors import extremes
+from quantize import greedy_kernel
 from quantize.rotation import exchange_indices
 from quantize.rotation_settings import SearchRule
 from utils.captured import Captured
@@ -15,11 +16,12 @@ from utils.device import cpu_threads
 
 SMALL_PRODUCT = 2**22  # multiply-adds of one step below which it runs on one thread of the CPU
 STEPS_PER_CHECK = 16  # steps between two looks at whether more rows are needed: each look waits for the device
+STEPS_UNCHECKED = 64  # steps that are launched as one, where no more rows can join
 PREFIXES_CHECKED = 4  # of a search on chosen rows, how many of the best prefixes are looked at on all rows
 FACTOR_ELEMENTS = 2**22  # of the matrices that are multiplied up at once
 # On a GPU so many rows take a step as fast as few, and numbers of rows are powers of two: each is captured once.
 LEAST_CAPTURED = 512
-MOST_CAPTURED = 2**22  # elements: beyond, launches hide behind the work, and what is captured keeps its memory
+MOST_CAPTURED = 2**25  # elements, four copies of which a captured graph keeps: 176,128 rows of 128 are fewer
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,12 @@ def greedy_rotation(
     state = search.start()
     # an entry of size m is at least m/√B somewhere after any rotation: an early guess, checked like every other
     (active,) = needed(torch.maximum(state.floor, rows.abs().max() / len(step) ** 0.5))
-    for done in range(0, steps, STEPS_PER_CHECK):
-        count = min(STEPS_PER_CHECK, steps - done)
+    done = 0
+    while done < steps:
         state = search.resize(state, active)
+        if search.unchecked(state):
+            break
+        count = min(STEPS_PER_CHECK, steps - done)
         ahead = search.advance(state, count)
         at_least, active = needed(ahead.least_floor, ahead.floor)
         while min(at_least, most) > state.columns.shape[1]:
@@ -79,7 +84,13 @@ def greedy_rotation(
             ahead = search.advance(state, count)
             at_least, active = needed(ahead.least_floor, ahead.floor)
         exact = exact and at_least <= state.columns.shape[1]
-        state = ahead
+        state, done = ahead, done + count
+    floors = [state.floor]
+    for start in range(done, steps, STEPS_UNCHECKED):
+        state = search.advance(state, min(STEPS_UNCHECKED, steps - start))
+        floors.append(state.least_floor)
+    if most < len(rows):
+        exact = exact and needed(torch.stack(floors).amin())[0] <= most
     return search.best(state) if exact else search.best_on_all_rows(state)
 
 
@@ -137,10 +148,18 @@ class _Search:
         if active > present:
             product = state.product @ product_of(self.step, state.exchanges[state.multiplied :])
             joining = self.all_rows[self.row_numbers[present:active]] @ product.to(self.all_rows.dtype)
-            # laid out as rows, which a CPU multiplies faster; a GPU copies them to where its graph has columns
+            # laid out as rows, which a CPU multiplies faster; a GPU copies them to how its graph has them
             columns = torch.cat([state.columns.T, joining]).T
             return replace(state, columns=columns, product=product, multiplied=len(state.exchanges))
         return replace(state, columns=state.columns[:, :active]) if 2 * active < present else state
+
+    def unchecked(self, state: _State) -> bool:
+        """Whether the remaining steps are taken without a look: on a GPU, where no more rows can join.
+
+        To wait for it costs more than that a few could leave; as it is, the host prepares what comes next meanwhile.
+        """
+        present = state.columns.shape[1]
+        return present == self.most and self.captures(present)
 
     def advance(self, state: _State, steps: int) -> _State:
         """Take `steps` greedy steps on the active rows without waiting for the device."""
@@ -197,6 +216,8 @@ def take_steps(
     Returns the columns, the indices exchanged and the next one [count + 1], and the smallest and the largest entry
     after every step [count] each. `numbers` [A] are those of the rows, modulo B.
     """
+    if rule is SearchRule.CHANNEL and greedy_kernel.serves(columns):
+        return greedy_kernel.take_steps(columns, exchange, step, count)
     exchanges, lows, highs = [exchange], [], []
     step, indices = step.T.contiguous(), exchange_indices(len(step), columns.device)
     # written in turn, and never into the columns given: fresh memory for every product takes half its time
@@ -227,8 +248,10 @@ def captured_steps(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, rule: SearchRule, count: int
 ) -> Captured:
     """`take_steps` on a GPU as one launch."""
-    columns, whole = torch.zeros(shape, dtype=dtype, device=device), {"dtype": torch.int64, "device": device}
     size, active = shape
+    columns, whole = torch.zeros(shape, dtype=dtype, device=device), {"dtype": torch.int64, "device": device}
+    if greedy_kernel.serves(columns):  # which reads them as rows
+        columns = columns.new_zeros(active, size).T
     examples = (columns, torch.zeros(1, **whole), torch.zeros(active, **whole), columns.new_zeros(size, size))
     return Captured(partial(take_steps, rule=rule, count=count), *examples)
 
@@ -237,7 +260,9 @@ def product_of(step: Tensor, exchanges: Tensor) -> Tensor:
     """S(d₁) S(d₂) … of `exchanges` [n], S(d) being `step` [B, B] with rows and columns 0 ↔ d exchanged: float64."""
     size, table = len(step), exchange_indices(len(step), step.device)
     product = torch.eye(size, dtype=torch.float64, device=step.device)
-    at_once = min(STEPS_PER_CHECK, max(1, FACTOR_ELEMENTS // size**2))
+    at_once = max(1, FACTOR_ELEMENTS // size**2)
+    if step.device.type == "cpu":  # whose caches they are to fit
+        at_once = min(STEPS_PER_CHECK, at_once)
     for start in range(0, len(exchanges), at_once):
         indices = table.index_select(0, exchanges[start : start + at_once])
         factors = step[indices[:, :, None], indices[:, None, :]]

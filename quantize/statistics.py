@@ -11,8 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from duquant.tensors import extremes
 from quantize.observe import advance_, layer_calls, require_finite
+from quantize.sizes import fit_
 from quantize.spec import DecoderSpec, InputGroup
 from quantize.walk import layers_in_memory, walk
+from utils.batching import BatchSize
 from utils.distributed import gather, own_part
 from utils.errors import InputError
 from utils.io import read_tensors, write_tensors
@@ -76,13 +78,17 @@ class Observation:
         allocate: Allocate | None = None,
     ):
         self.spec, self.device = spec, device
+        # as many samples at a time as a GPU has room for, which test windows have too: see `experiment.estimate`
+        self.batches = BatchSize.choose(None, tokens.shape[1], device) if device.type == "cuda" else None
         self.calls = layer_calls(model, spec, own_part(tokens), device, allocate)
         self.statistics = ChannelStatistics({}, {})
 
     def visit(self, index: int, layer: nn.Module) -> None:
         """Observe `layer`, which is in full precision, and go on behind it."""
+        if self.batches is not None:
+            fit_(self.batches, layer, self.spec.at(index), self.calls.hidden, self.device)
         with observed(layer, index, self.spec, self.statistics):
-            advance_(layer, self.calls.hidden, self.calls.kwargs[index], self.device)
+            advance_(layer, self.calls.hidden, self.calls.kwargs[index], self.device, self.batches)
 
 
 def channel_statistics(model: nn.Module, spec: DecoderSpec, tokens: Tensor, device: torch.device) -> ChannelStatistics:

@@ -7,6 +7,10 @@ import torch
 from conftest import random_tokens, tiny_model
 from torch import nn
 
+from duquant.formats import IntegerFormat
+from duquant.linear import GroupInput
+from duquant.quantizer import Quantizer, RatioClip
+from duquant.transform import DualTransform
 from evaluation.perplexity import perplexity
 from models import decoder_spec
 from quantize.bits import BitSettings
@@ -124,3 +128,28 @@ def test_lazy_search_on_the_gpu_takes_the_cpu_s_trajectory(rule, exact):
     assert found.exchanges.tolist() == expected.exchanges.tolist()
     torch.testing.assert_close(found.rotation.cpu(), expected.rotation, atol=1e-6, rtol=0)
     assert found.rotation.device.type == "cuda"
+
+
+@pytest.mark.parametrize("most", [None, 700])
+def test_a_search_by_the_kernel_takes_the_cpu_s_trajectory(most):
+    x = torch.randn(3000, 128, generator=torch.Generator().manual_seed(2))
+    x[:, 7] *= 40
+    x[3, 1], x[5, 20] = 900, -700
+    step = step_rotation(random_orthogonal(128, torch.Generator().manual_seed(3)), RotationOrder.RQ)
+    expected = greedy_rotation(x.double(), step, 300, SearchRule.CHANNEL, most)
+    found = greedy_rotation(x.to(CUDA), step, 300, SearchRule.CHANNEL, most)
+    assert found.exchanges.tolist() == expected.exchanges.tolist()
+    torch.testing.assert_close(found.peaks.double(), expected.peaks, atol=0, rtol=300 * 2**-22)
+    torch.testing.assert_close(found.rotation.cpu(), expected.rotation, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_inputs_rounded_by_kernels_are_the_cpu_s_but_where_a_code_lies_on_a_tie(dtype):
+    generator = torch.Generator().manual_seed(4)
+    rotations = torch.linalg.qr(torch.randn(2, 64, 64, generator=generator)).Q
+    transform = DualTransform(rotations, torch.randperm(192, generator=generator)[None], torch.rand(192) + 0.5)
+    group = GroupInput(transform, Quantizer(IntegerFormat(4), RatioClip(0.9)), shift=torch.randn(192) / 4)
+    x = torch.randn(3, 50, 192, generator=generator).to(dtype)
+    expected, found = group(x).float(), copy.deepcopy(group).to(CUDA)(x.to(CUDA)).cpu().float()
+    step = (transform(x) - group.shift).abs().amax(dim=-1, keepdim=True) / 15
+    assert ((found - expected).abs() > 0.1 * step).float().mean() < 1e-3

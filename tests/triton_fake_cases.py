@@ -1,4 +1,4 @@
-"""What the kernel of fake quantization is held to: torch's operations, to the bit; see `triton_cases.py`."""
+"""What fake quantization by kernels is held to: torch's operations, alone to the bit; see `triton_cases.py`."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from triton_cases import DEVICE, random
 from duquant.formats import IntegerFormat
 from duquant.ops import fused
 from duquant.quantizer import FoundClip, Quantizer, RatioClip
+from duquant.transform import DualTransform
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")  # by the interpreter, as meant
 
@@ -110,3 +111,35 @@ def test_the_operator_of_fake_quantization_is_one_that_can_be_compiled(ratios):
     )
     arguments = (x, ratios, 0.9, 0.9, 4, False, 8, torch.float16)
     torch.library.opcheck(torch.ops.duquant.triton_fake_quantize.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("rotations", "block"), [(1, 32), (2, 16), (3, 32)])
+def test_what_is_rotated_and_rounded_is_what_torch_makes_but_for_ties(rotations, block, scaled, dtype):
+    channels = 3 * block
+    matrices = torch.linalg.qr(random(rotations, block, block)).Q
+    orders = torch.stack([torch.randperm(channels) for _ in range(rotations)])[1:]
+    scale, shift = (random(channels).abs() + 0.5, random(channels) / 4) if scaled else (None, None)
+    x = (random(2, 19, channels) * torch.logspace(-2, 2, 19)[:, None]).to(dtype)
+    transform, quantizer = (
+        DualTransform(matrices, orders, scale).to(DEVICE),
+        Quantizer(IntegerFormat(4), RatioClip(0.9)),
+    )
+    x, shift = x.to(DEVICE), None if shift is None else shift.to(DEVICE)
+    exact = transform(x) if shift is None else transform(x) - shift
+    parts = transform.rotations, transform.permutations, transform.scale
+    found = fused.rotated(x, *parts, shift, quantizer)
+    assert (found.dtype, found.shape) == (dtype, x.shape)
+    step = quantizer.parameters(exact).scale
+    off = (found.float() - quantizer.computed(exact, torch.float32)).abs() / step
+    assert off.max() < 1.01
+    assert (off > 0.05).float().mean() < 2e-3
+
+
+def test_heads_are_rotated_as_they_lie():
+    x, matrix = random(2, 5, 4, 32).transpose(1, 2).to(DEVICE), torch.linalg.qr(random(32, 32)).Q.to(DEVICE)
+    quantizer = Quantizer(IntegerFormat(8))
+    found = fused.rotated(x, matrix[None], None, None, None, quantizer)
+    assert found.stride() == x.stride()
+    torch.testing.assert_close(found, quantizer.computed(x @ matrix, x.dtype), rtol=0, atol=0.05)

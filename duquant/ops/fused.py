@@ -3,6 +3,9 @@
 The kernel reads what is quantized once and writes it once. It is used where Triton is there and, tried once for each
 format on a few vectors, it gives what torch's operations give; where gradients are needed, while something is traced
 and for clips that do more than multiply the ends of a range, torch's operations are.
+
+What is rotated before it is rounded (`rotated`) is taken some rows at a time: what lies between stays in the nearest
+cache. Rotations are as exact as torch's products of float32, but not the same to the last bit.
 """
 
 from __future__ import annotations
@@ -16,7 +19,15 @@ from torch import Tensor
 
 from duquant.formats import SCALE_LIMITS, ZERO_LIMITS, IntegerFormat
 from duquant.ops.triton import available, clip_ratios
-from duquant.ops.triton_launch import AS_WRITTEN, inverted, on, power_of_two
+from duquant.ops.triton_launch import (
+    AS_WRITTEN,
+    HALVED_BLOCKS,
+    inverted,
+    on,
+    power_of_two,
+    row_parts,
+    transformed,
+)
 from duquant.ops.triton_quantize import ROUNDING
 from duquant.ops.triton_quantize import fake_quantize as kernel
 from duquant.ops.triton_tools import interpreted, triton
@@ -72,27 +83,74 @@ def trial(device: torch.device, form: IntegerFormat) -> bool:
     from duquant.quantizer import Quantizer, RatioClip  # which looks for this module
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 256, generator=generator) * torch.logspace(-6, 6, 64)[:, None]
+    x = torch.randn(64, 128, generator=generator) * torch.logspace(-6, 6, 64)[:, None]
     x = (x + x.abs().amax(dim=1, keepdim=True) * torch.arange(-2, 2).repeat(16)[:, None] / 2).to(device)
-    quantizer = Quantizer(form, RatioClip(0.9))
-    pairs = [(each, dtype) for each in (x, x.half()) for dtype in (torch.float32, torch.float16)]
+    # with numbers of another type the kernel is compiled anew, and computes the same
+    quantizer, dtype = Quantizer(form, RatioClip(0.9)), torch.float16
     with torch.no_grad():
-        return all(
-            torch.equal(launched(each, quantizer, dtype), quantizer.computed(each, dtype)) for each, dtype in pairs
-        )
+        return torch.equal(launched(x, quantizer, dtype), quantizer.computed(x, dtype))
+
+
+def rotate_and_round(
+    x: Tensor,
+    rotations: Tensor,
+    permutations: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    quantizer: Quantizer,
+) -> Tensor | None:
+    """Q(T(x Λ⁻¹) − z) of vectors `x` [..., C] in its dtype, T being `DualTransform`'s; None where kernels do not serve.
+
+    `permutations`: None for a single rotation.
+    """
+    if x.device.type != "cuda" or not len(rotations) or rotations.shape[-1] not in HALVED_BLOCKS:
+        return None
+    if (torch.is_grad_enabled() and rotations.requires_grad) or not served(x, quantizer, x.dtype):
+        return None
+    return rotated(x, rotations, permutations, scale, shift, quantizer) if works("cuda", quantizer.format) else None
+
+
+def rotated(
+    x: Tensor,
+    rotations: Tensor,
+    permutations: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    quantizer: Quantizer,
+) -> Tensor:
+    """`rotate_and_round` by the kernels; the result lies in memory as `x` does, if that has no gaps."""
+    order = sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
+    ordered = x.permute(order)
+    if order[-1] != x.dim() - 1 or not ordered.is_contiguous():
+        order, ordered = list(range(x.dim())), x.contiguous()
+    rows, y = ordered.view(-1, x.shape[-1]), torch.empty_like(ordered)
+    to = y.view(rows.shape)
+    with on(x.device):
+        for part in row_parts(*rows.shape):
+            turned = transformed(rows[part], rotations, permutations, scale)
+            launch(turned if shift is None else turned.sub_(shift), to[part], quantizer)
+    return y.permute([order.index(dim) for dim in range(x.dim())])
 
 
 def launched(x: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> Tensor:
     """`quantizer.computed(x, dtype)` from the kernel, laid out as `x` is where its last dimension is dense."""
+    dense = x if x.stride(-1) == 1 else x.contiguous()
+    shaped = dense if x.dim() <= 4 else dense.flatten(0, -4)
+    return operator(shaped, *settings(quantizer), quantizer.group_size or x.shape[-1], dtype).view(x.shape)
+
+
+def launch(x: Tensor, y: Tensor, quantizer: Quantizer) -> None:
+    """Write `quantizer.computed(x, y.dtype)` to `y`, of up to four dimensions, the last of both of which is dense."""
+    _launch(x, y, *settings(quantizer), quantizer.group_size or x.shape[-1])
+
+
+def settings(quantizer: Quantizer) -> tuple[Tensor | None, float, float, int, int]:
+    """Ratios as a tensor or as two numbers, bits and the kind of a quantizer."""
     low, high = clip_ratios(quantizer.clip)
     ratios = getattr(quantizer.clip, "ratios", None)
     if ratios is not None:
         low, high, ratios = 1.0, 1.0, ratios.contiguous()
-    dense = x if x.stride(-1) == 1 else x.contiguous()
-    shaped = dense if x.dim() <= 4 else dense.flatten(0, -4)
-    form = quantizer.format
-    y = operator(shaped, ratios, low, high, form.bits, form.kind, quantizer.group_size or x.shape[-1], dtype)
-    return y.view(x.shape)
+    return ratios, low, high, quantizer.format.bits, quantizer.format.kind
 
 
 @torch.library.custom_op("duquant::triton_fake_quantize", mutates_args=())
@@ -108,19 +166,26 @@ def operator(
 ) -> Tensor:
     """Fake quantization of vectors of `length` along the last axis of `x`, of up to four dimensions, as `dtype`."""
     y = torch.empty_like(x, dtype=dtype)
+    with on(x.device):
+        _launch(x, y, ratios, low_ratio, high_ratio, bits, symmetric, length)
+    return y
+
+
+def _launch(
+    x: Tensor, y: Tensor, ratios: Tensor | None, low: float, high: float, bits: int, symmetric: int, length: int
+) -> None:
+    """The kernel over all vectors of `x`, into `y`."""
     groups, (_, *sizes) = x.shape[-1] // length, (1,) * (4 - x.dim()) + tuple(x.shape[:-1])
     x_strides, y_strides = ((0,) * (4 - x.dim()) + each.stride()[:-1] for each in (x, y))
     block = power_of_two(length, 16, 64 if interpreted() else LONGEST)
     block_v = power_of_two(TILE // block, 1, 32)
     vectors = x.numel() // length
-    with on(x.device):
-        kernel[(triton.cdiv(vectors, block_v),)](
-            x, y, ratios, low_ratio, high_ratio, vectors, length, groups, *sizes, *x_strides, *y_strides,
-            *SCALE_LIMITS, *ZERO_LIMITS, BITS=bits, SYMMETRIC=symmetric, RATIOS=ratios is not None,
-            INVERTED=inverted(x.device), ROUNDING=ROUNDING, WHOLE=length <= block, BLOCK_V=block_v, BLOCK_C=block,
-            num_warps=power_of_two(block * block_v // 512, 1, 16), **AS_WRITTEN,
-        )  # fmt: skip
-    return y
+    kernel[(triton.cdiv(vectors, block_v),)](
+        x, y, ratios, low, high, vectors, length, groups, *sizes, *x_strides, *y_strides,
+        *SCALE_LIMITS, *ZERO_LIMITS, BITS=bits, SYMMETRIC=symmetric, RATIOS=ratios is not None,
+        INVERTED=inverted(x.device), ROUNDING=ROUNDING, WHOLE=length <= block, BLOCK_V=block_v, BLOCK_C=block,
+        num_warps=power_of_two(block * block_v // 512, 1, 16), **AS_WRITTEN,
+    )  # fmt: skip
 
 
 @operator.register_fake

@@ -60,12 +60,8 @@ def quantize_rows(
     results = _empty_rows(x, IntegerFormat(bits), group_size, packed)
     if x.numel():
         with on(x.device):
-            for part in _row_parts(*x.shape):
-                y = x[part].contiguous()
-                for index, rotation in enumerate(rotations):
-                    permutation = permutations[index - 1].contiguous() if index else None
-                    gathered = index + 1 < len(rotations)
-                    y = _rotated(y, rotation.contiguous(), permutation, None if index else scale, gathered)
+            for part in row_parts(*x.shape):
+                y = transformed(x[part], rotations, permutations, scale)
                 outputs = [each[part] for each in results]
                 left = None if len(rotations) else scale
                 _launch_rounding(y, left, shift, low_ratio, high_ratio, outputs, group_size, bits, symmetric, packed)
@@ -88,7 +84,16 @@ def _empty_rows(
     return codes, scales, zeros, x.new_empty(shape, dtype=torch.int32)
 
 
-def _row_parts(rows: int, channels: int) -> list[slice]:
+def transformed(x: Tensor, rotations: Tensor, permutations: Tensor, scale: Tensor | None) -> Tensor:
+    """x [T, C] behind all rotations, float32; if there are none, x as it is, not divided by the scale either."""
+    y = x.contiguous()
+    for index, rotation in enumerate(rotations):
+        permutation, gathered = permutations[index - 1].contiguous() if index else None, index + 1 < len(rotations)
+        y = _rotated(y, rotation.contiguous(), permutation, None if index else scale, gathered)
+    return y
+
+
+def row_parts(rows: int, channels: int) -> list[slice]:
     """Slices of the rows that are transformed one after the other, whole tiles each."""
     step = 16 if interpreted() else max(64, PART_ELEMENTS // channels // 64 * 64)
     return [slice(start, start + step) for start in range(0, rows, step)]
@@ -104,7 +109,7 @@ def _rotated(x: Tensor, rotation: Tensor, permutation: Tensor | None, scale: Ten
         most, warps, stages = HALVES
         block_t = 16 if interpreted() else power_of_two(rows, 16, most)
         tiles, blocks = triton.cdiv(rows, block_t), channels // size
-        each = max(1, tiles * blocks // (_processors(x.device) * ROTATING_PROGRAMS))
+        each = max(1, tiles * blocks // (processors(x.device) * ROTATING_PROGRAMS))
         rotate_halves[(tiles, triton.cdiv(blocks, each))](
             x, y, rotation, permutation, scale, rows, channels, *x.stride(), *y.stride(), each,
             B=size, GATHER=permutation is not None, SCALED=scale is not None,
@@ -160,7 +165,7 @@ def inverted(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """How many multiprocessors there are; 1 under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -304,5 +309,5 @@ def _launch_few(tensors: list[Tensor | None], rows: int, outputs: int, channels:
 
 def _splits(outputs: int, most: int, block_o: int, device: torch.device) -> int:
     """To how many programs the channels are dealt, a power of two up to `most`: as many as keep the device busy."""
-    wanted = _processors(device) * PROGRAMS_PER_PROCESSOR // triton.cdiv(outputs, block_o)
+    wanted = processors(device) * PROGRAMS_PER_PROCESSOR // triton.cdiv(outputs, block_o)
     return 1 << max(0, min(wanted, most).bit_length() - 1)

@@ -220,7 +220,7 @@ def halves(x):
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
-@jit
+@jit(do_not_specialize=["each"])  # or it is compiled anew for one block, and for sixteen
 def rotate_halves(
     x, y, rotation, permutation, scale, rows, channels, x_row, x_channel, y_row, y_channel, each,
     B: tl.constexpr, GATHER: tl.constexpr, SCALED: tl.constexpr, EXACT: tl.constexpr, MATRIX_FACTOR: tl.constexpr,

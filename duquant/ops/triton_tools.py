@@ -3,6 +3,8 @@
 So the package can be imported whole wherever it is installed.
 """
 
+from functools import partial
+
 try:
     import triton
     import triton.language as tl
@@ -10,9 +12,11 @@ except ImportError:
     triton = tl = None
 
 
-def jit(function):
-    """A kernel, or a function that kernels call."""
-    return function if triton is None else triton.jit(function)
+def jit(function=None, **options):
+    """A kernel, or a function that kernels call; a decorator, which may be given Triton's options."""
+    if function is None:
+        return partial(jit, **options)
+    return function if triton is None else triton.jit(function, **options)
 
 
 @jit

@@ -10,7 +10,7 @@ from conftest import ROOT, run_script
 
 pytest.importorskip("triton")
 
-CASES = ("tests/triton_cases.py", "tests/triton_fake_cases.py")
+CASES = ("tests/triton_cases.py", "tests/triton_fake_cases.py", "tests/triton_search_cases.py")
 IMPORT_WITHOUT_TRITON = """
 import importlib, pkgutil, sys
 sys.modules["triton"] = None  # importing it now raises ImportError

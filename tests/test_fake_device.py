@@ -173,9 +173,12 @@ def test_what_samples_decide_is_decided_on_the_device_and_kept_on_the_host(gpu, 
     tensors = [tensor for layer in kept.values() for tensor in layer.state.tensors().values()]
     assert {tensor.device for tensor in tensors} == {CPU}
     assert kept[0].state.weights
-    kept = {index: FinishedLayer(layer.state.to(CPU), layer.figures) for index, layer in kept.items()}
-    model = MODELS[name](dtype)
-    quantize(model, gpu, BEST[way], finished={0: kept[0]})
+
+
+def test_what_samples_decided_on_the_device_is_gone_on_with_there(gpu):
+    _, kept = quantize(tiny_model(BFLOAT), gpu, BEST["everything"])
+    model = tiny_model(BFLOAT)
+    quantize(model, gpu, BEST["everything"], finished={0: FinishedLayer(kept[0].state.to(CPU), kept[0].figures)})
     assert places(model) == {CPU}
 
 

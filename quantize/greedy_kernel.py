@@ -7,9 +7,12 @@ closer, either may be exchanged. The rotation itself is multiplied up in float64
 
 from __future__ import annotations  # the annotations name what is not there without Triton
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from duquant.ops.fused import tried
 from duquant.ops.triton import available
 from duquant.ops.triton_launch import AS_WRITTEN, HALVED_BLOCKS, on, processors
 from duquant.ops.triton_quantize import MATRIX_FACTOR, halves, nothing, power_of_two
@@ -52,7 +55,34 @@ def rotate_rows(
 def serves(columns: Tensor) -> bool:
     """Whether `take_steps` takes `columns` [B, A]."""
     fits = len(columns) in HALVED_BLOCKS and columns.dtype is torch.float32
-    return fits and type(columns) is Tensor and columns.device.type == "cuda" and available(columns.device)
+    return fits and type(columns) is Tensor and columns.device.type == "cuda" and works("cuda", len(columns))
+
+
+@cache
+def works(device: str, size: int) -> bool:
+    """Whether steps on blocks of `size` are those that are exact on a type of device. Tried and announced once."""
+    if not available(torch.device(device)):
+        return False
+    return tried(f"greedy steps on blocks of {size}", lambda: trial(torch.device(device), size))
+
+
+def trial(device: torch.device, size: int) -> bool:
+    """Whether two steps on a few rows exchange the right channels, and leave what is right in float64 to 2⁻¹⁸."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(70, size, generator=generator)
+    x[40, 1] = 100
+    step = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
+    found, exchanges, *_ = take_steps(
+        x.to(device).T, torch.ones(1, dtype=torch.int64, device=device), step.to(device), 2
+    )
+    exact, expected = x.double(), [1]
+    for _ in range(2):
+        index = torch.arange(size)
+        index[0], index[expected[-1]] = expected[-1], 0
+        exact = exact @ step.double()[index][:, index]
+        expected.append(int(exact.abs().amax(dim=0).argmax()))
+    close = (found.T.cpu() - exact).abs().max() < exact.abs().max() * 2**-18
+    return exchanges.tolist() == expected and bool(close)
 
 
 def take_steps(columns: Tensor, exchange: Tensor, step: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

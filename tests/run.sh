@@ -8,4 +8,4 @@ source tools/environment.sh
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest --numprocesses 2 --dist worksteal -m "not slow" "$@"
+exec "$PYTHON" -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal -m "not slow" "$@"

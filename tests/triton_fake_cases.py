@@ -137,6 +137,14 @@ def test_what_is_rotated_and_rounded_is_what_torch_makes_but_for_ties(rotations,
     assert (off > 0.05).float().mean() < 2e-3
 
 
+@pytest.mark.parametrize("size", [16, 128])
+def test_rotations_pass_the_trial_that_admits_them(size, monkeypatch):
+    assert fused.rotation_trial(DEVICE, size)
+    exact = fused.transformed
+    monkeypatch.setattr(fused, "transformed", lambda *given: exact(*given) * (1 + 2**-12))
+    assert not fused.rotation_trial(DEVICE, size)
+
+
 def test_heads_are_rotated_as_they_lie():
     x, matrix = random(2, 5, 4, 32).transpose(1, 2).to(DEVICE), torch.linalg.qr(random(32, 32)).Q.to(DEVICE)
     quantizer = Quantizer(IntegerFormat(8))

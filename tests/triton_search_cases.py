@@ -37,3 +37,11 @@ def test_rows_of_zeros_have_no_outlier_and_stay():
     assert not high.any()
     assert exchanges[0] == 2
     assert exchanges.max() < 16
+
+
+@pytest.mark.parametrize("size", [16, 128])
+def test_steps_pass_the_trial_that_admits_them(size, monkeypatch):
+    assert greedy_kernel.trial(DEVICE, size)
+    exact = greedy_kernel.take_steps
+    monkeypatch.setattr(greedy_kernel, "take_steps", lambda columns, *given: exact(columns * (1 + 2**-12), *given))
+    assert not greedy_kernel.trial(DEVICE, size)

@@ -11,6 +11,7 @@ cache. Rotations are as exact as torch's products of float32, but not the same t
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LONGEST = 16384  # channels that a program holds at once: 32 a thread
 TILE = 4096  # numbers of several short vectors that a program takes
+TURNED = 1e-5  # of a row's length, that a kernel's two rotations of it may be off; TF32 is a hundred times as far off
 
 
 def fake_quantize(x: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> Tensor | None:
@@ -63,18 +65,29 @@ def served(x: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> bool:
 @cache
 def works(device: str, form: IntegerFormat) -> bool:
     """Whether the kernel gives on a type of device what torch gives, for this format. Tried and announced once."""
-    if not available(torch.device(device)):
-        return False
+    what = f"fake quantization to {form.bits} bits"
+    return available(torch.device(device)) and tried(what, lambda: trial(torch.device(device), form))
+
+
+@cache
+def turns(device: str, size: int) -> bool:
+    """Whether rotations of blocks of `size` give there what torch gives, but for the last bits. As `works`."""
+    what = f"rotations in blocks of {size}"
+    return available(torch.device(device)) and tried(what, lambda: rotation_trial(torch.device(device), size))
+
+
+def tried(what: str, trial: Callable[[], bool]) -> bool:
+    """Whether a kernel's `trial` succeeds; that is announced, or why it does not."""
     try:
-        same = trial(torch.device(device), form)
+        same = trial()
     except Exception as problem:  # a compiler that is missing, or fails in a way of its own
         same, reason = False, (str(problem).splitlines() or [type(problem).__name__])[0]
     else:
         reason = "its numbers are not torch's"
     if not same:
-        logger.warning("fake quantization to %d bits in one kernel does not work here: %s", form.bits, reason)
+        logger.warning("%s in one kernel: does not work here (%s)", what, reason)
         return False
-    logger.info("fake quantization to %d bits is one kernel (Triton)", form.bits)
+    logger.info("%s: one kernel (Triton)", what)
     return True
 
 
@@ -89,6 +102,18 @@ def trial(device: torch.device, form: IntegerFormat) -> bool:
     quantizer, dtype = Quantizer(form, RatioClip(0.9)), torch.float16
     with torch.no_grad():
         return torch.equal(launched(x, quantizer, dtype), quantizer.computed(x, dtype))
+
+
+def rotation_trial(device: torch.device, size: int) -> bool:
+    """Whether some rows of two blocks, a permutation between two rotations of each, are turned as torch turns them."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q.to(device)
+    x = (torch.randn(64, 2 * size, generator=generator) * torch.logspace(-3, 3, 64)[:, None]).to(device)
+    order = torch.randperm(2 * size, generator=generator).to(device)
+    found = transformed(x, torch.stack([matrix, matrix]), order[None], None)
+    once = (x.double().view(-1, size) @ matrix.double()).view(x.shape)[:, order]
+    exact = (once.reshape(-1, size) @ matrix.double()).view(x.shape)
+    return bool(((found - exact).norm(dim=1) < TURNED * exact.norm(dim=1)).all())
 
 
 def rotate_and_round(
@@ -107,7 +132,9 @@ def rotate_and_round(
         return None
     if (torch.is_grad_enabled() and rotations.requires_grad) or not served(x, quantizer, x.dtype):
         return None
-    return rotated(x, rotations, permutations, scale, shift, quantizer) if works("cuda", quantizer.format) else None
+    if not works("cuda", quantizer.format) or not turns("cuda", rotations.shape[-1]):
+        return None
+    return rotated(x, rotations, permutations, scale, shift, quantizer)
 
 
 def rotated(

@@ -131,7 +131,9 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pl
     least = most = batch_tokens(tests, plan.batch)
     if plan.on_gpu and plan.batch is None:
         most = max(least, min(max(map(prod, tests), default=0), AUTO_TOKENS_GPU))
-    batch = max(most, batch_tokens((plan.calibration,) * plan.quantizes(settings)))
+    # statistics are gathered in batches as large as test windows'
+    observed = min(prod(plan.calibration), AUTO_TOKENS_GPU) * (plan.on_gpu and plan.statistics)
+    batch = max(most, max(observed, batch_tokens((plan.calibration,))) * plan.quantizes(settings))
     pinned = PINNED_COPIES * hidden_bytes(batch, skeleton, plan.held) * plan.on_gpu
     process = PROCESS_BYTES + (CONTEXT_BYTES if plan.on_gpu else 0) + pinned
     # on a CPU the layer that is worked on is one of the model's

@@ -29,7 +29,7 @@ from quantize.refinements import RoundingSettings, Trained
 from quantize.rotation_settings import RotationSettings
 from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings, TrainingSettings
 from quantize.state import FinishedLayer
-from quantize.statistics import channel_statistics
+from quantize.statistics import Observation, channel_statistics
 from quantize.walk import layers_in_memory, walk
 from reporting.recorder import Recorder
 from tools.fake_device import FakeDevice, Traffic, fake_device
@@ -495,12 +495,16 @@ def test_what_is_left_is_for_larger_batches_of_windows():
     assert tokens(everything, Keep.HOST) > least
 
 
-def test_a_batch_of_windows_is_as_large_as_a_gpu_has_room_for():
+def test_a_batch_of_windows_or_of_samples_is_as_large_as_a_gpu_has_room_for():
     taken = {}
     for free in (2**40, 2**22):
         with fake_device(free_memory=free) as gpu:
             model, batches = tiny_model(HALF), BatchSize.choose(None, TOKENS, gpu.device)
-            perplexity(model, decoder_spec(model.config), random_tokens(6, TOKENS), gpu.device, batch_size=batches)
-            taken[free] = batches.sequences
+            spec, tokens = decoder_spec(model.config), random_tokens(6, TOKENS)
+            perplexity(model, spec, tokens, gpu.device, batch_size=batches)
+            observation = Observation(model, spec, tokens, gpu.device)
+            walk(layers_in_memory(model, spec, gpu.device), [observation], LAYERS)
+            taken[free] = batches.sequences, observation.batches.sequences
     width = 96  # of all heads
-    assert taken == {2**40: 65536 // TOKENS, 2**22: int(2**22 * 7 / 8 / (TOKENS * width * 22))}
+    fitting = int(2**22 * 7 / 8 / (TOKENS * width * 22))
+    assert taken == {2**40: (65536 // TOKENS,) * 2, 2**22: (fitting, fitting)}

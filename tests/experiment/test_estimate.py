@@ -190,6 +190,14 @@ def test_windows_go_through_a_layer_in_batches_of_what_is_given_or_what_there_is
     assert auto.pinned == 2 * 65536 * MEDIUM["hidden_size"] * 2
 
 
+def test_statistics_are_gathered_in_batches_as_large_as_test_windows_are():
+    plan = replace(PLAN, dtype=torch.float16, on_gpu=True, calibration=(300, 256), windows=())
+    row = 2 * MEDIUM["hidden_size"] * 2
+    assert needed(QUANT, plan).pinned == 65536 * row
+    assert needed(QUANT, replace(plan, statistics=False)).pinned == 4096 * row
+    assert needed(QUANT, replace(plan, calibration=(8, 256))).pinned == 8 * 256 * row
+
+
 def test_an_evaluation_of_the_whole_model_needs_it_on_the_device_as_codes_or_before_as_floats():
     apart = replace(PLAN, dtype=torch.float16, on_gpu=True, calibration=(2, 8), windows=())
     config = tiny_config(num_hidden_layers=80)

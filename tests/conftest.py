@@ -75,17 +75,30 @@ def token_file(tmp_path_factory) -> Path:
     return path
 
 
-def run_script(script: str, *arguments: object, folder: Path, **environment: str) -> Ended:
+def run_script(script: str, *arguments: object, folder: Path, first: str = "", **environment: str) -> Ended:
     """Run one of the suite's scripts, as a user would, with `folder` as working directory.
 
-    With an `environment` of its own it is started anew; else it is forked from a process that has imported torch.
+    With an `environment` of its own it is started anew; else it is forked from a process that has imported torch, and
+    may run a program `first`, to replace what should fail.
     """
     if not environment:
-        return shared_starter().run(folder, *arguments, script=script)
+        return shared_starter().run(folder, *arguments, script=script, first=first)
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=600, check=False)
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def run_in_two(folder: Path, *arguments: object) -> Ended:
+    """Run main.py in two processes that share the run, as `torchrun` starts them."""
+    return shared_starter().run(folder, *arguments, processes=2)
+
+
+def run_program(program: str, folder: Path, *arguments: object, processes: int = 2) -> Ended:
+    """Run a program in `folder` in processes that find each other."""
+    path = folder / "program.py"
+    path.write_text(program, encoding="utf-8")
+    return shared_starter().run(folder, *arguments, script=str(path), processes=processes)
 
 
 @pytest.fixture(scope="session")

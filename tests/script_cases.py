@@ -88,20 +88,15 @@ def layer_content(checkpoint: Path) -> dict[str, tuple]:
     return content
 
 
-# For a sitecustomize.py: the perplexity of five windows fails, once in the folder where the script runs.
+# What a script runs first: the perplexity of five windows fails, once in the folder where it runs.
 FAIL_ONCE = """
-import builtins, pathlib
-real = builtins.__import__
-def patched(name, *arguments, **keywords):
-    module = real(name, *arguments, **keywords)
-    if name == "evaluation.perplexity" and hasattr(module, "score") and not hasattr(module, "patched"):
-        module.patched, score = True, module.score
-        def fail(model, spec, tokens, *rest):
-            if len(tokens) == 5 and not pathlib.Path("failed").exists():
-                pathlib.Path("failed").touch()
-                raise RuntimeError("no luck today")
-            return score(model, spec, tokens, *rest)
-        module.score = fail
-    return module
-builtins.__import__ = patched
+import pathlib
+import evaluation.perplexity as module
+score = module.score
+def fail(model, spec, tokens, *rest):
+    if len(tokens) == 5 and not pathlib.Path("failed").exists():
+        pathlib.Path("failed").touch()
+        raise RuntimeError("no luck today")
+    return score(model, spec, tokens, *rest)
+module.score = fail
 """

@@ -348,27 +348,21 @@ def test_without_smoothing_rows_say_so_by_their_names(usual, tmp_path):
 
 
 FAIL_ROW = """
-import builtins, pathlib
-real = builtins.__import__
-def patched(name, *arguments, **keywords):
-    module = real(name, *arguments, **keywords)
-    if name == "experiment.travel" and hasattr(module, "travel") and not hasattr(module, "patched"):
-        module.patched, travel = True, module.travel
-        def fail(setup, model, layers, quant, *rest, **more):
-            if quant.transform == "hadamard" and not pathlib.Path("failed").exists():
-                pathlib.Path("failed").touch()
-                raise RuntimeError("no luck today")
-            return travel(setup, model, layers, quant, *rest, **more)
-        module.travel = fail
-    return module
-builtins.__import__ = patched
+import pathlib
+import experiment.compare as module
+travel = module.travel
+def fail(setup, model, layers, quant, *rest, **more):
+    if quant.transform == "hadamard" and not pathlib.Path("failed").exists():
+        pathlib.Path("failed").touch()
+        raise RuntimeError("no luck today")
+    return travel(setup, model, layers, quant, *rest, **more)
+module.travel = fail
 """
 
 
 def test_a_row_that_fails_is_recorded_and_loses_no_other(usual, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(FAIL_ROW)
-    flags, environment = ("--rows", "rtn", "hadamard", "dual"), {"PYTHONPATH": str(tmp_path)}
-    done = run_script("compare.py", *usual, *flags, folder=tmp_path, **environment)
+    flags = ("--rows", "rtn", "hadamard", "dual")
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path, first=FAIL_ROW)
     assert done.returncode == 1
     assert "hadamard_seed2: RuntimeError: no luck today; the other rows are kept" in done.stderr.splitlines()[-1]
     rows = rows_of(tmp_path)
@@ -376,17 +370,16 @@ def test_a_row_that_fails_is_recorded_and_loses_no_other(usual, tmp_path):
     assert rows["dual"][0]["perplexity"]["tokens"] > 1
     table = (table_in(tmp_path) / "table.md").read_text(encoding="utf-8")
     assert "Failed: smoothing + Hadamard rotation (hadamard_seed2): RuntimeError: no luck today" in table
-    done = run_script("compare.py", *usual, *flags, folder=tmp_path, **environment)
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path, first=FAIL_ROW)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("from an earlier run") == 2
     assert results_in(table_in(tmp_path))["error"] is None
 
 
 def test_an_evaluation_that_fails_leaves_its_row_unfinished_and_is_all_that_is_tried_again(usual, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
     save_file({"test": random_tokens(5, 32, seed=9)}, tmp_path / "second.safetensors")
     flags = ("--test_dataset", usual[5], "second.safetensors", "--rows", "rtn", "dual")
-    done = run_script("compare.py", *usual, *flags, folder=tmp_path, PYTHONPATH=str(tmp_path))
+    done = run_script("compare.py", *usual, *flags, folder=tmp_path, first=FAIL_ONCE)
     assert done.returncode == 1
     assert "rtn: perplexity second (RuntimeError: no luck today)" in done.stderr.splitlines()[-1]
     assert table_of(tmp_path)[0]["second ppl"] == ""

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, random_tokens, run_script
+from conftest import ROOT, random_tokens, run_in_two, run_script
 from safetensors.torch import save_file
 from script_cases import FAIL_ONCE, results_of, the_run
 
@@ -78,16 +78,15 @@ def test_sixteen_bits_diverge_from_nothing(usual, tmp_path):
 
 
 def test_an_evaluation_that_fails_loses_no_other_and_is_all_that_is_tried_again(usual, whole, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
-    flags, environment = ("--eval_ppl",), {"PYTHONPATH": str(tmp_path)}
-    done = run_script("main.py", *usual, *flags, folder=tmp_path, **environment)
+    flags = ("--eval_ppl",)
+    done = run_script("main.py", *usual, *flags, folder=tmp_path, first=FAIL_ONCE)
     assert done.returncode == 1
     assert "perplexity second; the rest is kept" in done.stderr.splitlines()[-1]
     results = results_of(tmp_path)
     assert results["perplexity"] == {"tokens": whole["perplexity"]["tokens"]}
     assert results["failures"] == {"perplexity second": "RuntimeError: no luck today"}
     assert "no luck today" in (the_run(tmp_path / "output") / "log.txt").read_text()
-    done = run_script("main.py", *usual, *flags, folder=tmp_path, **environment)
+    done = run_script("main.py", *usual, *flags, folder=tmp_path, first=FAIL_ONCE)
     assert done.returncode == 0, done.stderr
     assert "going on behind 1 parts" in done.stdout
     assert results_of(tmp_path)["perplexity"] == whole["perplexity"]
@@ -95,14 +94,12 @@ def test_an_evaluation_that_fails_loses_no_other_and_is_all_that_is_tried_again(
 
 
 def test_other_flags_do_not_go_on_with_an_unfinished_evaluation(usual, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
-    environment = {"PYTHONPATH": str(tmp_path)}
-    assert run_script("main.py", *usual, "--eval_ppl", folder=tmp_path, **environment).returncode == 1
+    assert run_script("main.py", *usual, "--eval_ppl", folder=tmp_path, first=FAIL_ONCE).returncode == 1
     unfinished = the_run(tmp_path / "output")
     other = unfinished.with_name(unfinished.name.replace("w4a4", "w4a4_lac0.8"))
     unfinished.rename(other)
     assert (other / "unfinished.jsonl").exists()
-    done = run_script("main.py", *usual, "--eval_ppl", "--lac", 0.8, folder=tmp_path, **environment)
+    done = run_script("main.py", *usual, "--eval_ppl", "--lac", 0.8, folder=tmp_path, first=FAIL_ONCE)
     assert done.returncode == 0, done.stderr
     assert "going on" not in done.stdout
     assert the_run(tmp_path / "output") == other
@@ -110,14 +107,13 @@ def test_other_flags_do_not_go_on_with_an_unfinished_evaluation(usual, tmp_path)
 
 def test_figures_of_rewritten_statistics_are_not_revived(usual, tmp_path):
     assert run_script("main.py", *usual, "--smooth", "--output_dir", "first", folder=tmp_path).returncode == 0
-    (tmp_path / "sitecustomize.py").write_text(FAIL_ONCE)
-    path, environment = tmp_path / "act_scales/tiny.safetensors", {"PYTHONPATH": str(tmp_path)}
+    path = tmp_path / "act_scales/tiny.safetensors"
     flags = (*usual, "--eval_ppl", "--smooth", "--act-scales", path)
-    assert run_script("main.py", *flags, folder=tmp_path, **environment).returncode == 1
+    assert run_script("main.py", *flags, folder=tmp_path, first=FAIL_ONCE).returncode == 1
     stale = results_of(tmp_path)["perplexity"]["tokens"]
     peaks, metadata = read_tensors(path)
     write_tensors(path, {name: peak**2 for name, peak in peaks.items()}, metadata)
-    done = run_script("main.py", *flags, folder=tmp_path, **environment)
+    done = run_script("main.py", *flags, folder=tmp_path, first=FAIL_ONCE)
     assert done.returncode == 0, done.stderr
     assert "going on" not in done.stdout
     assert results_of(tmp_path)["perplexity"]["tokens"] != stale
@@ -151,16 +147,7 @@ def test_an_interrupted_evaluation_goes_on_behind_what_was_done(usual, whole, tm
 
 def test_two_processes_find_what_one_finds(usual, whole, tmp_path):
     flags = ("--eval_ppl", "--eval_kl", "--prompt", "w1 w2 w3", "w5", "--max_new_tokens", 6, "--save_dir", "ck")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "main.py"), *map(str, (*usual, *flags))],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_in_two(tmp_path, *usual, *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results: ") == 1, "one process speaks"
     results = results_of(tmp_path)

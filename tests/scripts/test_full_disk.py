@@ -1,16 +1,12 @@
 """The real scripts where files may not grow beyond a limit, which the system refuses as it does a full disk."""
 
-import os
-import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script, tiny_config
+from conftest import run_script, tiny_config
 from script_cases import assert_refused, common, the_run
-from starter import Ended
+from starter import Ended, shared_starter
 from transformers import LlamaForCausalLM
 
 QUICK = ("--wbits", 4, "--abits", 4, "--max_rotation_step", 4, "--net", "tiny")
@@ -20,17 +16,7 @@ REASON = "File too large"
 
 def run_limited(largest: int, script: str, *arguments: object, folder: Path) -> Ended:
     """Run a script that cannot make a file larger than `largest` bytes."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return shared_starter().run(folder, *arguments, script=script, largest=largest)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

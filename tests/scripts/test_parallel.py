@@ -1,4 +1,4 @@
-"""main.py in two processes that share the calibration: real ones, started by torchrun."""
+"""main.py in two processes that share the calibration: real ones, once started by torchrun, and then forked."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import best_settings
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_in_two, run_script
 from safetensors.torch import load_file
 from script_cases import results_of, the_run
 
@@ -72,7 +72,7 @@ def test_training_losses_and_clips_agree_to_the_order_of_sums(both):
 
 
 def test_layers_that_each_process_reads_when_their_turn_comes_are_those_of_models_in_memory(usual, both, tmp_path):
-    done = launch(tmp_path, *usual, *TRAINED, "--stream", "--save_model", "saved")
+    done = run_in_two(tmp_path, *usual, *TRAINED, "--stream", "--save_model", "saved")
     assert done.returncode == 0, done.stderr
     for name in ("layer_000.safetensors", "layer_001.safetensors"):
         here, there = (load_file(folder / "ck/layers" / name) for folder in (tmp_path, both[1]))
@@ -101,7 +101,7 @@ def test_what_samples_decide_is_decided_by_those_of_all_processes(usual, tmp_pat
         folder.mkdir()
     done = run_script("main.py", *usual, *BEST, folder=alone)
     assert done.returncode == 0, done.stderr
-    done = launch(shared, *usual, *BEST)
+    done = run_in_two(shared, *usual, *BEST)
     assert done.returncode == 0, done.stderr
     first, second = (load_file(folder / "ck/layers/layer_000.safetensors") for folder in folders)
     assert first.keys() == second.keys()
@@ -122,7 +122,7 @@ def test_a_transform_is_trained_by_all_processes_as_by_one(usual, tmp_path):
         folder.mkdir()
     done = run_script("main.py", *flags, folder=alone)
     assert done.returncode == 0, done.stderr
-    done = launch(shared, *flags)
+    done = run_in_two(shared, *flags)
     assert done.returncode == 0, done.stderr
     first, second = ([layer["training"] for layer in results_of(folder)["layers"]] for folder in folders)
     for training in (*first, *second):
@@ -133,7 +133,7 @@ def test_a_transform_is_trained_by_all_processes_as_by_one(usual, tmp_path):
 
 def test_a_process_without_samples_to_decide_by_is_refused(usual, tmp_path):
     trained = ("--swc", "none", "--lwc", "--epochs", 1, "--batch_size", 1)
-    done = launch(tmp_path, *usual, *best_settings.FLAGS, *trained)
+    done = run_in_two(tmp_path, *usual, *best_settings.FLAGS, *trained)
     assert done.returncode != 0
     assert "--batch_size 1: leaves some of the 2 processes without samples" in done.stderr
 
@@ -164,12 +164,12 @@ def test_a_process_that_dies_ends_the_run_with_a_checkpoint_that_resumes(usual, 
     assert "--resume ck" in done.stderr
     assert [path.name for path in (tmp_path / "ck/layers").iterdir()] == ["layer_000.safetensors"]
     again = [flag for flag in TRAINED if flag not in ("--save_dir", "ck")]
-    done = launch(tmp_path, *usual, *again, "--resume", "ck")
+    done = run_in_two(tmp_path, *usual, *again, "--resume", "ck")
     assert done.returncode == 0, done.stderr
     assert results_of(tmp_path)["perplexity"] == results_of(both[1])["perplexity"]
 
 
 def test_fewer_samples_than_processes_are_refused(usual, tmp_path):
-    done = launch(tmp_path, *usual, *FLAGS, "--nsamples", 1)
+    done = run_in_two(tmp_path, *usual, *FLAGS, "--nsamples", 1)
     assert done.returncode != 0
     assert "--nsamples 1" in done.stderr

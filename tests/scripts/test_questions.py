@@ -2,17 +2,14 @@
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, run_in_two, run_script
 from script_cases import assert_refused, results_of, the_run
 
 BUNDLED = ROOT / "assets/tiny-llama"
@@ -150,16 +147,7 @@ def without_clocks(figures: object) -> object:
 
 
 def test_two_processes_find_what_one_finds(whole, data, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "main.py"), *map(str, (*USUAL, *asked(data)))],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_in_two(tmp_path, *USUAL, *asked(data))
     assert done.returncode == 0, done.stderr
     results, (folder, (expected, _), _) = results_of(tmp_path), whole
     for name in ("zero_shot", "mmlu"):
@@ -207,8 +195,8 @@ def test_answers_of_another_model_are_refused_before_weights_are_loaded(data, tm
 def test_a_judge_that_is_down_loses_no_answer_and_no_other_figure(data, tmp_path):
     flags = ("--eval_mtbench", "--mtbench_questions", data / "question.jsonl", "--max_new_tokens", 5, "--eval_ppl")
     judge = ("--judge_base_url", "http://127.0.0.1:9/v1", "--judge_model", "grader")
-    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None\n")  # it backs off
-    done = run_script("main.py", *USUAL, *flags, *judge, folder=tmp_path, PYTHONPATH=str(tmp_path))
+    backs_off = "import time\ntime.sleep = lambda seconds: None\n"
+    done = run_script("main.py", *USUAL, *flags, *judge, folder=tmp_path, first=backs_off)
     assert done.returncode == 1
     results = results_of(tmp_path)
     assert "JudgeError" in results["failures"]["MT-Bench"]

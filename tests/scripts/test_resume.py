@@ -9,7 +9,7 @@ import sys
 
 import best_settings
 import pytest
-from conftest import ROOT, tiny_model
+from conftest import ROOT, run_script, tiny_model
 from script_cases import assert_refused, kill_at, layer_content, results_of, the_run
 from starter import shared_starter
 
@@ -159,28 +159,14 @@ def test_a_real_ctrl_c_on_the_real_script_exits_130_with_what_is_done_saved(usua
 
 
 def test_a_failing_evaluation_leaves_its_error_and_the_finished_layers(usual, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import builtins\n"
-        "real = builtins.__import__\n"
-        "def patched(name, *arguments, **keywords):\n"
-        "    module = real(name, *arguments, **keywords)\n"
-        "    if name == 'evaluation.perplexity' and hasattr(module, 'head_logits'):\n"
-        "        def fail(*a, **k):\n"
-        "            raise RuntimeError('no memory left')\n"
-        "        module.head_logits = fail\n"
-        "    return module\n"
-        "builtins.__import__ = patched\n"
+    fails = (
+        "import evaluation.perplexity as module\n"
+        "def fail(*a, **k):\n"
+        "    raise RuntimeError('no memory left')\n"
+        "module.head_logits = fail\n"
     )
-    flags = [str(flag) for flag in (*usual, *SEARCHED, "--max_rotation_step", 20, "--save_dir", "ck")]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *flags],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    flags = (*usual, *SEARCHED, "--max_rotation_step", 20, "--save_dir", "ck")
+    done = run_script("main.py", *flags, folder=tmp_path, first=fails)
     assert done.returncode == 1, done.stderr
     results = results_of(tmp_path)
     assert results["error"] == "failed: DuQuant: perplexity tokens"

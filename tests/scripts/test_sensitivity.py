@@ -1,14 +1,11 @@
 """`--sensitivity` of the real scripts: streamed, resumed, shared by processes, compared, drawn, and refused."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, run_script, tiny_model
+from conftest import run_in_two, run_script, tiny_model
 from script_cases import assert_refused, results_of, save_sharded, the_run
 
 from reporting import drawing
@@ -110,12 +107,7 @@ def test_a_report_goes_on_with_restored_layers(usual, whole, tmp_path):
 
 
 def test_two_processes_share_the_windows_and_find_what_one_finds(usual, expected, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command += [str(ROOT / "main.py"), *map(str, usual)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_in_two(tmp_path, *usual)
     assert done.returncode == 0, done.stderr
     found = results_of(tmp_path)["sensitivity"]
     assert [*found["roles"], *found["groups"]] == [*expected["roles"], *expected["groups"]]
@@ -127,12 +119,7 @@ def test_two_processes_share_the_windows_and_find_what_one_finds(usual, expected
 
 
 def test_one_window_for_two_processes_is_enough(usual, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command += [str(ROOT / "main.py"), *map(str, usual), "--limit", "1"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_in_two(tmp_path, *usual, "--limit", 1)
     assert done.returncode == 0, done.stderr
     found = results_of(tmp_path)["sensitivity"]
     assert found["windows"] == 1

@@ -1,31 +1,23 @@
-"""Several processes that share one run: real ones, started by torchrun."""
+"""Several processes that share one run: real ones."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import run_program
 
 from utils.distributed import from_main, gather, is_main, own_part, rank, share, world_size
 
-PREAMBLE = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
+PREAMBLE = """
 from utils.distributed import *
 join_group()
 def fact(*values):
-    open(f"fact{{rank()}}", "a").write(" ".join(map(str, values)))
+    open(f"fact{rank()}", "a").write(" ".join(map(str, values)))
 """
 
 
 def launch(program: str, folder: Path, processes: int = 2) -> list[str]:
     """Run `program` in that many processes; what each of them called a fact, by rank."""
-    (folder / "program.py").write_text(PREAMBLE + program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*command, "program.py"], cwd=folder, capture_output=True, text=True, timeout=180, check=False
-    )
+    done = run_program(PREAMBLE + program, folder, processes=processes)
     facts = [folder / f"fact{number}" for number in range(processes)]
     assert all(path.exists() for path in facts), done.stderr
     return [path.read_text() for path in facts]

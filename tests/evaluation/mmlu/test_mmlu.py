@@ -3,15 +3,11 @@
 import csv
 import json
 import logging
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_program
 from mmlu_cases import (
     CPU,
     NAMES,
@@ -296,13 +292,8 @@ leave_group()
 
 
 def test_several_processes_share_the_subjects_and_agree(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WORKER, str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
-    processes = [subprocess.Popen(command, cwd=tmp_path, env={**common, "RANK": str(rank)}) for rank in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    done = run_program(WORKER, tmp_path, ROOT, ROOT / "tests", Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
     results, own = zip(*(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)), strict=True)
     expected = json.loads(json.dumps(evaluate([make_subject(name) for name in NAMES]).figures()))
     assert results[0] == results[1] == expected

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import ROOT, run_program, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.decoding import Request
@@ -429,18 +428,8 @@ leave_group()
 
 
 def test_two_processes_give_the_answers_of_one(answered, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    shared |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WORKER, str(tmp_path), str(MODEL)]
-    workers = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}) for rank in range(2)]
-    try:
-        assert [worker.wait(300) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    done = run_program(WORKER, tmp_path, tmp_path, MODEL)
+    assert done.returncode == 0, done.stderr
     expected = sorted(answered(SAMPLED), key=lambda row: row["question_id"])
     assert turns_of(read_lines(tmp_path / "shared.jsonl")) == turns_of(expected)
 

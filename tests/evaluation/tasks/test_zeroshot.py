@@ -4,8 +4,6 @@ import copy
 import io
 import json
 import math
-import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_program
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -555,13 +553,8 @@ def test_items_shared_by_two_processes_give_what_one_alone_finds(bundled, data_d
     alone = evaluate_tasks(
         *bundled, plan, device=CPU, batch_size=1, limit=5, journal=journal, log_samples=tmp_path / "log"
     )
-    running = []
-    for number in ("0", "1"):
-        group = {"WORLD_SIZE": "2", "RANK": number, "LOCAL_RANK": number, "MASTER_ADDR": "127.0.0.1"}
-        environment = {**os.environ, **group, "MASTER_PORT": str(29000 + os.getpid() % 2000), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", TWO_PROCESSES, str(BUNDLED_MODEL), str(data_dir), str(tmp_path)]
-        running.append(subprocess.Popen(command, cwd=ROOT, env=environment))
-    assert [process.wait(300) for process in running] == [0, 0]
+    done = run_program(TWO_PROCESSES, tmp_path, BUNDLED_MODEL, data_dir, tmp_path)
+    assert done.returncode == 0, done.stderr
     expected = [{**asdict(score), "seconds": 0} for score in alone.scores]
     assert [json.loads((tmp_path / f"rank{number}.json").read_text()) for number in (0, 1)] == [expected, expected]
     for task in ("winogrande", "boolq"):

@@ -21,7 +21,7 @@ PREFIXES_CHECKED = 4  # of a search on chosen rows, how many of the best prefixe
 FACTOR_ELEMENTS = 2**22  # of the matrices that are multiplied up at once
 # On a GPU so many rows take a step as fast as few, and numbers of rows are powers of two: each is captured once.
 LEAST_CAPTURED = 512
-MOST_CAPTURED = 2**25  # elements, four copies of which a captured graph keeps: 176,128 rows of 128 are fewer
+MOST_CAPTURED = 2**25  # elements, three copies of which a captured graph keeps: 176,128 rows of 128 are fewer
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ def greedy_rotation(
         exact = exact and at_least <= state.columns.shape[1]
         state, done = ahead, done + count
     floors = [state.floor]
-    for start in range(done, steps, STEPS_UNCHECKED):
-        state = search.advance(state, min(STEPS_UNCHECKED, steps - start))
+    while done < steps:  # in two sizes, for each of which a graph is captured
+        count = STEPS_UNCHECKED if steps - done >= STEPS_UNCHECKED else min(STEPS_PER_CHECK, steps - done)
+        state, done = search.advance(state, count), done + count
         floors.append(state.least_floor)
     if most < len(rows):
         exact = exact and needed(torch.stack(floors).amin())[0] <= most

@@ -283,6 +283,19 @@ def test_rows_leave_and_come_back_as_the_extremes_rise_and_fall(rule, active_row
     assert min(changes) < 0 < max(changes)
 
 
+@pytest.mark.parametrize("steps", [5, 64, 100])
+@pytest.mark.parametrize("most", [None, 1, 40])
+@pytest.mark.parametrize("kind", ["none", "normal", "massive"])
+def test_a_search_that_looks_for_no_more_rows_when_all_are_there_finds_the_same(kind, most, steps, monkeypatch):
+    x, step = make_probe(kind, 16, 0), make_step(16, 0)
+    expected = greedy_rotation(x, step, steps, SearchRule.CHANNEL, most)
+    monkeypatch.setattr(greedy._Search, "unchecked", lambda search, state: state.columns.shape[1] == search.most)
+    found = greedy_rotation(x, step, steps, SearchRule.CHANNEL, most)
+    assert torch.equal(found.exchanges, expected.exchanges)
+    assert torch.equal(found.rotation, expected.rotation)
+    torch.testing.assert_close(found.peaks, expected.peaks, atol=0, rtol=1e-12)
+
+
 @pytest.mark.parametrize("rule", SearchRule)
 def test_no_step_waits_for_the_device(rule):
     """On the meta device there are no values, so nothing that a step looks at can be read on the host."""

@@ -129,18 +129,25 @@ def gpus() -> str:
 
 
 def kernels() -> str:
-    """What multiplies integers on the CPU and on a GPU, and whether fake quantization on a GPU is fused."""
+    """What multiplies integers on the CPU and on a GPU, and what else on a GPU is computed by kernels."""
     import torch
 
     from duquant.formats import IntegerFormat
     from duquant.ops import fused, kernel_for
+    from quantize import greedy_kernel
+    from quantize.rotation_settings import USUAL_BLOCK
 
     logging.getLogger("duquant").setLevel(logging.WARNING)  # what works is said here; why something does not, there
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     found = {device: kernel_for(device) for device in devices}
     shown = [f"{device} {kernel.name if kernel else 'none, decoded weights'}" for device, kernel in found.items()]
     if "cuda" in devices:
-        shown.append(f"fake quantization on cuda {'fused' if fused.works('cuda', IntegerFormat(4)) else 'by torch'}")
+        others = {
+            "fake quantization": fused.works("cuda", IntegerFormat(4)),
+            "rotations": fused.turns("cuda", USUAL_BLOCK),
+            "greedy steps": greedy_kernel.works("cuda", USUAL_BLOCK),
+        }
+        shown += [f"{what} on cuda {'fused' if works else 'by torch'}" for what, works in others.items()]
     return "; ".join([*shown, f"{torch.get_num_threads()} threads"])
 
 

@@ -1,7 +1,8 @@
 """Integer products, and what chooses among the ways to compute them.
 
 `reference` is the oracle; `cpu` and `triton` are kernels for devices. A kernel is used where the machine has what it
-needs and, tried once on a small product, it gives what the reference gives. `fused` is fake quantization in one kernel.
+needs and, tried once on a small product, it gives what the reference gives. `fused` is fake quantization in one kernel,
+and the rotations before it.
 """
 
 import logging

@@ -101,8 +101,18 @@ def test_every_gpu_is_told_with_its_memory(monkeypatch):
     assert doctor.gpus() == f"cuda:0 {told}; cuda:1 {told}"
 
 
+def test_what_kernels_compute_on_a_gpu_is_told_one_by_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("duquant.ops.kernel_for", lambda device: None)
+    for place, works in (("fused.works", True), ("fused.turns", False)):
+        monkeypatch.setattr(f"duquant.ops.{place}", lambda *which, works=works: works)
+    monkeypatch.setattr("quantize.greedy_kernel.works", lambda *which: True)
+    told = "fake quantization on cuda fused; rotations on cuda by torch; greedy steps on cuda fused; "
+    assert told in doctor.kernels()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_the_kernels_of_a_gpu_are_told():
     assert "cuda " in doctor.kernels()
-    assert "fake quantization on cuda " in doctor.kernels()
+    assert "by torch" not in doctor.kernels()

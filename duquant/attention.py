@@ -78,7 +78,7 @@ class AttentionQuantizer(nn.Module):
 def multiplied_and_rounded(x: Tensor, matrix: Tensor | None, quantizer: nn.Module) -> Tensor:
     """Q(xM) of heads `x` [batch, heads, T, D] in its dtype; M as `by_head` takes it, any module for Q."""
     if matrix is not None and matrix.dim() == 2 and type(quantizer) is Quantizer:
-        rounded = rotate_and_round(x, matrix[None], None, None, None, quantizer)
+        rounded = rotate_and_round(x, quantizer, matrix[None])
         if rounded is not None:
             return rounded
     return quantized(quantizer, by_head(widen(x), matrix), x.dtype)

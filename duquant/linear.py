@@ -67,7 +67,7 @@ class GroupInput(nn.Module):
     def _computed(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda" and type(self.transform) is DualTransform and type(self.quantizer) is Quantizer:
             parts = self.transform
-            rounded = rotate_and_round(x, parts.rotations, parts.permutations, parts.scale, self.shift, self.quantizer)
+            rounded = rotate_and_round(x, self.quantizer, parts.rotations, parts.permutations, parts.scale, self.shift)
             if rounded is not None:
                 return rounded
         y = self.transform(x)

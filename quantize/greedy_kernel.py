@@ -63,7 +63,7 @@ def works(device: str, size: int) -> bool:
     """Whether steps on blocks of `size` are those that are exact on a type of device. Tried and announced once."""
     if not available(torch.device(device)):
         return False
-    return tried(f"greedy steps on blocks of {size}", lambda: trial(torch.device(device), size))
+    return tried(f"a greedy step on blocks of {size}", lambda: trial(torch.device(device), size))
 
 
 def trial(device: torch.device, size: int) -> bool:

@@ -25,6 +25,8 @@ def start(job, variables):
     pid = os.fork()
     if pid:
         return pid
+    if variables:
+        signal.alarm(300)  # of several, one may wait for another for ever
     os.environ.update(variables)
     os.chdir(job["folder"])
     if job["largest"] is not None:

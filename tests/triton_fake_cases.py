@@ -129,7 +129,7 @@ def test_what_is_rotated_and_rounded_is_what_torch_makes_but_for_ties(rotations,
     x, shift = x.to(DEVICE), None if shift is None else shift.to(DEVICE)
     exact = transform(x) if shift is None else transform(x) - shift
     parts = transform.rotations, transform.permutations, transform.scale
-    found = fused.rotated(x, *parts, shift, quantizer)
+    found = fused.rotated(x, quantizer, *parts, shift)
     assert (found.dtype, found.shape) == (dtype, x.shape)
     step = quantizer.parameters(exact).scale
     off = (found.float() - quantizer.computed(exact, torch.float32)).abs() / step
@@ -148,6 +148,6 @@ def test_rotations_pass_the_trial_that_admits_them(size, monkeypatch):
 def test_heads_are_rotated_as_they_lie():
     x, matrix = random(2, 5, 4, 32).transpose(1, 2).to(DEVICE), torch.linalg.qr(random(32, 32)).Q.to(DEVICE)
     quantizer = Quantizer(IntegerFormat(8))
-    found = fused.rotated(x, matrix[None], None, None, None, quantizer)
+    found = fused.rotated(x, quantizer, matrix[None])
     assert found.stride() == x.stride()
     torch.testing.assert_close(found, quantizer.computed(x @ matrix, x.dtype), rtol=0, atol=0.05)

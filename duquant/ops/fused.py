@@ -72,7 +72,7 @@ def works(device: str, form: IntegerFormat) -> bool:
 @cache
 def turns(device: str, size: int) -> bool:
     """Whether rotations of blocks of `size` give there what torch gives, but for the last bits. As `works`."""
-    what = f"rotations in blocks of {size}"
+    what = f"a rotation of blocks of {size}"
     return available(torch.device(device)) and tried(what, lambda: rotation_trial(torch.device(device), size))
 
 
@@ -85,9 +85,9 @@ def tried(what: str, trial: Callable[[], bool]) -> bool:
     else:
         reason = "its numbers are not torch's"
     if not same:
-        logger.warning("%s in one kernel: does not work here (%s)", what, reason)
+        logger.warning("%s in one kernel does not work here: %s", what, reason)
         return False
-    logger.info("%s: one kernel (Triton)", what)
+    logger.info("%s is one kernel (Triton)", what)
     return True
 
 
@@ -96,12 +96,14 @@ def trial(device: torch.device, form: IntegerFormat) -> bool:
     from duquant.quantizer import Quantizer, RatioClip  # which looks for this module
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 128, generator=generator) * torch.logspace(-6, 6, 64)[:, None]
+    x = torch.randn(64, 256, generator=generator) * torch.logspace(-6, 6, 64)[:, None]
     x = (x + x.abs().amax(dim=1, keepdim=True) * torch.arange(-2, 2).repeat(16)[:, None] / 2).to(device)
-    # with numbers of another type the kernel is compiled anew, and computes the same
-    quantizer, dtype = Quantizer(form, RatioClip(0.9)), torch.float16
+    quantizer = Quantizer(form, RatioClip(0.9))
+    pairs = [(each, dtype) for each in (x, x.half()) for dtype in (torch.float32, torch.float16)]
     with torch.no_grad():
-        return torch.equal(launched(x, quantizer, dtype), quantizer.computed(x, dtype))
+        return all(
+            torch.equal(launched(each, quantizer, dtype), quantizer.computed(each, dtype)) for each, dtype in pairs
+        )
 
 
 def rotation_trial(device: torch.device, size: int) -> bool:
@@ -116,36 +118,29 @@ def rotation_trial(device: torch.device, size: int) -> bool:
     return bool(((found - exact).norm(dim=1) < TURNED * exact.norm(dim=1)).all())
 
 
-def rotate_and_round(
-    x: Tensor,
-    rotations: Tensor,
-    permutations: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    quantizer: Quantizer,
-) -> Tensor | None:
-    """Q(T(x Λ⁻¹) − z) of vectors `x` [..., C] in its dtype, T being `DualTransform`'s; None where kernels do not serve.
-
-    `permutations`: None for a single rotation.
-    """
+def rotate_and_round(x: Tensor, quantizer: Quantizer, rotations: Tensor, *others: Tensor | None) -> Tensor | None:
+    """`rotated` of these arguments in the dtype of `x`; None where kernels do not serve."""
     if x.device.type != "cuda" or not len(rotations) or rotations.shape[-1] not in HALVED_BLOCKS:
         return None
     if (torch.is_grad_enabled() and rotations.requires_grad) or not served(x, quantizer, x.dtype):
         return None
     if not works("cuda", quantizer.format) or not turns("cuda", rotations.shape[-1]):
         return None
-    return rotated(x, rotations, permutations, scale, shift, quantizer)
+    return rotated(x, quantizer, rotations, *others)
 
 
 def rotated(
     x: Tensor,
-    rotations: Tensor,
-    permutations: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
     quantizer: Quantizer,
+    rotations: Tensor,
+    permutations: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """`rotate_and_round` by the kernels; the result lies in memory as `x` does, if that has no gaps."""
+    """Q(T(x Λ⁻¹) − z) of vectors `x` [..., C] by the kernels, T being `DualTransform`'s, Λ `scale` and z `shift` [C].
+
+    A single rotation needs no `permutations`. The result lies in memory as `x` does, if that has no gaps.
+    """
     order = sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
     ordered = x.permute(order)
     if order[-1] != x.dim() - 1 or not ordered.is_contiguous():

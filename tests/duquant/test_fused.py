@@ -72,7 +72,7 @@ def test_a_tensor_on_a_gpu_goes_through_the_kernel_where_that_works(monkeypatch)
 @pytest.mark.parametrize(
     ("outcome", "level", "message"),
     [
-        (True, "INFO", "one kernel"),
+        (True, "INFO", "is one kernel"),
         (False, "WARNING", "not torch's"),
         (RuntimeError("no image"), "WARNING", "no image"),
     ],

@@ -115,4 +115,5 @@ def test_what_kernels_compute_on_a_gpu_is_told_one_by_one(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_the_kernels_of_a_gpu_are_told():
     assert "cuda " in doctor.kernels()
+    assert "fake quantization on cuda " in doctor.kernels()
     assert "by torch" not in doctor.kernels()

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from evaluation.base import FULL, Candidate, Context, Evaluation, Finding
 from evaluation.settings import EvaluationSettings, PerplexitySettings
 from quantize.observe import advance_, layer_calls, layers_replaced, shell_on_device
-from quantize.sizes import fit_
 from quantize.spec import DecoderSpec
-from quantize.walk import layers_in_memory, walk
+from quantize.walk import fit_, layers_in_memory, walk
 from utils import data
 from utils.batching import BatchSize
 from utils.distributed import own_part, together

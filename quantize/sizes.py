@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from duquant.formats import BLOCK_FORMATS
 from duquant.packing import packed_width
@@ -16,8 +16,6 @@ from quantize.build import absorbers
 from quantize.refinements import HeadTransform
 from quantize.settings import QuantSettings
 from quantize.spec import DecoderSpec, InputGroup
-from utils.batching import BatchSize
-from utils.capacity import SPARE, free_device_memory
 
 HALF, WIDE = 2, 4  # bytes of a float16 and of a float32
 INDEX, HELD_INDEX = 4, 8  # of a permutation's index in a file, and in a model
@@ -224,15 +222,3 @@ def activation_bytes(tokens: int, width: int, held: int, rounded: bool) -> int:
     its float32 copies.
     """
     return tokens * width * (held + max(3 * held, ROUNDING_COPIES * WIDE if rounded else 0))
-
-
-def fit_(batches: BatchSize, layer: nn.Module, spec: DecoderSpec, hidden: Tensor, device: torch.device) -> None:
-    """Lower a size that was not given to what fits beside `layer`, with its `spec`, and all else on a GPU by now.
-
-    The samples of `hidden` [n, T, C] may go through a layer whose inputs are rounded.
-    """
-    free = free_device_memory(device)
-    if free is not None:
-        width = widest(linear for _, members in layer_groups(layer, spec) for linear in members)
-        window = activation_bytes(hidden.shape[1], width, hidden.dtype.itemsize, rounded=True)
-        batches.fit_(free * (1 - SPARE), window)

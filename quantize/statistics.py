@@ -11,9 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from duquant.tensors import extremes
 from quantize.observe import advance_, layer_calls, require_finite
-from quantize.sizes import fit_
 from quantize.spec import DecoderSpec, InputGroup
-from quantize.walk import layers_in_memory, walk
+from quantize.walk import fit_, layers_in_memory, walk
 from utils.batching import BatchSize
 from utils.distributed import gather, own_part
 from utils.errors import InputError

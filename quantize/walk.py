@@ -11,9 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from quantize.sizes import activation_bytes, layer_groups, widest
 from quantize.spec import DecoderSpec
+from utils.batching import BatchSize
+from utils.capacity import SPARE, free_device_memory
 from utils.device import on_device
 from utils.log import progress
 
@@ -38,3 +41,15 @@ def layers_in_memory(model: nn.Module, spec: DecoderSpec, device: torch.device) 
     for layer in spec.decoder_layers(model):
         with on_device(layer, device):
             yield layer
+
+
+def fit_(batches: BatchSize, layer: nn.Module, spec: DecoderSpec, hidden: Tensor, device: torch.device) -> None:
+    """Lower a size that was not given to what fits beside `layer`, with its `spec`, and all else on a GPU by now.
+
+    The samples of `hidden` [n, T, C] may go through a layer whose inputs are rounded.
+    """
+    free = free_device_memory(device)
+    if free is not None:
+        width = widest(linear for _, members in layer_groups(layer, spec) for linear in members)
+        window = activation_bytes(hidden.shape[1], width, hidden.dtype.itemsize, rounded=True)
+        batches.fit_(free * (1 - SPARE), window)

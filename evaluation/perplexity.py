@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from evaluation.base import FULL, Candidate, Context, Evaluation, Finding
 from evaluation.settings import EvaluationSettings, PerplexitySettings
-from quantize.observe import advance_, layer_calls, layers_replaced, shell_on_device
+from quantize.observe import advance_, head_logits, layer_calls, shell_on_device, tokens_at_once
 from quantize.spec import DecoderSpec
 from quantize.walk import fit_, layers_in_memory, walk
 from utils import data
@@ -21,8 +21,6 @@ from utils.batching import BatchSize
 from utils.distributed import own_part, together
 from utils.errors import InputError
 from utils.memory import Allocate
-
-LOGITS_AT_ONCE = 2**26  # numbers: of 2048 tokens over Llama-2's vocabulary, of 512 over Llama-3's
 
 
 @dataclass(frozen=True)
@@ -178,11 +176,6 @@ def _window_means(
     return means.cpu()
 
 
-def tokens_at_once(vocabulary: int) -> int:
-    """How many tokens' logits over a `vocabulary` are made at a time."""
-    return max(1, LOGITS_AT_ONCE // vocabulary)
-
-
 def token_divergence(wanted: Tensor, logits: Tensor) -> Tensor:
     """KL(P ‖ Q) = Σ P (log P − log Q) of every token, in nats: logits [T, vocabulary] of P and of Q → [T].
 
@@ -191,16 +184,6 @@ def token_divergence(wanted: Tensor, logits: Tensor) -> Tensor:
     wanted, difference = wanted.log_softmax(-1), logits.log_softmax(-1)
     torch.sub(wanted, difference, out=difference)
     return wanted.exp_().mul_(difference).sum(-1)
-
-
-def head_logits(model: nn.Module, spec: DecoderSpec, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Logits [N, T, vocabulary] from the last layer's output `hidden` [N, T, C].
-
-    The model's own forward pass computes them, with its layers replaced by `hidden`, so whatever a family does behind
-    its layers (norm, scaling, soft-capping) is done.
-    """
-    with layers_replaced(spec.decoder_layers(model), lambda index, states, **kwargs: hidden):
-        return model(input_ids=tokens, use_cache=False).logits
 
 
 class WindowPerplexity(Evaluation):

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from duquant.tensors import widen
 from duquant.transform import DualTransform
 from evaluation.measured import Measured
-from evaluation.perplexity import WindowPerplexity, final_hidden, head_logits
+from evaluation.perplexity import WindowPerplexity, final_hidden
 from experiment.prepare import Prepared
 from experiment.setup import Setup
-from quantize.observe import shell_on_device
+from quantize.observe import head_logits, shell_on_device
 from quantize.settings import QuantSettings
 from utils.device import DTYPES
 from utils.io import write_tensors

@@ -1,4 +1,4 @@
-"""Looking into a model: what enters its layers, what enters a linear, and running one layer at a time."""
+"""Looking into a model: what enters its layers and its linears, what its head makes of them, one layer at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from utils.ferry import Ferry
 from utils.memory import Allocate, all_finite, memory_of
 
 TOKENS_PER_FORWARD = 4096  # samples are batched up to this many tokens
+LOGITS_AT_ONCE = 2**26  # numbers: of 2048 tokens over Llama-2's vocabulary, of 512 over Llama-3's
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,21 @@ def layer_output(layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
     """The hidden states [N, T, C] that `layer` makes of `hidden`; all on one device."""
     output = layer(hidden, **kwargs)
     return output[0] if isinstance(output, tuple) else output
+
+
+def head_logits(model: nn.Module, spec: DecoderSpec, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Logits [N, T, vocabulary] from the last layer's output `hidden` [N, T, C].
+
+    The model's own forward pass computes them, with its layers replaced by `hidden`, so whatever a family does behind
+    its layers (norm, scaling, soft-capping) is done.
+    """
+    with layers_replaced(spec.decoder_layers(model), lambda index, states, **kwargs: hidden):
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens' logits over a `vocabulary` are made at a time."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from quantize.rotation_settings import USUAL_BLOCK, Transform
 from quantize.settings import Probe, QuantSettings
 from quantize.spec import DecoderSpec
 from quantize.state import FinishedLayer
-from quantize.training import own_samples
+from quantize.training import own_part_of
 from quantize.walk import layers_in_memory, walk
 from quantize.widths import check_heads, check_widths
 from utils.device import home_of, to_device
@@ -140,14 +140,6 @@ class Flow:
         """The inputs of layer `index`, after all layers before it have advanced them."""
         self.current.kwargs = to_device(self.kwargs[index], self.device)
         return self.current
-
-
-def own_part_of(hidden: Tensor, batch_size: int, allocate: Allocate) -> Tensor:
-    """Of the calibration samples [N, T, C] those that this process trains on; alone, all of them, not copied."""
-    own = own_samples(len(hidden), batch_size)
-    if len(own) == len(hidden):
-        return hidden
-    return allocate((len(own), *hidden.shape[1:]), hidden.dtype).copy_(hidden[own])
 
 
 def make_probe(hidden: Tensor, kind: Probe) -> Tensor:

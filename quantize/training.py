@@ -17,6 +17,7 @@ from quantize.settings import TrainingSettings
 from utils.captured import Captured
 from utils.distributed import own_batches, sum_, world_size
 from utils.log import meter
+from utils.memory import Allocate
 
 logger = logging.getLogger(__name__)
 MOST_RECORDED = 2**26  # parameters of a layer: with more, passes over its weights take longer than all launches
@@ -140,6 +141,14 @@ class Samples:
 def own_samples(total: int, batch_size: int) -> list[int]:
     """Which of the `total` training samples this process holds: its part of every batch."""
     return [number for own, _ in own_batches(total, batch_size) for number in own]
+
+
+def own_part_of(hidden: Tensor, batch_size: int, allocate: Allocate) -> Tensor:
+    """Of the calibration samples [N, T, C] those that this process trains on; alone, all of them, not copied."""
+    own = own_samples(len(hidden), batch_size)
+    if len(own) == len(hidden):
+        return hidden
+    return allocate((len(own), *hidden.shape[1:]), hidden.dtype).copy_(hidden[own])
 
 
 def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: TrainingSettings) -> TrainingReport:

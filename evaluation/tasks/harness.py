@@ -10,7 +10,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
-from evaluation.perplexity import tokens_at_once
+from quantize.observe import tokens_at_once
 from utils.distributed import own_part, together
 from utils.log import meter
 

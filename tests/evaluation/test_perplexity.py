@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from duquant.attention import install
 from evaluation import perplexity as scoring
-from evaluation.perplexity import final_hidden, head_logits, perplexity, score, token_divergence
+from evaluation.perplexity import final_hidden, perplexity, score, token_divergence
 from models import decoder_spec
 from quantize import observe
+from quantize.observe import head_logits
 
 CPU = torch.device("cpu")
 WINDOWS = random_tokens(5, 12)
@@ -122,7 +123,7 @@ def test_the_figures_do_not_depend_on_how_many_logits_are_made_at_a_time(logits,
     states = [final_hidden(model, spec, WINDOWS, CPU, "test") for model in (student, teacher)]
     whole = score(student, spec, WINDOWS, states[0], CPU, states[1])
     shapes, make = [], head_logits
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", logits)
+    monkeypatch.setattr(observe, "LOGITS_AT_ONCE", logits)
     monkeypatch.setattr(scoring, "head_logits", lambda *given: shapes.append(given[2].shape) or make(*given))
     parts = score(student, spec, WINDOWS, states[0], CPU, states[1])
     assert (parts.nats, parts.divergence) == pytest.approx((whole.nats, whole.divergence), rel=1e-6)

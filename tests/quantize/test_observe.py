@@ -6,11 +6,18 @@ from conftest import random_tokens, tiny_model
 from torch import Tensor, nn
 
 from duquant.attention import install
-from evaluation.perplexity import head_logits
 from models import decoder_spec
 from quantize import observe
 from quantize.bits import BitSettings
-from quantize.observe import advance_, capture_input, layer_calls, layer_output, layers_replaced, shell_on_device
+from quantize.observe import (
+    advance_,
+    capture_input,
+    head_logits,
+    layer_calls,
+    layer_output,
+    layers_replaced,
+    shell_on_device,
+)
 from quantize.quantization import quantize_model
 from quantize.rotation_settings import RotationSettings
 from quantize.settings import QuantSettings

@@ -110,7 +110,8 @@ def run_comparison(settings: CompareSettings, taken: Sequence[Taken] = ()) -> No
 def prepare(settings: CompareSettings) -> Comparison:
     """Check the settings against the model's shapes and the data. Raises InputError for whatever is wrong."""
     seeds, files = settings.seeds, settings.statistics
-    setup = make_setup(settings.model, settings.calibration, seeds[0])
+    further = settings.quant.tuning.samples
+    setup = make_setup(settings.model, settings.calibration, seeds[0], further=further)
     if setup.saved is not None:
         raise InputError(f"--model {setup.source.name}: is quantized already; give the full-precision model")
     rows = plan_rows(settings.row_names, settings.quant.untrained, settings.quant.training, seeds)
@@ -144,8 +145,9 @@ def comparison_folder(settings: CompareSettings, net: str) -> str:
 
 def at_seed(settings: CompareSettings, setup: Setup, seed: int) -> Setup:
     """The same model with the calibration samples of another seed."""
-    tokens = fetch_tokens(settings.model, settings.calibration, seed, setup.config, setup.tokenizer, setup.bos)
-    return replace(setup, tokens=tokens)
+    what = (setup.config, setup.tokenizer, setup.bos, settings.quant.tuning.samples)
+    tokens, more = fetch_tokens(settings.model, settings.calibration, seed, *what)
+    return replace(setup, tokens=tokens, tuning_tokens=more)
 
 
 def row_identity(row: Row, setups: dict[int, Setup], statistics: str) -> dict[str, object]:

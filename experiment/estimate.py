@@ -11,8 +11,7 @@ from math import prod
 import torch
 from torch import nn
 
-from evaluation.perplexity import tokens_at_once
-from quantize.observe import TOKENS_PER_FORWARD
+from quantize.observe import TOKENS_PER_FORWARD, tokens_at_once
 from quantize.quantization import PROBE_SAMPLES
 from quantize.rotation_settings import Transform
 from quantize.samples import HEAD_TOKENS, ROWS_AT_ONCE
@@ -39,6 +38,8 @@ PINNED_COPIES = 2  # of a batch of hidden states: on their way to the GPU, and b
 WEIGHT_COPIES = 3  # of the largest linear, while it is transformed and rounded
 SEARCH_COPIES = 5  # of the probe, while it is searched
 TRAINING_ACTIVATIONS = 10  # float32 copies of the widest activation that autograd keeps of a sample
+TUNING_LOGITS = 8  # of both networks, in float32: logits, their logarithms, and gradients
+TUNING_ACTIVATIONS = 48  # as TRAINING_ACTIVATIONS, where every linear transforms and rounds its input by itself
 TRAINING_COPIES = 6  # of a layer's float32 weights: what autograd keeps of their rounding (4), and the heap of it
 LEARNED_COPIES = 6  # more of them, beside one for every rotation, where the transform is trained
 SQUARES = 8  # of a group's width, in float64, while its Hessian is factorised
@@ -127,6 +128,7 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pl
     walking += rows_bytes(skeleton, spec, settings, plan)
     walking += 0 if plan.on_gpu else heads_bytes(skeleton, spec, settings, plan)
     layer, logits = layer_work(skeleton, spec, settings, plan), logits_bytes(skeleton, plan)
+    tuning = tuning_bytes(skeleton, spec, settings, plan)
     tests = plan.windows + plan.compared
     least = most = batch_tokens(tests, plan.batch)
     if plan.on_gpu and plan.batch is None:
@@ -137,12 +139,12 @@ def estimate(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, pl
     pinned = PINNED_COPIES * hidden_bytes(batch, skeleton, plan.held) * plan.on_gpu
     process = PROCESS_BYTES + (CONTEXT_BYTES if plan.on_gpu else 0) + pinned
     # on a CPU the layer that is worked on is one of the model's
-    working = 0 if plan.on_gpu else max(layer - layer_wide, 0)
+    working = 0 if plan.on_gpu else max(layer - layer_wide, tuning, 0)
     scoring = 0 if plan.on_gpu else logits
     scored = plan.windows + plan.joining + plan.compared * plan.divergence
     windows = hidden_bytes(tokens_of(scored), skeleton, plan.held)
     whole = max(quantized * plan.whole, model * plan.whole_compared)
-    device = max(layer, shell + logits, whole and whole + max(layer - layer_wide, logits))
+    device = max(layer, shell + logits, tuning and shell + tuning, whole and whole + max(layer - layer_wide, logits))
     return Estimate(
         parameters=count(skeleton.parameters()),
         layers=len(layers),
@@ -178,6 +180,8 @@ def travelling_bytes(skeleton: nn.Module, settings: QuantSettings, plan: Plan) -
     samples = prod(plan.calibration) if plan.quantizes(settings) else 0
     tokens = sample_copies(settings, plan.statistics) * samples
     tokens += tokens_of(plan.windows + plan.joining + plan.compared)
+    # what is tuned as a whole: in the full-precision network, and at last in the quantized one
+    tokens += 2 * settings.tuning.samples * plan.calibration[1] * (plan.quantizes(settings) and settings.tunes)
     more = 0 if settings.needs_samples else -1
     if settings.training is not None:
         more = settings.training.augmented
@@ -267,6 +271,22 @@ def layer_work(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, 
             copies += LEARNED_COPIES + settings.transform.rotations(settings.rotation.permutation_times)
         moments.append((1 + copies) * wide + TRAINING_ACTIVATIONS * WIDE * sample * width)
     return max(moments)
+
+
+def tuning_bytes(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, plan: Plan) -> int:
+    """What a step of tuning needs beside what is around the layers: one of them, what flows between them, and logits.
+
+    See `quantize.tuning`.
+    """
+    if not (plan.quantizes(settings) and settings.tunes):
+        return 0
+    layers, width = spec.decoder_layers(skeleton), channels(skeleton, spec)
+    sample = plan.calibration[1]
+    states = hidden_bytes((len(layers) + 2) * sample, skeleton, plan.held)
+    wide = max(model_bytes(layer, torch.float32) for layer in layers)
+    vocabulary = skeleton.get_input_embeddings().weight.shape[0]
+    logits = min(sample, tokens_at_once(vocabulary)) * vocabulary * WIDE * TUNING_LOGITS
+    return states + max(2 * wide + TUNING_ACTIVATIONS * WIDE * sample * width, logits)
 
 
 def probe_tokens(settings: QuantSettings, plan: Plan) -> int:

@@ -82,7 +82,9 @@ def prepare(settings: RunSettings) -> Prepared:
     """
     quant, output = settings.quant, settings.output
     missing: list[str] | None = [] if output.dry_run else None
-    setup = make_setup(settings.model, settings.calibration, quant.seed, not quant.bits.untouched, missing)
+    setup = make_setup(
+        settings.model, settings.calibration, quant.seed, not quant.bits.untouched, missing, quant.tuning.samples
+    )
     if setup.saved is not None:
         refuse_for_saved(settings)
         settings = replace(settings, preset=PresetSettings())  # it was made with settings of its own
@@ -96,6 +98,8 @@ def prepare(settings: RunSettings) -> Prepared:
         raise InputError(f"{batch}: leaves some of the {world_size()} processes without samples to decide by")
     if settings.evaluation.sensitivity.asked and quant.bits.untouched:
         raise InputError("--sensitivity: 16-bit weights and activations leave nothing to spend bits on; drop the flag")
+    if settings.evaluation.sensitivity.asked and quant.tunes:
+        raise InputError("--sensitivity: looks at layers before they are tuned: give --tune_samples 0")
     if settings.report.report:
         check_report(settings.report.layers.report_layers, setup.layers, quant)
     if output.save_model is not None:
@@ -161,7 +165,7 @@ def must_stream(settings: RunSettings, setup: Setup) -> bool:
     if setup.saved is not None:
         raise InputError(f"--stream: {setup.source.name} is quantized already and can only be loaded whole; drop it")
     needing = [entry.FLAG for entry in settings.evaluation.asked() if entry.NEEDS_WHOLE_MODEL]
-    needing += ["--verify"] * settings.output.verify
+    needing += ["--verify"] * settings.output.verify + ["--tune_samples"] * settings.quant.tunes
     if needing:
         raise InputError(f"{given}, and {needing[0]} needs the whole model: drop one of the two")
     return True

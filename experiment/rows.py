@@ -10,7 +10,7 @@ from evaluation.settings import EvaluationSettings
 from experiment.options import CalibrationSettings, ModelSettings, StatisticsFiles, TrackSettings
 from experiment.presets import PRESETS, VARIANTS, PresetSettings, preset_of, preset_quant
 from quantize.bits import BLOCK, SEARCH, BitSettings
-from quantize.refinements import ExtraSettings, HeadTransform, Rounding, RoundingSettings
+from quantize.refinements import ExtraSettings, HeadTransform, Rounding, RoundingSettings, TuningSettings
 from quantize.rotation_settings import Transform
 from quantize.settings import Probe, QuantSettings, SmoothMeasure, SmoothSettings, TrainingSettings, check_seed
 from utils.errors import InputError
@@ -198,7 +198,7 @@ def row_config(name: str, quant: QuantSettings) -> QuantSettings:
         return QuantSettings(BitSettings(16, 16), transform=Transform.NONE, seed=quant.seed)
     if name == RTN:  # each weight and activation by itself: of all settings those of the quantizers
         plain = {"smooth": None, "rounding": RoundingSettings(), "extras": ExtraSettings(), "probe": Probe.MEAN}
-        return replace(quant, transform=Transform.NONE, **plain)
+        return replace(quant, transform=Transform.NONE, tuning=TuningSettings(), **plain)
     transform = Transform.NONE if name == SMOOTH else Transform(name)
     extras = quant.extras if transform.rotates else replace(quant.extras, head_transform=HeadTransform.HADAMARD)
     probe = Probe.MEAN if transform is Transform.NONE else quant.probe  # where nothing is searched
@@ -250,6 +250,7 @@ def refinements(quant: QuantSettings) -> list[str]:
         "fitted blocks": clip.activation_ratio == BLOCK,
         "shifts": shifts,
         "heads": heads,
+        "tuned": quant.tunes,
     }
     return [name for name, there in named.items() if there]
 

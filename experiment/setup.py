@@ -56,6 +56,7 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     tokens: Tensor | None  # None where nothing is calibrated, or in a plan whose data are missing
+    tuning_tokens: Tensor | None  # those drawn behind them, on which the whole is tuned
     calibration: tuple[int, int]
     saved: QuantSettings | None  # the settings of a model that is quantized already
     seqlen: int  # tokens per sample, and per test window
@@ -119,10 +120,11 @@ def make_setup(
     seed: int,
     calibrates: bool = True,
     missing: list[str] | None = None,
+    further: int = 0,
 ) -> Setup:
     """Check the model, and fetch the tokens if something is calibrated on them. Raises InputError for what is wrong.
 
-    With a list for it, what is only `missing` is noted there.
+    With a list for it, what is only `missing` is noted there. `further`: samples to tune on, behind those.
     """
     if model.model is None:
         raise InputError("--model: say which, a local folder or a hub id")
@@ -130,7 +132,7 @@ def make_setup(
     config = load_config(source)
     spec = decoder_spec(config)
     device = pick_device(model.device, local_rank())
-    tokenizer, tokens, bos = NoTokenizer(), None, None
+    tokenizer, tokens, more, bos = NoTokenizer(), None, None, None
     with noting(missing):
         check_weights(source)
     with noting(missing):
@@ -144,7 +146,7 @@ def make_setup(
     if calibrates and saved is None:
         samples = calibration.nsamples or DEFAULT_NSAMPLES
         with noting(missing, "--calib_dataset"):
-            tokens = fetch_tokens(model, calibration, seed, config, tokenizer, bos)
+            tokens, more = fetch_tokens(model, calibration, seed, config, tokenizer, bos, further)
             samples, seqlen = tokens.shape
     return Setup(
         model=model,
@@ -156,6 +158,7 @@ def make_setup(
         device=device,
         dtype=pick_dtype(model.dtype, config, device, DTYPES),
         tokens=tokens,
+        tuning_tokens=more,
         calibration=(samples, seqlen),
         saved=saved,
         seqlen=seqlen,
@@ -198,19 +201,27 @@ def fetch_tokens(
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     bos: Bos | None,
-) -> Tensor:
-    """The calibration tokens [N, T]."""
+    further: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The calibration tokens [N, T], and those [further, T] that are drawn behind them.
+
+    Of a file of tokens without --nsamples the further ones are the last. Raises InputError if it has no others.
+    """
     from_file = is_token_file(calibration.calib_dataset)
-    return calibration_tokens(
+    wanted = calibration.nsamples or (None if from_file else DEFAULT_NSAMPLES)
+    tokens = calibration_tokens(
         calibration.calib_dataset,
         tokenizer,
-        nsamples=calibration.nsamples if from_file else calibration.nsamples or DEFAULT_NSAMPLES,
+        nsamples=wanted and wanted + further,
         seqlen=calibration.seqlen if from_file else calibration.seqlen or context_length(config),
         seed=seed,
         cache_dir=model.cache_dir,
         vocab_size=config.vocab_size,
         bos=bos,
     )
+    if further >= len(tokens):
+        raise InputError(f"--tune_samples {further}: leaves none of {len(tokens)} samples to calibrate the layers on")
+    return tokens[: len(tokens) - further], tokens[len(tokens) - further :]
 
 
 def open_model(setup: Setup) -> torch.nn.Module:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
@@ -13,7 +13,8 @@ from quantize.quantization import Quantization
 from quantize.settings import QuantSettings, SmoothMeasure
 from quantize.state import FinishedLayer
 from quantize.statistics import ChannelStatistics, Observation
-from quantize.walk import Passenger, walk
+from quantize.tuning import Teacher, tune_
+from quantize.walk import Passenger, layers_in_memory, walk
 from utils.memory import Allocate
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,12 @@ def travel(
 ) -> ChannelStatistics | None:
     """Visit every layer once: statistics if they are needed, passengers `before`, quantization, passengers `behind`.
 
+    Where the whole network is tuned, that is done behind its last layer, and those `behind` walk by themselves then.
     `quant` None: the model is quantized already. `peaks` finds the activation peaks that are known; where it gives None
     they are observed on the way, and returned with the other statistics.
     """
-    passengers = [*before, *behind]
+    tunes = quant is not None and quant.tunes
+    passengers: list[Passenger] = [*before]
     observation = quantization = None
     if quant is not None and quant.bits.untouched:
         logger.info("16-bit weights and activations: nothing to quantize")
@@ -53,10 +56,19 @@ def travel(
         with measured.timing("quantize"):
             how = (quant, setup.device, finished, observers, allocate)
             quantization = Quantization(model, setup.spec, setup.tokens, scales, *how)
-        passengers.insert(len(passengers) - len(behind), Timed(quantization, measured, "quantize"))
-    walk(layers, passengers, setup.layers)
+        if tunes:
+            with measured.timing("tune"):
+                teacher = Teacher(model, setup.spec, setup.tuning_tokens, setup.device, allocate)
+            passengers.append(Timed(teacher, measured, "tune"))
+        passengers.append(Timed(quantization, measured, "quantize"))
+    walk(layers, passengers if tunes else [*passengers, *behind], setup.layers)
     if quantization is not None:
         measured.seconds["search"] = quantization.search_seconds
+    if tunes:
+        with measured.timing("tune"):
+            how = (teacher.hidden, quant.tuning, setup.device, allocate)
+            measured.add({"tuning": asdict(tune_(model, setup.spec, setup.tuning_tokens, *how))})
+        walk(layers_in_memory(model, setup.spec, setup.device), behind, setup.layers, "evaluating")
     return observation and observation.statistics
 
 

@@ -71,10 +71,7 @@ def work_of(
         statistics=once if quantizes and plan.statistics else 0.0,
         layers=operations if quantizes else 0.0,
         samples=sample_operations(skeleton, spec, settings, plan.calibration) if quantizes else 0.0,
-        # forward and twice that backward; teacher, student, loss before and after
-        training=(3 * learned.epochs + 4) * once + matrix_operations(skeleton, spec, settings, samples)
-        if quantizes and learned is not None
-        else 0.0,
+        training=training_operations(skeleton, spec, settings, plan.calibration) if quantizes else 0.0,
         evaluation=sum(n * t * forward_operations(skeleton, spec, t, head=True) for n, t in tests)
         + sum(n * t * joining_operations(skeleton, spec, t) for n, t in plan.joining),
         steps={width: number for width, number in steps.items() if number} if quantizes else {},
@@ -98,6 +95,23 @@ def sample_operations(
             total += 2 * tokens * width**2 * (1 + settings.aims_at_teacher)
             if settings.rounding.rounding is Rounding.GPTQ:
                 total += width * count(linear.weight for linear in members) + FACTORING * width**3
+    return total
+
+
+def training_operations(
+    skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, calibration: tuple[int, int]
+) -> float:
+    """Of training the layers one by one, and of tuning them together."""
+    tokens, length, learned = calibration[0] * calibration[1], calibration[1], settings.training
+    total = 0.0
+    if learned is not None:
+        # forward and twice that backward; teacher, student, loss before and after
+        total += (3 * learned.epochs + 4) * tokens * forward_operations(skeleton, spec, length)
+        total += matrix_operations(skeleton, spec, settings, calibration[0])
+    if settings.tunes:
+        # teacher, twice forward, and twice that backward
+        tuned = settings.tuning.samples * length
+        total += 5 * tuned * forward_operations(skeleton, spec, length, head=True)
     return total
 
 

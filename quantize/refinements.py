@@ -62,6 +62,28 @@ class RoundingSettings:
 
 
 @dataclass(frozen=True)
+class TuningSettings:
+    """What is trained once all layers are quantized, so that logits follow full precision's; no `samples`: nothing."""
+
+    TITLE: ClassVar[str] = "method, tuning of the whole network"
+
+    samples: int = option(
+        0,
+        "further samples, which the layers are not calibrated on: on each of them once, scales of weights, biases, "
+        "norms and clips of all layers are trained together, so that the logits follow full precision's",
+        flag="tune_samples",
+        tag="tune",
+    )
+    rate: float = option(1e-3, "its learning rate, which falls to 0", flag="tune_lr", tag="tune_lr")
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise InputError(f"--tune_samples {self.samples}: must not be negative")
+        if self.rate <= 0:
+            raise InputError(f"--tune_lr {self.rate:g}: must be positive")
+
+
+@dataclass(frozen=True)
 class ExtraSettings:
     """Shifts and rotations that change nothing before rounding, and cost nothing or next to it."""
 

@@ -18,7 +18,7 @@ from quantize.bits import (
     Ratio,
     check_format,
 )
-from quantize.refinements import ExtraSettings, HeadTransform, Rounding, RoundingSettings, Trained
+from quantize.refinements import ExtraSettings, HeadTransform, Rounding, RoundingSettings, Trained, TuningSettings
 from quantize.rotation_settings import RotationSettings, Transform
 from utils.errors import InputError
 from utils.settings import Changes, option, part
@@ -189,6 +189,7 @@ class QuantSettings:
         implied_by="train",
         basic=True,
     )
+    tuning: TuningSettings = part(TuningSettings)
     seed: int = seed_option()
     formats: FormatSettings = part(FormatSettings)
 
@@ -238,6 +239,11 @@ class QuantSettings:
     def learns_transform(self) -> bool:
         """Whether rotations, scales and clips are trained together."""
         return self.training is not None and self.training.train is Trained.TRANSFORM
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the network is tuned as a whole behind its last layer."""
+        return self.tuning.samples > 0 and not self.bits.untouched
 
     @property
     def learns_weight_clips(self) -> bool:

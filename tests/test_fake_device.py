@@ -25,11 +25,12 @@ from quantize import greedy, samples, training
 from quantize.bits import BitSettings, ClipSettings
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
-from quantize.refinements import RoundingSettings, Trained
+from quantize.refinements import RoundingSettings, Trained, TuningSettings
 from quantize.rotation_settings import RotationSettings
 from quantize.settings import GqaSmooth, QuantSettings, SmoothSettings, TrainingSettings
 from quantize.state import FinishedLayer
 from quantize.statistics import Observation, channel_statistics
+from quantize.tuning import Teacher, tune_
 from quantize.walk import layers_in_memory, walk
 from reporting.recorder import Recorder
 from tools.fake_device import FakeDevice, Traffic, fake_device
@@ -505,3 +506,16 @@ def test_a_batch_of_windows_or_of_samples_is_as_large_as_a_gpu_has_room_for():
     width = 96  # of all heads
     fitting = int(2**22 * 7 / 8 / (TOKENS * width * 22))
     assert taken == {2**40: (65536 // TOKENS,) * 2, 2**22: (fitting, fitting)}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama with GQA", HALF), ("llama with GQA", BFLOAT), ("mixtral", HALF)])
+def test_the_whole_is_tuned_layer_by_layer_and_every_layer_is_back_where_it_was(name, dtype, gpu):
+    model = MODELS[name](dtype)
+    spec, tokens = decoder_spec(model.config), random_tokens(SAMPLES, TOKENS)
+    teacher = Teacher(model, spec, tokens, gpu.device, None)
+    walk(layers_in_memory(model, spec, gpu.device), [teacher], LAYERS)
+    quantize(model, gpu, settings())
+    before = places(model)
+    report = tune_(model, spec, tokens, teacher.hidden, TuningSettings(SAMPLES), gpu.device)
+    assert len(report.losses) == SAMPLES
+    assert places(model) == before

@@ -13,8 +13,7 @@ from medium_model import MEDIUM, medium_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from evaluation import perplexity
-from evaluation.perplexity import Windows, score, scores, tokens_at_once
+from evaluation.perplexity import Windows, score, scores
 from evaluation.sensitivity import Variants
 from experiment.estimate import (
     CONTEXT_BYTES,
@@ -27,12 +26,15 @@ from models import decoder_spec
 from models.load import ModelSource, load_skeleton
 from models.shards import open_shards
 from models.streaming import LayerReader, load_shell
+from quantize import observe
 from quantize.bits import BitSettings, ClipSettings
+from quantize.observe import tokens_at_once
 from quantize.quantization import Quantization
-from quantize.refinements import Rounding, RoundingSettings, Trained
+from quantize.refinements import Rounding, RoundingSettings, Trained, TuningSettings
 from quantize.rotation_settings import RotationSettings, Transform
 from quantize.settings import Probe, QuantSettings, SmoothSettings, TrainingSettings
 from quantize.statistics import Observation
+from quantize.tuning import Teacher, tune_
 from quantize.walk import layers_in_memory, walk
 
 CPU = torch.device("cpu")
@@ -81,13 +83,17 @@ def visit_all(model, layers, settings, plan):
     )
     if plan.joining:
         behind = [Variants(model, spec, random_windows(plan.compared[0]), CPU)]
-    first, peaks = [], None
+    first, peaks, tuned = [], None, random_windows((settings.tuning.samples, plan.calibration[1]))
+    before += [Teacher(model, spec, tuned, CPU, None) for _ in range(settings.tunes)]
     if plan.statistics:
         first = [Observation(model, spec, tokens, CPU)]
         peaks = first[0].statistics.scales
     how = (peaks, settings, CPU, None, behind if plan.joining else ())
     middle = [] if settings.bits.untouched else [Quantization(model, spec, tokens, *how)]
-    walk(layers, [*first, *before, *middle, *behind], MEDIUM["num_hidden_layers"])
+    walk(layers, [*first, *before, *middle, *(() if settings.tunes else behind)], MEDIUM["num_hidden_layers"])
+    if settings.tunes:
+        tune_(model, spec, tuned, before[-1].hidden, settings.tuning, CPU)
+        walk(layers_in_memory(model, spec, CPU), behind, MEDIUM["num_hidden_layers"])
     del first, middle
     if plan.joining:
         states = [behind[0].quantized.hidden, *behind[0].hidden.values()]
@@ -134,6 +140,8 @@ RUNS = {
     "best, trained": (best(clip=ClipSettings("search"), training=TrainingSettings(epochs=1)), PLAN),
     "transform trained, weights show": (LEARNED, replace(PLAN, calibration=(8, 32), windows=())),
     "transform trained, two Hadamards": (replace(LEARNED, transform=Transform.TWO_HADAMARD), PLAN),
+    "tuned, weights show": (best(tuning=TuningSettings(8)), replace(PLAN, calibration=(8, 32), windows=())),
+    "tuned, samples show": (replace(QUANT, tuning=TuningSettings(16)), PLAN),
     "16 bits": (replace(QUANT, bits=BitSettings(16, 16)), Plan(torch.float32, False, (0, 256), ((8, 256),), (), False)),
 }
 
@@ -159,7 +167,7 @@ def test_a_streamed_run_allocates_nearly_what_was_estimated_and_no_more(name, tm
 
 @pytest.mark.parametrize("divergence", [False, True])
 def test_the_logits_of_a_large_vocabulary_are_made_in_parts_and_those_are_what_is_counted(divergence, monkeypatch):
-    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 2**21)
+    monkeypatch.setattr(observe, "LOGITS_AT_ONCE", 2**21)
     model, windows = medium_model(vocab_size=2**16), random_windows((1, 128))
     spec, plan = decoder_spec(model.config), replace(PLAN, windows=((1, 128),), divergence=divergence)
     hidden = torch.randn(1, 128, MEDIUM["hidden_size"])

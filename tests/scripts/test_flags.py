@@ -35,6 +35,7 @@ BEYOND = """--rounding gptq|--rounding gptq --gptq_damping 0.1|--gptq_target 0.5
 --aformat nvfp4 --lac block
 --smooth_measure energy|--channel_shift|--key_mean|--value_mean|--value_rotation|--head_transform balanced
 --probe peaks|--probe peaks --probe_tokens 64|--symmetric_range full
+--tune_samples 2|--tune_samples 2 --tune_lr 0.003
 --lwc --fixed_input_clips|--transform two_hadamard"""
 PRESET = """--preset paper|--preset best_trained|--preset paper --no_smooth|--swc 0.8 --lac none|--no_stream
 --smooth --no-smooth --eval_ppl|--preset paper --swc none"""

@@ -131,6 +131,21 @@ def test_a_transform_is_trained_by_all_processes_as_by_one(usual, tmp_path):
         assert second[0][key] == pytest.approx(first[0][key], rel=0.05)
 
 
+def test_the_whole_is_tuned_by_all_processes_on_a_sample_of_each(usual, tmp_path):
+    folders = alone, shared = [tmp_path / name for name in ("alone", "shared")]
+    for folder in folders:
+        folder.mkdir()
+    flags = (*usual, "--tune_samples", 3)
+    done = run_script("main.py", *flags, folder=alone)
+    assert done.returncode == 0, done.stderr
+    done = run_in_two(shared, *flags)
+    assert done.returncode == 0, done.stderr
+    one, two = (results_of(folder)["tuning"] for folder in folders)
+    assert (len(one["losses"]), len(two["losses"])) == (3, 2)
+    assert two["loss_before"] == pytest.approx(one["loss_before"], rel=0.1)
+    assert two["losses"][0] == pytest.approx(sum(one["losses"][:2]) / 2, rel=0.1)  # the second is of a step later
+
+
 def test_a_process_without_samples_to_decide_by_is_refused(usual, tmp_path):
     trained = ("--swc", "none", "--lwc", "--epochs", 1, "--batch_size", 1)
     done = run_in_two(tmp_path, *usual, *best_settings.FLAGS, *trained)

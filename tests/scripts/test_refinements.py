@@ -11,9 +11,17 @@ def usual(model_folder, token_file) -> tuple:
     return (*common(model_folder, token_file), *FLAGS, "--net", "tiny", "--eval_ppl")
 
 
-@pytest.mark.parametrize("trained", [(), ("--value_rotation", "--train", "transform", "--epochs", 2)])
-def test_a_saved_model_is_evaluated_to_exactly_the_same_perplexity(trained, usual, token_file, tmp_path):
-    flags = (*trained, "--save_model", "saved", "--report", "--sensitivity", "--sensitivity_windows", 3)
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--sensitivity", "--sensitivity_windows", 3),
+        ("--sensitivity", "--sensitivity_windows", 3, "--value_rotation", "--train", "transform", "--epochs", 2),
+        ("--tune_samples", 2),
+    ],
+    ids=["as it is", "trained", "tuned"],
+)
+def test_a_saved_model_is_evaluated_to_exactly_the_same_perplexity(more, usual, token_file, tmp_path):
+    flags = ("--save_model", "saved", "--report", *more)
     done = run_script("main.py", *usual, *flags, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     results = results_of(tmp_path)
@@ -46,6 +54,10 @@ def test_a_plan_counts_it(usual, tmp_path):
         (("--gptq_damping", 0), "--gptq_damping 0: must be in (0, 1]"),
         (("--head_transform", "balanced", "--transform", "none"), "--head_transform balanced: nothing is rotated"),
         (("--probe_tokens", 0), "--probe_tokens 0: must be at least 1"),
+        (("--tune_samples", -1), "--tune_samples -1: must not be negative"),
+        (("--tune_lr", 0), "--tune_lr 0: must be positive"),
+        (("--tune_samples", 1, "--sensitivity"), "before they are tuned: give --tune_samples 0"),
+        (("--tune_samples", 1000), "--tune_samples 1000: leaves none of"),
         (("--rounding", "gtpq"), "--rounding"),
         (("--smooth_measure", "energie"), "--smooth_measure"),
         (

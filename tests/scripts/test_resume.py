@@ -16,7 +16,7 @@ from starter import shared_starter
 LAYERS = 4
 FLAGS = ("--wbits", 4, "--abits", 4, "--smooth", "--lac", 0.95, "--block_size", 16, "--eval_ppl", "--net", "tiny")
 TRAINED = ("--lwc", "--epochs", 6, "--max_rotation_step", 60)
-BEST = (*best_settings.FLAGS, "--max_rotation_step", 250)
+BEST = (*best_settings.FLAGS, "--max_rotation_step", 250, "--tune_samples", 3)
 SEARCHED = ("--swc", 0.9, "--max_rotation_step", 350)
 
 

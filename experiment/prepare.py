@@ -184,7 +184,7 @@ def refuse_for_saved(settings: RunSettings) -> None:
     """Raise InputError for flags that make no sense for a model that is quantized already."""
     output = settings.output
     given = {"--act-scales": settings.statistics.act_scales, "--eval_kl": settings.evaluation.perplexity.eval_kl}
-    given |= {"--sensitivity": settings.evaluation.sensitivity.sensitivity}
+    given |= {"--sensitivity": settings.evaluation.sensitivity.sensitivity, "--tune_samples": settings.quant.tunes}
     given |= {"--report": settings.report.report, "--save_dir": output.save_dir, "--resume": output.resume}
     for flag, value in (given | {"--save_model": output.save_model}).items():
         if value:

@@ -30,6 +30,7 @@ from models.saved import load_saved_model, read_settings
 from quantize.settings import QuantSettings
 from quantize.spec import DecoderSpec
 from quantize.statistics import ChannelStatistics, Origin, load_scales, same_calibration, save_statistics
+from utils.corpora import MIX
 from utils.data import calibration_tokens, data_fingerprint, is_token_file
 from utils.device import DTYPES, pick_device
 from utils.distributed import is_main, local_rank
@@ -205,9 +206,12 @@ def fetch_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The calibration tokens [N, T], and those [further, T] that are drawn behind them.
 
-    Of a file of tokens without --nsamples the further ones are the last. Raises InputError if it has no others.
+    Of a file of tokens without --nsamples the further ones are the last. Raises InputError if it has no others, and for
+    a mix, whose corpora stand one behind the other.
     """
     from_file = is_token_file(calibration.calib_dataset)
+    if further and calibration.calib_dataset == MIX:
+        raise InputError("--tune_samples: cannot be drawn from a mix; name one of its corpora as --calib_dataset")
     wanted = calibration.nsamples or (None if from_file else DEFAULT_NSAMPLES)
     tokens = calibration_tokens(
         calibration.calib_dataset,

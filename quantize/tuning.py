@@ -2,9 +2,8 @@
 
 Codes and transforms stay as the layers were given them one by one. What is trained is what surrounds them and costs
 nothing to change: scales of weights, biases, norms and the clips of activations. The samples are not those that the
-layers were calibrated on: these the quantized network knows by heart, so to speak, and follows several times better
-than any others. Gradients go back through one layer at a time, which is run again for that, so that no more is kept
-than what flows between layers. Ours.
+layers were calibrated on, to which they are fitted already. Gradients go back through one layer at a time, which is
+run again for that, so that no more is kept than what flows between layers. Ours.
 """
 
 import logging
@@ -21,7 +20,7 @@ from torch.func import functional_call
 from duquant.formats import IntegerFormat
 from duquant.linear import linears_of
 from duquant.quantizer import FoundClip
-from quantize.observe import advance_, head_logits, layer_calls, shell_on_device, tokens_at_once
+from quantize.observe import advance_, head_logits, layer_calls, layer_output, shell_on_device, tokens_at_once
 from quantize.refinements import TuningSettings
 from quantize.spec import DecoderSpec
 from quantize.training import Batch, Samples, add_up_, own_part_of
@@ -36,8 +35,11 @@ CHECKED = 4  # samples, on which it shows whether anything was gained
 
 @dataclass(frozen=True)
 class TuningReport:
-    """The KL divergence from full precision, nats a token: of a few samples before and after all steps, of each step's
-    own samples before it (None where it was not finite, and so not made)."""
+    """The KL divergence from full precision in nats a token.
+
+    `loss_before` and `loss_after` all steps: of the last few samples, which are among those tuned on. `losses`: of each
+    step's own samples before it; None where that was not finite, and no step was made.
+    """
 
     loss_before: float
     loss_after: float
@@ -86,10 +88,13 @@ class TunedLayer:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The hidden states [N, T, C] that the layer, as it is tuned now, makes of `hidden`; all on its device."""
-        kwargs = to_device(self.kwargs, hidden.device)
-        # not tied: what linears share has one name here, and put back by several it would not be what it was
-        output = functional_call(self.layer, self._tuned(), (hidden,), kwargs, tie_weights=False)
-        return output[0] if isinstance(output, tuple) else output
+        tuned = self._tuned()
+
+        def call(*args: Tensor, **kwargs) -> Tensor | tuple:
+            # not tied: what linears share has one name here, and put back by several it would not be what it was
+            return functional_call(self.layer, tuned, args, kwargs, tie_weights=False)
+
+        return layer_output(call, hidden, to_device(self.kwargs, hidden.device))
 
     @torch.no_grad()
     def fold_(self) -> None:

@@ -58,6 +58,7 @@ def test_a_plan_counts_it(usual, tmp_path):
         (("--tune_lr", 0), "--tune_lr 0: must be positive"),
         (("--tune_samples", 1, "--sensitivity"), "before they are tuned: give --tune_samples 0"),
         (("--tune_samples", 1000), "--tune_samples 1000: leaves none of"),
+        (("--tune_samples", 1, "--calib_dataset", "mix"), "--tune_samples: cannot be drawn from a mix"),
         (("--rounding", "gtpq"), "--rounding"),
         (("--smooth_measure", "energie"), "--smooth_measure"),
         (

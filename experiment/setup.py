@@ -216,16 +216,19 @@ def fetch_tokens(
     tokens = calibration_tokens(
         calibration.calib_dataset,
         tokenizer,
-        nsamples=wanted and wanted + further,
+        nsamples=None if from_file and further else wanted and wanted + further,
         seqlen=calibration.seqlen if from_file else calibration.seqlen or context_length(config),
         seed=seed,
         cache_dir=model.cache_dir,
         vocab_size=config.vocab_size,
         bos=bos,
     )
-    if further >= len(tokens):
+    count = (wanted or len(tokens) - further) if further else len(tokens)
+    if count < 1:
         raise InputError(f"--tune_samples {further}: leaves none of {len(tokens)} samples to calibrate the layers on")
-    return tokens[: len(tokens) - further], tokens[len(tokens) - further :]
+    if count + further > len(tokens):
+        raise InputError(f"--nsamples {count} and --tune_samples {further}: the file has only {len(tokens)} samples")
+    return tokens[:count], tokens[count : count + further]
 
 
 def open_model(setup: Setup) -> torch.nn.Module:

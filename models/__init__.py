@@ -17,10 +17,10 @@ Adding a model family
    (`SharedRows`). If somebody else reads the norm, name it in `readers`. If not: no absorber, and the scale stays
    online. The log says for every group where its scale went. And which rows upstream make its channels, all of them
    (`ordered`), so that they can be put into another order: gate and up for down_proj, v inside heads for o_proj.
-4. Add the line to `FAMILIES`, and a tiny config to `CASES` in `tests/test_families.py`: two layers, grouped-query
+4. Add the line to `FAMILIES`, and a tiny config to `CASES` in `tests/families.py`: two layers, grouped-query
    attention, head_dim ≠ hidden size / heads, odd widths, whatever is particular to the family switched on. Run
-   `python -m pytest tests/test_families.py -k <name>`. The first test, logits unchanged in float64 without rounding,
-   finds nearly every mistake: a wrong absorber, a forgotten reader, rows that begin elsewhere.
+   `python -m pytest tests/models/test_families.py -k <name>`. The first test, logits unchanged in float64 without
+   rounding, finds nearly every mistake: a wrong absorber, a forgotten reader, rows that begin elsewhere.
 5. Quantize a real checkpoint with `--wbits 8 --abits 8 --smooth`: perplexity must stay within a percent of full
    precision.
 """

@@ -171,11 +171,8 @@ class QuantLinear(nn.Module):
             self._restore_()
             if self._sums is None or self._sums.device != self.scale.device:
                 self._sums = code_sums(self.packed_codes, self.format)
-            prepared = kernel.prepare(self.packed_codes, self._sums, self.format, self.keeps)
-            if not self.keeps:
-                return prepared
-            self._kept = key, prepared
-            if kernel.recovers:
+            self._kept = key, kernel.prepare(self.packed_codes, self._sums, self.format, self.keeps)
+            if self.keeps and kernel.recovers:
                 self.codes = None
         return self._kept[1]
 

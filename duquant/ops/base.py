@@ -1,6 +1,7 @@
 """What all kernels have in common: codes of rows with their sums, and the three steps of an integer product."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,11 @@ class RowCodes:
     def codes(self) -> Codes:
         """Without the sums."""
         return Codes(self.values, self.scale, self.zero)
+
+    @cached_property
+    def made(self) -> dict[Any, Any]:
+        """What a kernel made of them for one linear, for the next ones that read them."""
+        return {}
 
 
 class Kernel(Protocol):

@@ -11,7 +11,7 @@ from duquant import ops
 from duquant.formats import Codes, IntegerFormat
 from duquant.ops import reference
 from duquant.ops.base import RowCodes, encode
-from duquant.ops.cpu import ByteKernel
+from duquant.ops.cpu import ByteKernel, high_bytes, in_parts, signed_bytes
 from duquant.packing import PackedCodes, code_sums, decode_weight, pack, unpack
 from duquant.quantizer import Quantizer, RatioClip
 from duquant.transform import DualTransform
@@ -104,6 +104,37 @@ def test_a_product_is_rounded_once_to_the_dtype_asked_for(dtype, keep):
     assert torch.equal(
         kernel.linear(x, prepared, None, dtype), kernel.linear(x, prepared, None, torch.float32).to(dtype)
     )
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("channels", [1, 7, 48])
+def test_codes_in_the_high_bits_of_bytes_are_signed_and_in_the_order_of_the_input_s_parts(form, channels):
+    weight, number = some_weight(11, channels, form), max(1, form.per_byte)
+    found = high_bytes(weight.values, form)
+    expected = in_parts(signed_bytes(weight, form), number).int() * 2 ** (8 - form.bits)
+    there = in_parts(torch.ones(1, channels, dtype=torch.int8), number)[0].bool()  # the others meet zeros
+    assert there.sum() == channels
+    torch.testing.assert_close(found[:, there].int(), expected[:, there], rtol=0, atol=0)
+    assert found.shape == (11, number * weight.values.shape[1])
+
+
+@needs_bytes
+def test_linears_that_read_the_same_rows_share_what_is_made_of_them():
+    form, kernel = IntegerFormat(4), ByteKernel()
+    x, weights = coded(some_rows(9, 40), form), [some_weight(outputs, 40, form) for outputs in (21, 5)]
+    alone = [kernel.linear(coded(some_rows(9, 40), form), ready(each, form), None, torch.float32) for each in weights]
+    assert x.made == {}
+    first = kernel.linear(x, ready(weights[0], form), None, torch.float32)
+    made = dict(x.made)
+    second = kernel.linear(x, ready(weights[1], form), None, torch.float32)
+    assert made
+    assert all(x.made[key] is value for key, value in made.items())
+    assert torch.equal(first, alone[0])
+    assert torch.equal(second, alone[1])
+
+
+def ready(weight: PackedCodes, form: IntegerFormat):
+    return ByteKernel().prepare(weight, code_sums(weight, form), form, keep=False)
 
 
 @needs_bytes

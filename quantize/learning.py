@@ -4,12 +4,13 @@ import math
 import time
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from quantize.descent import Descent, copies, keep_best_, mean_or_none
 from quantize.learned import LearnedLayer
 from quantize.observe import layer_output
 from quantize.settings import TrainingSettings
-from quantize.training import Batch, Samples, TrainingReport, add_up_, copies, mean_or_none, placed, restore_
+from quantize.training import Batch, Samples, TrainingReport, placed
 from utils.distributed import own_batches, sum_
 from utils.log import meter
 
@@ -30,17 +31,12 @@ def train_transform(learned: LearnedLayer, samples: Samples, kwargs: dict, confi
     before, values = rest_loss(learned, samples, kwargs, config), copies(parameters)
     if not parameters or not config.epochs:
         return TrainingReport(before, before, (), (), 0, time.perf_counter() - started)
-    optimizer = torch.optim.Adam(rates, betas=(0.9, 0.95))
     steps = config.epochs * len(own_batches(samples.total, config.batch_size))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    descent = Descent(torch.optim.Adam(rates, betas=(0.9, 0.95)), device, dtype is torch.float16, steps)
     losses, norms, left_out, best = [], [], 0, (math.inf, values, -1)
     with meter(config.epochs, "training", "epoch", inner=True) as bar:
         for epoch in range(config.epochs):
-            done = [
-                step_(learned, batch, kwargs, parameters, optimizer, scaler, schedule)
-                for batch in samples.batches(config.batch_size, device)
-            ]
+            done = [step_(learned, batch, kwargs, descent) for batch in samples.batches(config.batch_size, device)]
             finite = [each for each in done if all(map(math.isfinite, each))]
             left_out += len(done) - len(finite)
             losses.append(mean_or_none([loss for loss, _ in finite]))
@@ -49,13 +45,8 @@ def train_transform(learned: LearnedLayer, samples: Samples, kwargs: dict, confi
                 best = (losses[-1], copies(parameters), epoch)
             bar.set_postfix_str(f"loss {losses[-1]:.3e}" if finite else "no finite loss")
             bar.update()
-    after, kept = before, values
-    for candidate in [best[1]] if best[2] == config.epochs - 1 else [best[1], copies(parameters)]:
-        restore_(parameters, candidate)
-        loss = rest_loss(learned, samples, kwargs, config)
-        if loss <= after:
-            after, kept = loss, candidate
-    restore_(parameters, kept)
+    candidates = [best[1]] if best[2] == config.epochs - 1 else [best[1], copies(parameters)]
+    after = keep_best_(parameters, (values, before), candidates, lambda: rest_loss(learned, samples, kwargs, config))
     learned.begin_step_()
     return TrainingReport(before, after, tuple(losses), tuple(norms), left_out, time.perf_counter() - started)
 
@@ -69,35 +60,17 @@ def token_distance(output: Tensor, targets: list[Tensor]) -> Tensor:
     return torch.stack([each.mean() for each in errors]).sum()
 
 
-def step_(
-    learned: LearnedLayer,
-    batch: Batch,
-    kwargs: dict,
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> tuple[float, float]:
+def step_(learned: LearnedLayer, batch: Batch, kwargs: dict, descent: Descent) -> tuple[float, float]:
     """One optimizer step: (loss, gradient norm) before it; none is made if one of them is not finite."""
-    optimizer.zero_grad()
     learned.begin_step_()
-    loss = torch.zeros((), device=batch.inputs.device)
-    if batch.share > 0:
+
+    def backward(scale: Tensor) -> Tensor:
         with torch.enable_grad():
             loss = batch.share * token_distance(layer_output(learned.layer, batch.inputs, kwargs), batch.targets)
-            scaler.scale(loss).backward()
-        loss = loss.detach()
-    else:
-        scaler.scale(loss)
-    add_up_(loss, parameters)
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-    found = tuple(torch.stack([loss, norm]).tolist())
-    if all(map(math.isfinite, found)):
-        scaler.step(optimizer)
-    scaler.update()
-    schedule.step()
-    return found
+            (loss * scale).backward()
+        return loss.detach()
+
+    return descent.step(backward if batch.share > 0 else None)
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duquant.experts import Experts
+from quantize.descent import Descent, copies, keep_best_, mean_or_none, restore_
 from quantize.observe import layer_output
 from quantize.settings import TrainingSettings
 from utils.captured import Captured
-from utils.distributed import own_batches, sum_, world_size
+from utils.distributed import own_batches, sum_
 from utils.log import meter
 from utils.memory import Allocate
 
@@ -175,7 +176,7 @@ def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: Tr
     if not logits:  # 16-bit weights
         return TrainingReport(before, before, (), (), 0, time.perf_counter() - started)
     optimizer = torch.optim.AdamW(logits, lr=config.learning_rate, weight_decay=config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    descent = Descent(optimizer, device, scaled=dtype is torch.float16)
     initial, gradients = copies(logits), Gradients(layer, kwargs, logits, device)
     losses, norms, restored, sound = [], [], 0, initial
     best, rank = initial, (0, math.inf, -1)  # finite losses × −1, their mean, the epoch
@@ -186,7 +187,7 @@ def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: Tr
             steps = []
             for batch in samples.batches(config.batch_size, device):
                 current = copies(logits)
-                steps.append(train_step(gradients, batch, logits, optimizer, scaler))
+                steps.append(train_step(gradients, batch, descent))
                 if math.isfinite(steps[-1][0]):
                     sound = current
                 else:
@@ -201,13 +202,12 @@ def train_clipping_(layer: nn.Module, samples: Samples, kwargs: dict, config: Tr
             bar.update()
     for parameter in logits:
         parameter.requires_grad_(False)
-    after, kept = before, initial
-    for values in [best] if rank[2] == config.epochs - 1 else [best, copies(logits)]:
-        restore_(logits, values)
-        loss = sample_losses(layer, samples, kwargs, config.batch_size, device)[counted].mean().item()
-        if loss <= after:
-            after, kept = loss, values
-    restore_(logits, kept)
+    candidates = [best] if rank[2] == config.epochs - 1 else [best, copies(logits)]
+
+    def loss_at_rest() -> float:
+        return sample_losses(layer, samples, kwargs, config.batch_size, device)[counted].mean().item()
+
+    after = keep_best_(logits, (initial, before), candidates, loss_at_rest)
     return TrainingReport(before, after, tuple(losses), tuple(norms), restored, time.perf_counter() - started)
 
 
@@ -221,42 +221,16 @@ def placed(samples: Samples, device: torch.device, offload: bool) -> Samples:
     return Samples(moved[0], tuple(moved[1:]), samples.total)
 
 
-def train_step(
-    gradients: Gradients,
-    batch: Batch,
-    logits: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> tuple[float, float]:
-    """One optimizer step: (loss, gradient norm) of the logits it starts from; no step if one of them is not finite.
+def train_step(gradients: Gradients, batch: Batch, descent: Descent) -> tuple[float, float]:
+    """One optimizer step: (loss, gradient norm) of the logits it starts from; no step if one of them is not finite."""
 
-    The gradient of a batch is the sum of what the processes find on their parts of it, so all make the same step.
-    """
-    optimizer.zero_grad()
-    loss = torch.zeros((), device=batch.inputs.device)
-    scale = scaler.scale(torch.ones_like(loss))  # which has none before the first time that it is asked
-    if batch.share > 0:
+    def backward(scale: Tensor) -> Tensor:
         loss, found = gradients(batch, scale)
-        for parameter, gradient in zip(logits, found, strict=True):
+        for parameter, gradient in zip(gradients.logits, found, strict=True):
             parameter.grad = gradient
-    add_up_(loss, logits)
-    scaler.unscale_(optimizer)
-    # experts that none of the tokens went to have no gradient
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in logits if parameter.grad is not None])
-    loss_and_norm = torch.stack([loss, norm]).tolist()
-    if all(map(math.isfinite, loss_and_norm)):
-        scaler.step(optimizer)
-    scaler.update()
-    return tuple(loss_and_norm)
+        return loss
 
-
-def add_up_(loss: Tensor, logits: Sequence[nn.Parameter]) -> None:
-    """Replace loss and gradients by their sums over all processes."""
-    if world_size() > 1:
-        for parameter in logits:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        sum_([loss, *(parameter.grad for parameter in logits)])
+    return descent.step(backward if batch.share > 0 else None)
 
 
 def distance(output: Tensor, targets: Sequence[Tensor]) -> Tensor:
@@ -277,23 +251,6 @@ def sample_losses(layer: nn.Module, samples: Samples, kwargs: dict, batch_size: 
     return of_batches.repeat_interleave(torch.tensor([whole for _, whole in own_batches(samples.total, batch_size)]))
 
 
-def mean_or_none(values: Sequence[float]) -> float | None:
-    """The mean, or None of nothing."""
-    return sum(values) / len(values) if values else None
-
-
 def clips(layer: nn.Module) -> list[LearnedClip]:
     """The learnable clips inside `layer`."""
     return [module for module in layer.modules() if isinstance(module, LearnedClip)]
-
-
-def copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Detached copies."""
-    return [parameter.detach().clone() for parameter in parameters]
-
-
-@torch.no_grad()
-def restore_(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Set every parameter to its value."""
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)

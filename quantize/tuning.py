@@ -20,10 +20,11 @@ from torch.func import functional_call
 from duquant.formats import IntegerFormat
 from duquant.linear import linears_of
 from duquant.quantizer import FoundClip
+from quantize.descent import Descent
 from quantize.observe import advance_, head_logits, layer_calls, layer_output, shell_on_device, tokens_at_once
 from quantize.refinements import TuningSettings
 from quantize.spec import DecoderSpec
-from quantize.training import Batch, Samples, add_up_, own_part_of
+from quantize.training import Batch, Samples, own_part_of
 from utils.device import home_of, on_device, to_device
 from utils.distributed import own_batches, sum_, world_size
 from utils.log import meter
@@ -152,16 +153,14 @@ def tune_(
     changes = [change for layer in layers for change in layer.changes]
     steps, losses = len(own_batches(len(tokens), size)), []
     optimizer = torch.optim.Adam(changes, lr=settings.rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
-    scaler = torch.amp.GradScaler(device.type, enabled=calls.hidden.dtype is torch.float16)
+    descent = Descent(optimizer, device, calls.hidden.dtype is torch.float16, steps)
     with shell_on_device(model, spec, device):
         network = Network(model, spec, layers, device)
         before = network.checked_loss(samples, size)
         with meter(steps, "tuning", "step") as bar:
             for batch in samples.batches(size, device):
-                loss = step_(network, batch, changes, optimizer, scaler)
-                schedule.step()
-                losses.append(loss if math.isfinite(loss) else None)
+                loss, norm = step_(network, batch, descent)
+                losses.append(loss if math.isfinite(loss) and math.isfinite(norm) else None)
                 bar.set_postfix_str(f"KL {loss:.4f}")
                 bar.update()
         after = network.checked_loss(samples, size)
@@ -243,26 +242,12 @@ def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="sum")
 
 
-def step_(
-    network: Network,
-    batch: Batch,
-    changes: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> float:
-    """One optimizer step: the loss before it; none is made if that or a gradient is not finite."""
-    for change in changes:
+def step_(network: Network, batch: Batch, descent: Descent) -> tuple[float, float]:
+    """One optimizer step: (loss, gradient norm) before it; none is made if one of them is not finite."""
+    for change in descent.parameters:
         change.requires_grad_(True)
-    optimizer.zero_grad()
-    loss = torch.zeros((), device=network.device)
-    scale = scaler.scale(torch.ones_like(loss))
-    if batch.share > 0:
-        loss = batch.share * network.gradients_(batch, batch.share * scale)
-    add_up_(loss, changes)
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm([each.grad for each in changes if each.grad is not None])
-    found, norm = torch.stack([loss, norm]).tolist()
-    if math.isfinite(found) and math.isfinite(norm):
-        scaler.step(optimizer)
-    scaler.update()
-    return found if math.isfinite(norm) else math.nan
+
+    def backward(scale: Tensor) -> Tensor:
+        return batch.share * network.gradients_(batch, batch.share * scale)
+
+    return descent.step(backward if batch.share > 0 else None)

@@ -17,6 +17,7 @@ from duquant.linear import QuantLinear
 from duquant.transform import DualTransform
 from models import decoder_spec
 from quantize.bits import BitSettings, ClipSettings
+from quantize.descent import Descent
 from quantize.layer import decide
 from quantize.observe import layer_output
 from quantize.quantization import Flow, quantize_model
@@ -250,13 +251,12 @@ def test_a_last_epoch_that_ends_best_is_kept_although_its_mean_is_not_the_least(
 
 def test_a_process_without_a_share_takes_part_in_a_scaled_step(monkeypatch):
     case = make_case(monkeypatch, settings())
-    monkeypatch.setattr("quantize.training.world_size", lambda: 2)
+    monkeypatch.setattr("quantize.descent.world_size", lambda: 2)
     logits = [logit.requires_grad_(True) for clip in clips(case.layer) for logit in clip.parameters()]
-    optimizer = torch.optim.AdamW(logits, lr=0.01)
+    descent = Descent(torch.optim.AdamW(logits, lr=0.01), CPU, scaled=True)
     none = Batch(case.samples.inputs[:0], [target[:0] for target in case.samples.targets], 0.0)
-    scaler = torch.amp.GradScaler("cpu")
     gradients = Gradients(case.layer, case.kwargs, logits, CPU)
-    assert train_step(gradients, none, logits, optimizer, scaler) == (0.0, 0.0)
+    assert train_step(gradients, none, descent) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 64.0])

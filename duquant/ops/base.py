@@ -63,16 +63,16 @@ class Kernel(Protocol):
 
 def encode(x: Tensor, transform: nn.Module, shift: Tensor | None, quantizer: Quantizer) -> RowCodes:
     """`Kernel.encode` in torch, some rows at a time: all that is made of them stays in caches."""
-    values = torch.empty(x.shape, dtype=quantizer.format.dtype, device=x.device)
-    scale, zero, sums = (torch.empty(len(x), 1, device=x.device) for _ in range(3))
-    filled = 0
-    for part in x.split(max(1, PART_ELEMENTS // x.shape[1])) if x.device.type == "cpu" else (x,):
-        rows = transform(part)
+
+    def encoded(rows: Tensor) -> tuple[Tensor, ...]:
+        rows = transform(rows)
         rows = quantizer.vectors(rows if shift is None else rows - shift)
         parameters = quantizer.parameters(rows)
         rounded = quantizer.format.rounded(rows, parameters)
-        done = slice(filled, filled + len(rows))
-        values[done], sums[done] = rounded, rounded.sum(dim=1, keepdim=True)  # whole numbers below 2^24: exact
-        scale[done], zero[done] = parameters
-        filled += len(rows)
-    return RowCodes(values, scale, zero, sums, quantizer.format)
+        sums = rounded.sum(dim=1, keepdim=True)  # whole numbers below 2^24: exact
+        return rounded.to(quantizer.format.dtype), *(each.float() for each in (*parameters, sums))
+
+    size = max(1, PART_ELEMENTS // x.shape[1]) if x.device.type == "cpu" else len(x)
+    parts = [encoded(part) for part in x.split(size)] if size < len(x) else [encoded(x)]
+    joined = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts, strict=True))
+    return RowCodes(*joined, quantizer.format)

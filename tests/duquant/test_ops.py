@@ -156,6 +156,18 @@ def test_codes_are_those_that_fake_quantization_rounds_to(form):
     torch.testing.assert_close(codes.sums, codes.values.sum(dim=1, keepdim=True).float(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_rows_in_parts_have_the_codes_and_dtypes_of_all_at_once(dtype, monkeypatch):
+    x, quantizer = some_rows(19, 64).to(dtype), Quantizer(IntegerFormat(4))
+    whole = encode(x, nn.Identity(), None, quantizer)
+    monkeypatch.setattr("duquant.ops.base.PART_ELEMENTS", 3 * 64)
+    parts = encode(x, nn.Identity(), None, quantizer)
+    for name in ("values", "scale", "zero", "sums"):
+        found, expected = getattr(parts, name), getattr(whole, name)
+        assert found.dtype == (torch.uint8 if name == "values" else torch.float32)
+        assert torch.equal(found, expected)
+
+
 @needs_bytes
 def test_more_than_8_bits_are_not_served():
     kernel = ByteKernel()

@@ -31,15 +31,16 @@ from utils.log import meter
 from utils.memory import Allocate, memory_of
 
 logger = logging.getLogger(__name__)
-CHECKED = 4  # samples, on which it shows whether anything was gained
+CHECKED = 4  # samples at the end, on which it shows whether anything was gained
 
 
 @dataclass(frozen=True)
 class TuningReport:
     """The KL divergence from full precision in nats a token.
 
-    `loss_before` and `loss_after` all steps: of the last few samples, which are among those tuned on. `losses`: of each
-    step's own samples before it; None where that was not finite, and no step was made.
+    `loss_before` and `loss_after`: of the last few samples, before all steps and each before its own, so that it has
+    not been tuned on. `losses`: of each step's own samples before it; None where that was not finite, and no step was
+    made.
     """
 
     loss_before: float
@@ -144,30 +145,35 @@ def tune_(
 
     `teacher`: the `Teacher.hidden` of the same tokens; each process has one sample of every step. Minimises KL(full
     precision ‖ quantized) of every token's logits, by Adam whose rate falls to 0 along a cosine. A step that is not
-    finite is left out, and a result that does not bring the last `CHECKED` samples nearer is dropped.
+    finite is left out. The last `CHECKED` samples (of fewer than twice as many, half of them) are measured before all
+    steps, and before their own, when rates are nearly 0 already; where that is no gain, nothing is changed.
     """
     started, size, allocate = time.perf_counter(), world_size(), allocate or memory_of(home_of(model))
     calls = layer_calls(model, spec, tokens, device, allocate)
     samples = Samples(own_part_of(calls.hidden, size, allocate), (teacher,), len(tokens))
     layers = [TunedLayer(*each, device) for each in zip(spec.decoder_layers(model), calls.kwargs, strict=True)]
     changes = [change for layer in layers for change in layer.changes]
-    steps, losses = len(own_batches(len(tokens), size)), []
+    batches, losses = own_batches(len(tokens), size), []
+    steps, checked = len(batches), max(1, min(-(-CHECKED // size), len(batches) // 2))
     optimizer = torch.optim.Adam(changes, lr=settings.rate, betas=(0.9, 0.95))
     descent = Descent(optimizer, device, calls.hidden.dtype is torch.float16, steps)
     with shell_on_device(model, spec, device):
         network = Network(model, spec, layers, device)
-        before = network.checked_loss(samples, size)
+        before = network.loss_at_the_end(samples, size, checked)
         with meter(steps, "tuning", "step") as bar:
             for batch in samples.batches(size, device):
                 loss, norm = step_(network, batch, descent)
                 losses.append(loss if math.isfinite(loss) and math.isfinite(norm) else None)
                 bar.set_postfix_str(f"KL {loss:.4f}")
                 bar.update()
-        after = network.checked_loss(samples, size)
+    own = [math.nan if loss is None else loss for loss in losses[-checked:]]
+    after = sum(loss * whole for loss, (_, whole) in zip(own, batches[-checked:], strict=True))
+    after /= sum(whole for _, whole in batches[-checked:])
     if after < before:
         for layer in layers:
             layer.fold_()
-    report = TuningReport(before, min(after, before), tuple(losses), time.perf_counter() - started)
+    kept = after if after < before else before
+    report = TuningReport(before, kept, tuple(losses), time.perf_counter() - started)
     logger.info("%s", report)
     return report
 
@@ -197,13 +203,12 @@ class Network:
         return loss
 
     @torch.no_grad()
-    def checked_loss(self, samples: Samples, batch_size: int) -> float:
-        """The loss over the last samples, `CHECKED` or a few more."""
+    def loss_at_the_end(self, samples: Samples, batch_size: int, checked: int) -> float:
+        """The loss over the samples of the last `checked` batches."""
         total, counted = torch.zeros((), device=self.device, dtype=torch.float64), 0
         sizes = own_batches(samples.total, batch_size)
-        first = max(0, len(sizes) - -(-CHECKED // batch_size))
         for number, (batch, (_, whole)) in enumerate(zip(samples.batches(batch_size, self.device), sizes, strict=True)):
-            if number < first:
+            if number < len(sizes) - checked:
                 continue
             counted += whole
             if batch.share > 0:

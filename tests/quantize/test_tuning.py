@@ -6,7 +6,7 @@ import pytest
 import torch
 from best_settings import EXTRAS, best
 from conftest import random_tokens
-from families import CPU, make_model, quantize, settings
+from families import CPU, logits, make_model, quantize, settings
 from torch import Tensor, nn
 
 from evaluation.perplexity import final_hidden, score
@@ -155,6 +155,19 @@ def test_the_logits_come_nearer_to_full_precision(name):
     assert measured() < 0.97 * before
     assert len(report.losses) == 36
     assert None not in report.losses
+
+
+@pytest.mark.parametrize(("samples", "checked"), [(12, 4), (5, 2), (2, 1)])
+def test_what_was_gained_is_measured_on_samples_that_were_not_tuned_on_yet(samples, checked):
+    teacher, model = quantized(bits=COARSE)
+    spec, tokens = decoder_spec(model.config), TOKENS.repeat(2, 1)[:samples]
+    wanted = teacher_of(teacher).repeat(2, 1, 1)[:samples]
+    last = tokens[-checked:]
+    untuned = divergence(logits(model, last), logits(teacher, last)).item() / last.numel()
+    report = tune_(model, spec, tokens, wanted, TuningSettings(samples, 5e-3), CPU)
+    assert report.loss_before == pytest.approx(untuned, rel=1e-4)
+    assert report.loss_after == pytest.approx(sum(report.losses[-checked:]) / checked, rel=1e-6)
+    assert report.loss_after < report.loss_before
 
 
 def test_logits_in_parts_are_logits(monkeypatch):

@@ -155,7 +155,7 @@ def row_identity(row: Row, setups: dict[int, Setup], statistics: str) -> dict[st
     quant = row.quant
     if quant.bits.untouched:
         return {}
-    made = flat(quant, Changes.LAYERS)
+    made = flat(quant, Changes.MODEL)
     if row.seed is None:
         del made["seed"]
     idle = (*flat(quant.rotation), "probe", "probe_tokens") if quant.transform is Transform.NONE else ()

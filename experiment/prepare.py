@@ -136,7 +136,7 @@ def model_identity(setup: Setup, quant: QuantSettings, statistics: Path | None) 
         "attn_implementation": setup.model.attn_implementation,
         "calibration": None if setup.tokens is None else data_fingerprint(setup.tokens),
         "activation statistics": statistics_identity(statistics),
-        **flat(quant, Changes.LAYERS),
+        **flat(quant, Changes.MODEL),
     }
 
 

@@ -68,7 +68,7 @@ class Published:
 
 
 def method_of(quant: QuantSettings) -> dict[str, Any]:
-    """What these settings decide for the layers: equal where the layers are, but for the seed."""
+    """What these settings decide for the model: equal where the models are, but for the seed."""
     if quant.bits.untouched:
         return dict(UNTOUCHED)
     idle = {"seed"}
@@ -76,7 +76,7 @@ def method_of(quant: QuantSettings) -> dict[str, Any]:
         idle |= {*flat(quant.rotation), "probe", "probe_tokens"} - {"block_size"}
     if quant.transform is Transform.NONE:
         idle |= {"block_size"}
-    return {name: value for name, value in flat(quant, Changes.LAYERS).items() if name not in idle}
+    return {name: value for name, value in flat(quant, Changes.MODEL).items() if name not in idle}
 
 
 def read_published(path: Path = PUBLISHED) -> Published:

@@ -30,8 +30,8 @@ class Taken:
 
 
 def method_flags() -> set[str]:
-    """Where argparse keeps the values of the flags that decide what a preset says of the quantized layers."""
-    idle = {each.name for each in options(QuantSettings) if each.changes is not Changes.LAYERS}
+    """Where argparse keeps the values of the flags that decide what a preset says of the quantized model."""
+    idle = {each.name for each in options(QuantSettings) if each.changes < Changes.MODEL}
     return {destination(name) for name in set(defaults(QuantSettings)) - idle - LEFT_OPEN}
 
 

@@ -27,7 +27,7 @@ from quantize.state import FinishedLayer, LayerState
 from utils.errors import InputError
 from utils.io import read_tensors, write_json, write_tensors
 from utils.results import differences
-from utils.settings import defaults
+from utils.settings import Changes, defaults, options
 
 FORMAT = 1
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of NFS, FUSE and cluster file systems
@@ -129,14 +129,17 @@ def require_new(folder: Path) -> None:
 def require_same_run(folder: Path, identity: dict) -> dict:
     """The identity that the checkpoint in `folder` was begun with: that of this run, `identity`.
 
-    A setting that did not exist then had its default. Raises InputError, naming every difference, if it is another's.
+    A setting that did not exist then had its default, and one that does not decide layers may differ. Raises
+    InputError, naming every difference, if it is another's.
     """
     saved = read_run(folder)
     if saved.pop("format", None) != FORMAT:
         raise InputError(f"--resume {folder}: made by another version of this suite; quantize again")
     saved.pop("model", None)  # where it was then; its digests decide
     usual = {f"--{name}": value for name, value in defaults(QuantSettings).items()}
-    different = differences({key: usual[key] for key in identity if key in usual} | saved, identity)
+    idle = {f"--{each.name}" for each in options(QuantSettings) if each.changes < Changes.LAYERS}
+    then = {key: value for key, value in saved.items() if key not in idle}
+    different = differences({key: usual[key] for key in identity if key in usual} | then, identity)
     if different:
         raise InputError(f"--resume {folder}: is of another run: {'; '.join(different)}")
     return saved

@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from utils.errors import InputError
-from utils.settings import option
+from utils.settings import Changes, option
 
 
 class Rounding(StrEnum):
@@ -72,9 +72,12 @@ class TuningSettings:
         "further samples, which the layers are not calibrated on: on each of them once, scales of weights, biases, "
         "norms and clips of all layers are trained together, so that the logits follow full precision's",
         flag="tune_samples",
+        changes=Changes.MODEL,
         tag="tune",
     )
-    rate: float = option(1e-3, "its learning rate, which falls to 0", flag="tune_lr", tag="tune_lr")
+    rate: float = option(
+        1e-3, "its learning rate, which falls to 0", flag="tune_lr", changes=Changes.MODEL, tag="tune_lr"
+    )
 
     def __post_init__(self) -> None:
         if self.samples < 0:

@@ -35,7 +35,8 @@ class Changes(enum.IntEnum):
     NOTHING = 0  # no figure: where things are, how they are shown, how much is kept
     GRADES = 1  # how answers that are kept are graded: they stay where they are, and so does the folder
     FIGURES = 2  # what is measured, on the same quantized model
-    LAYERS = 3  # what is decided for the layers: with another value a checkpoint is of another run
+    MODEL = 3  # what is made of the quantized layers before anything is measured: a checkpoint of them serves
+    LAYERS = 4  # what is decided for the layers: with another value a checkpoint is of another run
 
 
 def option(

@@ -5,6 +5,8 @@ from best_settings import FLAGS
 from conftest import run_script
 from script_cases import assert_refused, common, results_of
 
+TUNED = ("--tune_samples", 3, "--tune_lr", 0.003)  # which gains something on these models
+
 
 @pytest.fixture(scope="module")
 def usual(model_folder, token_file) -> tuple:
@@ -16,7 +18,7 @@ def usual(model_folder, token_file) -> tuple:
     [
         ("--sensitivity", "--sensitivity_windows", 3),
         ("--sensitivity", "--sensitivity_windows", 3, "--value_rotation", "--train", "transform", "--epochs", 2),
-        ("--tune_samples", 2),
+        TUNED,
     ],
     ids=["as it is", "trained", "tuned"],
 )
@@ -27,10 +29,29 @@ def test_a_saved_model_is_evaluated_to_exactly_the_same_perplexity(more, usual, 
     results = results_of(tmp_path)
     assert results["failures"] == {}
     assert results["settings"]["rounding"] == "gptq"
+    assert more != TUNED or results["tuning"]["loss_after"] < results["tuning"]["loss_before"]
     flags = ("--model", "saved", "--test_dataset", token_file, "--eval_ppl", "--output_dir", "again")
     done = run_script("main.py", *flags, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert results_of(tmp_path, output="again")["perplexity_details"] == results["perplexity_details"]
+
+
+def test_a_checkpoint_of_layers_serves_whatever_is_tuned_behind_them(usual, tmp_path):
+    tuned = ("--nsamples", 5, *TUNED)
+    runs = {
+        "plain": ("--nsamples", 5, "--save_dir", "ck"),
+        "resumed": (*tuned, "--resume", "ck"),
+        "fresh": (*tuned, "--save_dir", "tuned"),
+        "back": ("--nsamples", 5, "--resume", "tuned"),
+    }
+    found, stdout = {}, {}
+    for name, flags in runs.items():
+        done = run_script("main.py", *usual, *flags, "--output_dir", name, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found[name], stdout[name] = results_of(tmp_path, output=name)["perplexity_details"], done.stdout
+    assert stdout["resumed"].count("from the checkpoint") == stdout["back"].count("from the checkpoint") == 2
+    assert found["resumed"] == found["fresh"]
+    assert found["back"] == found["plain"] != found["fresh"]
 
 
 def test_rows_without_rotation_are_compared_too(usual, tmp_path):

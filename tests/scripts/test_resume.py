@@ -16,7 +16,7 @@ from starter import shared_starter
 LAYERS = 4
 FLAGS = ("--wbits", 4, "--abits", 4, "--smooth", "--lac", 0.95, "--block_size", 16, "--eval_ppl", "--net", "tiny")
 TRAINED = ("--lwc", "--epochs", 6, "--max_rotation_step", 60)
-BEST = (*best_settings.FLAGS, "--max_rotation_step", 250, "--tune_samples", 3)
+BEST = (*best_settings.FLAGS, "--max_rotation_step", 250, "--tune_samples", 3, "--tune_lr", 0.003)
 SEARCHED = ("--swc", 0.9, "--max_rotation_step", 350)
 
 
@@ -44,6 +44,9 @@ def uninterrupted(request, starter, usual, tmp_path_factory):
     done = starter.run(folder, *flags, "--save_dir", "ck")
     assert done.returncode == 0, done.stderr
     assert len(layer_content(folder / "ck")) == LAYERS
+    if request.param == BEST:
+        tuning = results_of(folder)["tuning"]
+        assert tuning["loss_after"] < tuning["loss_before"]
     return flags, folder
 
 

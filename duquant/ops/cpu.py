@@ -113,7 +113,9 @@ def in_parts(values: Tensor, number: int) -> Tensor:
     """Channels [T, C] in the order of `high_bytes`: [T, n ⌈C/n⌉], those that are missing 0."""
     if number < 2:
         return values
-    return pad(values, (0, -values.shape[1] % number)).unflatten(1, (-1, number)).transpose(1, 2).flatten(1)
+    missing = -values.shape[1] % number
+    values = pad(values, (0, missing)) if missing else values
+    return values.unflatten(1, (-1, number)).transpose(1, 2).flatten(1)
 
 
 def _terms(x: RowCodes) -> Tensor:

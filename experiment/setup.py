@@ -33,7 +33,7 @@ from quantize.statistics import ChannelStatistics, Origin, load_scales, same_cal
 from utils.corpora import MIX
 from utils.data import calibration_tokens, data_fingerprint, is_token_file
 from utils.device import DTYPES, pick_device
-from utils.distributed import is_main, local_rank
+from utils.distributed import is_main, local_rank, world_size
 from utils.errors import InputError, Missing, noting
 from utils.windows import Bos
 
@@ -206,12 +206,15 @@ def fetch_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The calibration tokens [N, T], and those [further, T] that are drawn behind them.
 
-    Of a file of tokens without --nsamples the further ones are the last. Raises InputError if it has no others, and for
-    a mix, whose corpora stand one behind the other.
+    Of a file of tokens without --nsamples the further ones are the last. Raises InputError if it has no others, for a
+    mix, whose corpora stand one behind the other, and for so few that there is no step behind the first.
     """
     from_file = is_token_file(calibration.calib_dataset)
     if further and calibration.calib_dataset == MIX:
         raise InputError("--tune_samples: cannot be drawn from a mix; name one of its corpora as --calib_dataset")
+    if 0 < further <= world_size():
+        more = f"more than {world_size()} are needed, one for each process and others to tell what that gained"
+        raise InputError(f"--tune_samples {further}: {more}")
     wanted = calibration.nsamples or (None if from_file else DEFAULT_NSAMPLES)
     tokens = calibration_tokens(
         calibration.calib_dataset,

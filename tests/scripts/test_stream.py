@@ -176,7 +176,7 @@ def test_a_weight_that_is_not_finite_stops_the_walk_with_its_name(sharded, data,
     [
         ("--tasks", "stories_qa"),
         ("--prompt", "w1 w2"),
-        ("--tune_samples", "1"),
+        ("--tune_samples", "2"),
     ],
     ids=lambda flags: " ".join(flags),
 )

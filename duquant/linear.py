@@ -166,12 +166,17 @@ class QuantLinear(nn.Module):
 
     def _prepared(self, kernel: Kernel) -> Any:
         """What `kernel` reads of the codes. Where it keeps that and can tell the codes from it, they are let go."""
-        key = (kernel, self.scale.device)
+        # written over in place it is another weight; inference tensors do not say
+        version = 0 if kernel.traceable or self.scale.is_inference() else self.scale._version
+        key = (kernel, self.scale.device, version)
         if self._kept is None or self._kept[0] != key:
             self._restore_()
             if self._sums is None or self._sums.device != self.scale.device:
                 self._sums = code_sums(self.packed_codes, self.format)
-            self._kept = key, kernel.prepare(self.packed_codes, self._sums, self.format, self.keeps)
+            prepared = kernel.prepare(self.packed_codes, self._sums, self.format, self.keeps)
+            if not self.keeps and kernel.traceable:  # nothing is kept in the midst of what a compiler traces
+                return prepared
+            self._kept = key, prepared
             if self.keeps and kernel.recovers:
                 self.codes = None
         return self._kept[1]
@@ -179,7 +184,7 @@ class QuantLinear(nn.Module):
     def _restore_(self) -> None:
         """Hold the packed codes, and nothing that was made of them."""
         if self.plain is None and self.codes is None:
-            (kernel, _), prepared = self._kept
+            (kernel, *_), prepared = self._kept
             self.codes = kernel.packed(prepared, self.format)
         self._kept = None
 

@@ -52,7 +52,7 @@ class Kernel(Protocol):
         """The codes of T(x) − shift, `x` [T, C]: those that fake quantization rounds to."""
 
     def prepare(self, packed: PackedCodes, sums: Tensor, form: IntegerFormat, keep: bool) -> Any:
-        """What the product reads of a weight [O, C]; `sums` [O] of its codes. `keep`: it will be used many times."""
+        """What the product reads of a weight [O, C]; `sums` [O] of its codes. `keep`: fast, else small."""
 
     def packed(self, weight: Any, form: IntegerFormat) -> Tensor:
         """The packed codes of what `prepare` kept, where `recovers` says so: they need not be held beside it."""

@@ -131,6 +131,20 @@ def test_what_is_kept_is_counted(runtime, expand):
 
 
 @needs_bytes
+@pytest.mark.parametrize("expand", ["per_call", "once"])
+def test_a_scale_that_is_written_over_is_noticed(expand):
+    linears = pair()
+    set_runtime_(linears, "integer", expand)
+    before = outputs(linears, X)
+    for linear in linears:
+        linear.scale.mul_(2)
+    after = outputs(linears, X)
+    set_runtime_(linears, "reference")
+    torch.testing.assert_close(after, outputs(linears, X), rtol=1e-5, atol=1e-4)
+    assert (after - before).abs().max() > 1
+
+
+@needs_bytes
 @pytest.mark.parametrize(
     "change",
     [

@@ -111,7 +111,10 @@ class IntegerFormat:
 
     def rounded(self, x: Tensor, parameters: Parameters) -> Tensor:
         """The codes of `x` as floats. Differentiable in `x` and in the parameters (straight-through)."""
-        return (straight_through_round(x / parameters.scale) + parameters.zero).clamp(0, self.largest)
+        steps, zero = x / parameters.scale, parameters.zero
+        if steps.requires_grad or zero.requires_grad:
+            return (straight_through_round(steps) + zero).clamp(0, self.largest)
+        return steps.round_().add_(zero).clamp_(0, self.largest)  # fresh memory for each costs several times as much
 
     def encode(self, x: Tensor, parameters: Parameters) -> Codes:
         """The codes of `x` under parameters that broadcast against it."""
@@ -123,7 +126,8 @@ class IntegerFormat:
 
     def fake(self, x: Tensor, parameters: Parameters) -> Tensor:
         """decode(encode(x)) without integers between them: the same numbers, and differentiable."""
-        return (self.rounded(x, parameters) - parameters.zero) * parameters.scale
+        codes, (scale, zero) = self.rounded(x, parameters), parameters
+        return (codes - zero) * scale if codes.requires_grad else codes.sub_(zero).mul_(scale)
 
 
 class BlockFormat:

@@ -157,8 +157,12 @@ BEST = {
     "everything": best(gqa=GqaSmooth.FOLD, extras=EXTRAS["all"]),
     "nearest, no target": best(rounding=RoundingSettings(), extras=EXTRAS["value rotation"]),
     "peaks of values": replace(best(extras=EXTRAS["value rotation"]), smooth=SmoothSettings()),
-    "clips trained": best(clip=ClipSettings("search"), training=TrainingSettings(epochs=1), extras=EXTRAS["all"]),
-    "transform trained": best(training=TrainingSettings(Trained.TRANSFORM, epochs=1), extras=EXTRAS["all"]),
+    "clips trained": best(
+        clip=ClipSettings("search"), training=TrainingSettings(epochs=1, batch_size=BATCH), extras=EXTRAS["all"]
+    ),
+    "transform trained": best(
+        training=TrainingSettings(Trained.TRANSFORM, epochs=1, batch_size=BATCH), extras=EXTRAS["all"]
+    ),
 }
 
 

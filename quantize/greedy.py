@@ -17,10 +17,9 @@ from utils.device import cpu_threads
 SMALL_PRODUCT = 2**22  # multiply-adds of one step below which it runs on one thread of the CPU
 STEPS_PER_CHECK = 16  # steps between two looks at whether more rows are needed: each look waits for the device
 STEPS_UNCHECKED = 64  # steps that are launched as one, where no more rows can join
-# Of a search on chosen rows so many of the best prefixes are looked at on so many times as many rows, and the best of
-# these on all
+# A search on chosen rows looks at so many of its best prefixes on so many times as many rows, then at so many on all.
 PREFIXES_SCREENED, SCREENING_ROWS, PREFIXES_CHECKED = 32, 4, 8
-PRODUCT_COLUMNS = 1024  # of the rotations that rows are multiplied by at once
+PRODUCT_COLUMNS = 1024  # of all rotations that rows are multiplied by at once
 FACTOR_ELEMENTS = 2**22  # of the matrices that are multiplied up at once
 # On a GPU so many rows take a step as fast as few, and numbers of rows are powers of two: each is captured once.
 LEAST_CAPTURED = 512
@@ -55,7 +54,8 @@ def greedy_rotation(
     have come down to them, and leave when these have moved far above; the trajectory is that of the plain search.
 
     `most`: steps are taken on so many rows at most, the longest. Where that leaves out rows that could have held an
-    extreme, the best prefixes are looked at on all rows, and the one with the smallest peak there is kept.
+    extreme, the best prefixes are looked at on more rows, the best of these on all, and the one with the smallest peak
+    there is kept.
     Sources: DuQuant, algorithm 1; the lazy and the chosen rows are ours.
     """
     rows = x.detach().reshape(-1, len(step))
@@ -93,7 +93,7 @@ def greedy_rotation(
         count = STEPS_UNCHECKED if steps - done >= STEPS_UNCHECKED else min(STEPS_PER_CHECK, steps - done)
         state, done = search.advance(state, count), done + count
         floors.append(state.least_floor)
-    if most < len(rows):
+    if steps and most < len(rows):
         exact = exact and needed(torch.stack(floors).amin())[0] <= most
     return search.best(state) if exact else search.best_on_all_rows(state)
 

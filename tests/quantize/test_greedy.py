@@ -131,6 +131,27 @@ def test_a_search_on_chosen_rows_keeps_the_steps_that_are_best_on_all(most, kind
     assert better or most > 1 or rule is SearchRule.ROW, "nothing was shown"
 
 
+def test_where_all_rows_are_alike_few_of_them_find_nearly_the_peak_that_all_do():
+    few, every = [], []
+    for seed in range(8):
+        x, step = make_probe("none", 16, seed, tokens=1000), make_step(16, seed)
+        for found, most in ((few, 100), (every, None)):
+            rotated = x.reshape(-1, 16) @ greedy_rotation(x, step, 128, SearchRule.CHANNEL, most).rotation.double()
+            found.append((rotated.max() - rotated.min()).item())
+    assert few != every
+    assert sum(few) < 1.01 * sum(every)
+
+
+def test_peaks_behind_many_rotations_are_those_behind_each(monkeypatch):
+    monkeypatch.setattr(greedy, "PRODUCT_COLUMNS", 3 * 16)
+    monkeypatch.setattr("duquant.tensors.PART_ELEMENTS", 7 * 3 * 16)
+    rows = make_probe("normal", 16, 0).reshape(-1, 16)
+    rotations = torch.stack([make_step(16, seed) for seed in range(7)])
+    turned = rows @ rotations
+    expected = turned.amax(dim=(1, 2)) - turned.amin(dim=(1, 2))
+    torch.testing.assert_close(greedy.peaks_of(rows, rotations), expected)
+
+
 @pytest.mark.parametrize(
     "steps", [1, STEPS_PER_CHECK - 1, STEPS_PER_CHECK, STEPS_PER_CHECK + 1, 2 * STEPS_PER_CHECK + 5]
 )
@@ -142,9 +163,10 @@ def test_every_number_of_steps_is_taken_exactly(steps):
     torch.testing.assert_close(found.peaks, peaks, atol=0, rtol=1e-11)
 
 
-def test_no_steps_give_the_identity():
+@pytest.mark.parametrize("most", [None, 1])
+def test_no_steps_give_the_identity(most):
     x = make_probe("massive", 8, 0)
-    found = greedy_rotation(x, make_step(8, 0), 0, SearchRule.CHANNEL)
+    found = greedy_rotation(x, make_step(8, 0), 0, SearchRule.CHANNEL, most)
     assert torch.equal(found.rotation, torch.eye(8))
     assert found.exchanges.numel() == 0
     assert found.peaks.tolist() == [x.max() - x.min()]

@@ -20,12 +20,8 @@ def extremes(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return torch.aminmax(x, dim=dim)
 
 
-def part_elements(device: torch.device) -> int:
-    """How many elements of a large tensor are worked on at once."""
-    return PART_ELEMENTS if device.type == "cpu" else GPU_PART_ELEMENTS
-
-
 def row_parts(weight: Tensor) -> list[slice]:
     """Slices of the first dimension that cut `weight` [O, …] into parts of a size whose temporary copies are cheap."""
-    rows = max(1, part_elements(weight.device) // max(1, weight[0].numel())) if len(weight) else 1
+    elements = PART_ELEMENTS if weight.device.type == "cpu" else GPU_PART_ELEMENTS
+    rows = max(1, elements // max(1, weight[0].numel())) if len(weight) else 1
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]

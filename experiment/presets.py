@@ -64,9 +64,9 @@ VARIANTS = {  # where a part is left out that has a value, it has the paper's
 
 
 def preset_quant(values: Mapping[str, Any], shared: QuantSettings) -> QuantSettings:
-    """The method that a preset's `values` say, at the bits, formats, seed and block size of `shared`."""
-    quant = from_flat(QuantSettings, values)
-    rotation = replace(quant.rotation, block_size=shared.rotation.block_size)
+    """The method that a preset's `values` say, at the bits, formats, seed, block size and searched rows of `shared`."""
+    quant, given = from_flat(QuantSettings, values), shared.rotation
+    rotation = replace(quant.rotation, block_size=given.block_size, rows=given.rows)
     return replace(quant, bits=shared.bits, formats=shared.formats, seed=shared.seed, rotation=rotation)
 
 

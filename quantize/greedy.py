@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from duquant.tensors import extremes, part_elements
+from duquant.tensors import extremes
 from quantize import greedy_kernel
 from quantize.rotation import exchange_indices
 from quantize.rotation_settings import SearchRule
@@ -17,9 +17,7 @@ from utils.device import cpu_threads
 SMALL_PRODUCT = 2**22  # multiply-adds of one step below which it runs on one thread of the CPU
 STEPS_PER_CHECK = 16  # steps between two looks at whether more rows are needed: each look waits for the device
 STEPS_UNCHECKED = 64  # steps that are launched as one, where no more rows can join
-# A search on chosen rows looks at so many of its best prefixes on so many times as many rows, then at so many on all.
-PREFIXES_SCREENED, SCREENING_ROWS, PREFIXES_CHECKED = 32, 4, 8
-PRODUCT_COLUMNS = 1024  # of all rotations that rows are multiplied by at once
+PREFIXES_CHECKED = 4  # of a search on chosen rows, how many of the best prefixes are looked at on all rows
 FACTOR_ELEMENTS = 2**22  # of the matrices that are multiplied up at once
 # On a GPU so many rows take a step as fast as few, and numbers of rows are powers of two: each is captured once.
 LEAST_CAPTURED = 512
@@ -54,8 +52,7 @@ def greedy_rotation(
     have come down to them, and leave when these have moved far above; the trajectory is that of the plain search.
 
     `most`: steps are taken on so many rows at most, the longest. Where that leaves out rows that could have held an
-    extreme, the best prefixes are looked at on more rows, the best of these on all, and the one with the smallest peak
-    there is kept.
+    extreme, the best prefixes are looked at on all rows, and the one with the smallest peak there is kept.
     Sources: DuQuant, algorithm 1; the lazy and the chosen rows are ours.
     """
     rows = x.detach().reshape(-1, len(step))
@@ -93,7 +90,7 @@ def greedy_rotation(
         count = STEPS_UNCHECKED if steps - done >= STEPS_UNCHECKED else min(STEPS_PER_CHECK, steps - done)
         state, done = search.advance(state, count), done + count
         floors.append(state.least_floor)
-    if steps and most < len(rows):
+    if most < len(rows):
         exact = exact and needed(torch.stack(floors).amin())[0] <= most
     return search.best(state) if exact else search.best_on_all_rows(state)
 
@@ -194,47 +191,22 @@ class _Search:
         return GreedySearch(product_of(self.step, exchanges).float(), exchanges.cpu(), peaks)
 
     def best_on_all_rows(self, state: _State) -> GreedySearch:
-        """Of the start and the prefixes that are best on the active rows, the one with the smallest peak on all.
-
-        Of many such prefixes those are looked at on all rows that are best on some more.
-        """
+        """Of the start and the prefixes that are best on the active rows, the one with the smallest peak on all."""
         peaks = state.peaks.cpu()
-        prefixes = 1 + best_of(peaks[1:], PREFIXES_SCREENED)
-        rotations = self.rotations(state.exchanges, prefixes)
-        some = self.all_rows[self.row_numbers[: SCREENING_ROWS * self.most]]
-        chosen = best_of(peaks_of(some, rotations).cpu(), PREFIXES_CHECKED)
-        prefixes = torch.cat([prefixes.new_zeros(1), prefixes[chosen]])
-        rotations = torch.cat([torch.eye(len(self.step), device=rotations.device)[None], rotations[chosen]])
-        found = peaks_of(self.all_rows, rotations).cpu()
+        prefixes = 1 + peaks[1:].topk(min(PREFIXES_CHECKED, len(peaks) - 1), largest=False).indices.sort().values
+        prefixes = torch.cat([prefixes.new_zeros(1), prefixes])
+        product = torch.eye(len(self.step), dtype=torch.float64, device=self.step.device)
+        rotations, found, rotated = [], [], torch.empty_like(self.all_rows)
+        for before, prefix in itertools.pairwise([0, *prefixes.tolist()]):
+            product = product @ product_of(self.step, state.exchanges[before:prefix])
+            rotations.append(product.float())
+            torch.mm(self.all_rows, product.to(self.all_rows.dtype), out=rotated)
+            found.append(torch.stack(torch.aminmax(rotated)).diff())
+        found = torch.cat(found).cpu()
         best = int(found.argmin())
         return GreedySearch(
             rotations[best], state.exchanges[: int(prefixes[best])].cpu(), peaks.scatter(0, prefixes, found)
         )
-
-    def rotations(self, exchanges: Tensor, prefixes: Tensor) -> Tensor:
-        """What the first steps make together, for each number of them in `prefixes` [n], which rise: [n, B, B]."""
-        product, found = torch.eye(len(self.step), dtype=torch.float64, device=self.step.device), []
-        for before, prefix in itertools.pairwise([0, *prefixes.tolist()]):
-            product = product @ product_of(self.step, exchanges[before:prefix])
-            found.append(product.float())
-        return torch.stack(found)
-
-
-def best_of(peaks: Tensor, most: int) -> Tensor:
-    """Which of `peaks` [n] are the smallest, as they stand: [min(most, n)]."""
-    return peaks.topk(min(most, len(peaks)), largest=False).indices.sort().values
-
-
-def peaks_of(rows: Tensor, rotations: Tensor) -> Tensor:
-    """max − min of `rows` [N, B] behind each of `rotations` [n, B, B]: [n], by products with many of them at once."""
-    size, found = rows.shape[1], []
-    for some in rotations.to(rows.dtype).split(max(1, PRODUCT_COLUMNS // size)):
-        beside = some.transpose(0, 1).flatten(1)  # [B, n·B]
-        at_once = max(1, part_elements(rows.device) // beside.shape[1])
-        ends = [torch.stack(extremes(part @ beside, dim=0)) for part in rows.split(at_once)]
-        low, high = torch.stack(ends).view(len(ends), 2, len(some), size).unbind(1)
-        found.append(high.amax(dim=(0, 2)) - low.amin(dim=(0, 2)))
-    return torch.cat(found)
 
 
 def take_steps(

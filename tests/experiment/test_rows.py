@@ -77,12 +77,13 @@ def test_every_ablation_is_known_here():
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *VARIANTS])
-def test_presets_have_the_bits_the_seed_and_the_block_size_that_are_given_and_nothing_else(name):
+def test_presets_have_the_bits_the_seed_the_block_size_and_the_rows_that_are_given_and_nothing_else(name):
     bits = BitSettings(3, 8, group_size=32, symmetric=True, key=5)
-    rotation = RotationSettings(GivenSize(64), steps=7)
+    rotation = RotationSettings(GivenSize(64), steps=7, rows=50)
     given = replace(SMOOTHED, bits=bits, rotation=rotation, smooth=SmoothSettings(0.9), probe_tokens=3)
     (row,), (usual,) = (rows_for([name], quant, seeds=[5]).values() for quant in (given, SMOOTHED))
-    assert row.quant == replace(usual.quant, bits=bits, rotation=replace(usual.quant.rotation, block_size=64))
+    rotation = replace(usual.quant.rotation, block_size=64, rows=50)
+    assert row.quant == replace(usual.quant, bits=bits, rotation=rotation)
     assert isinstance(row.quant.rotation.block_size, GivenSize), "a size that was named must divide here too"
     assert row.seed == row.quant.seed == 5
     assert row.full_title.endswith(" W3A8K5G32")

@@ -142,16 +142,6 @@ def test_where_all_rows_are_alike_few_of_them_find_nearly_the_peak_that_all_do()
     assert sum(few) < 1.01 * sum(every)
 
 
-def test_peaks_behind_many_rotations_are_those_behind_each(monkeypatch):
-    monkeypatch.setattr(greedy, "PRODUCT_COLUMNS", 3 * 16)
-    monkeypatch.setattr("duquant.tensors.PART_ELEMENTS", 7 * 3 * 16)
-    rows = make_probe("normal", 16, 0).reshape(-1, 16)
-    rotations = torch.stack([make_step(16, seed) for seed in range(7)])
-    turned = rows @ rotations
-    expected = turned.amax(dim=(1, 2)) - turned.amin(dim=(1, 2))
-    torch.testing.assert_close(greedy.peaks_of(rows, rotations), expected)
-
-
 @pytest.mark.parametrize(
     "steps", [1, STEPS_PER_CHECK - 1, STEPS_PER_CHECK, STEPS_PER_CHECK + 1, 2 * STEPS_PER_CHECK + 5]
 )

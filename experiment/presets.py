@@ -71,7 +71,7 @@ def preset_quant(values: Mapping[str, Any], shared: QuantSettings) -> QuantSetti
 
 
 def preset_of(quant: QuantSettings) -> str | None:
-    """Which of BEYOND_PAPER these settings are, at whatever bits, seed and block size; None if they are none."""
+    """Which of BEYOND_PAPER these settings are, at whatever bits, seed, block size and searched rows; else None."""
     return next((name for name in BEYOND_PAPER if preset_quant(PRESETS[name], quant) == quant), None)
 
 

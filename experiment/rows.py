@@ -76,7 +76,7 @@ class ComparisonSettings:
         "which rows, by default usual:\n"
         f"  {', '.join(PLAIN_ROWS)}: full precision, round-to-nearest, smoothing alone, and the settings given with "
         "each transform\n"
-        f"  {', '.join(PRESETS)}: that preset, whatever is given, but for settings of bits and the block size\n"
+        f"  {', '.join(PRESETS)}: that preset, whatever is given, but for bits, the block size and --search_rows\n"
         f"  {', '.join(VARIANTS)}: the preset best but for one part\n"
         "  usual: the first line but permute_rotate, and best\n"
         "  ablation: full, paper, best, and best but for each part",

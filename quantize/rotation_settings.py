@@ -115,7 +115,7 @@ class RotationSettings:
     rows: int | None = option(
         None,
         "a number: only so many rows of the probe (a token's channels in one block) take part in the search of a "
-        "rotation, the longest ones: faster; 64 were as good as all on a small model (default: all)",
+        "rotation, the longest ones: faster, and at most a little worse (default: all)",
         flag="search_rows",
         tag="rows_",
         type=_number_or("all", int),

@@ -99,7 +99,7 @@ def make(way: str, config: LlamaConfig) -> LlamaModel:
     return model
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as generation and evaluations do it
 def called(model: LlamaModel, x: Tensor) -> Tensor:
     """The hidden states [1, T, C] behind the layer."""
     return model(inputs_embeds=x.to(model.norm.weight.dtype), use_cache=False).last_hidden_state.float()

@@ -43,6 +43,7 @@ from duquant.ops.triton_quantize import MATRIX_FACTOR, ROUNDING, fake_quantize, 
 from duquant.ops.triton_tools import triton
 from duquant.packing import PackedCodes, code_sums
 from duquant.quantizer import Quantizer, RatioClip
+from quantize.gptq_kernel import TILE, round_columns
 from utils.device import DTYPES
 from utils.results import format_table
 
@@ -211,6 +212,7 @@ def builds() -> list[Build]:
     rounding |= {"ROUNDING": ROUNDING, "INVERTED": True}
     fake = {"BITS": 4, "SYMMETRIC": False, "RATIOS": False, "INVERTED": True, "ROUNDING": ROUNDING, "WHOLE": True}
     numbers = {"y": "*fp16", "low_ratio": "fp32", "high_ratio": "fp32"}
+    gptq = {"BITS": 4, "ROUNDING": ROUNDING, "s_row": 1, "s_column": 0, "z_row": 1, "z_column": 0, "BLOCK_B": 64}
     block_t, block_o, *bytes_launched = BYTE_TILE
     row_o, row_w, *row_launched = WORD_TILE
     return [
@@ -239,6 +241,13 @@ def builds() -> list[Build]:
             {**offsets, "BLOCK_T": block_t, "BLOCK_O": block_o, "BLOCK_C": 128},
             *bytes_launched,
             {"x": "*i8", "w": "*i8"},
+        ),
+        Build(
+            round_columns,
+            {**gptq, "BLOCK_O": TILE[0]},
+            TILE[1],
+            3,
+            dict.fromkeys(("now", "errors", "scale", "zero", "upper"), "*fp32"),
         ),
     ]
 

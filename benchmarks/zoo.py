@@ -7,9 +7,9 @@
     python benchmarks/zoo.py --shape 1024x2816 --profile                       any widths; the costliest functions
 
 The weights are random but the activations have an LLM's shape: a few channels of every norm are large, and one MLP
-neuron fires thousands of times the median on a few tokens. Settings are the paper's: W4A4, blocks of 128, 256 steps,
-smoothing 0.6. Layers and vocabulary beyond those asked for are left out: statistics and quantization take the same
-time for every layer. The last line is the figures as JSON.
+neuron fires thousands of times the median on a few tokens. Settings are the paper's (W4A4, blocks of 128, 256 steps,
+smoothing 0.6), or another preset's. Layers and vocabulary beyond those asked for are left out: statistics and
+quantization take the same time for every layer. The last line is the figures as JSON.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from evaluation.perplexity import perplexity
 from experiment.dry_run import size
 from experiment.estimate import Plan, estimate
 from experiment.options import Keep
+from experiment.presets import PRESETS, preset_quant
 from experiment.residence import choose_residence
 from models import decoder_spec
 from models.load import load_skeleton, pick_dtype
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--windows", type=int, default=0, help="test windows, which need the model's own vocabulary")
     parser.add_argument("--integers", action="store_true", help="perplexity multiplies codes")
+    parser.add_argument("--preset", choices=list(PRESETS), default="paper", help="as main.py's")
     parser.add_argument("--search_rows", type=int, help="as main.py's (default: all)")
     parser.add_argument("--keep", choices=list(Keep), default=Keep.AUTO, help="as main.py's")
     parser.add_argument(
@@ -204,14 +206,14 @@ def main() -> None:
     tokens = torch.randint(VOCABULARY, (samples, args.seqlen), generator=torch.Generator().manual_seed(0))
     if not args.windows:
         config.vocab_size = VOCABULARY
-    settings = replace(SETTINGS, rotation=RotationSettings(rows=args.search_rows))
+    settings = preset_quant(PRESETS[args.preset], replace(SETTINGS, rotation=RotationSettings(rows=args.search_rows)))
     if args.warm:
         single = shape_config(args.shape, 1)
         single.vocab_size = config.vocab_size
         measure(make_model(single, dtype), decoder_spec(single), tokens, settings, args.windows, args.integers, device)
     model, spec = make_model(config, dtype), decoder_spec(config)
     plan = Plan(dtype, device.type == "cuda", (samples, args.seqlen), ((args.windows, args.seqlen),))
-    needed = estimate(load_skeleton(config), spec, SETTINGS, plan)
+    needed = estimate(load_skeleton(config), spec, settings, plan)
     kept = choose_residence(Keep(args.keep), needed, free_device_memory(device), whole=True)
     if kept.weights:
         model.to(device)
@@ -224,6 +226,7 @@ def main() -> None:
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)
     figures = {
         "shape": args.shape,
+        "preset": args.preset,
         "tf32": args.tf32,
         "layers": len(spec.decoder_layers(model)),
         "dtype": str(dtype),

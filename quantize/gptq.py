@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from duquant.formats import Codes, Format, Parameters
+from quantize import gptq_kernel
 
 BLOCK = 64  # columns between two updates of all that follow: the work inside a block stays in the caches
 MORE_DAMPING = 10.0  # factor, where a Hessian is not positive definite
@@ -24,18 +25,29 @@ def gptq(weight: Tensor, hessian: Tensor, parameters: Parameters, form: Format, 
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], damping, name).to(weight.dtype)
     left, codes = weight[:, order], torch.empty(weight.shape, dtype=form.dtype, device=weight.device)
-    scale, zero = (each.expand_as(weight)[:, order] for each in parameters)
+    scale, zero = ((each if each.shape[1] == 1 else each[:, order]).expand_as(weight) for each in parameters)
     for start in range(0, weight.shape[1], BLOCK):
         block, rows = slice(start, start + BLOCK), factor[start : start + BLOCK]
-        now, errors, upper = left[:, block].clone(), torch.empty_like(left[:, block]), rows[:, block]
-        for column in range(now.shape[1]):
-            own = Parameters(scale[:, start + column], zero[:, start + column])
-            rounded = form.encode(now[:, column], own)
-            codes[:, start + column] = rounded.values
-            errors[:, column] = (now[:, column] - form.decode(rounded)) / upper[column, column]
-            now[:, column + 1 :].addr_(errors[:, column], upper[column, column + 1 :], alpha=-1)
+        now, own = left[:, block].clone(), Parameters(scale[:, block], zero[:, block])
+        by_kernel = gptq_kernel.serves(now, form)
+        errors = (gptq_kernel.round_columns_ if by_kernel else round_columns_)(now, own, rows[:, block], form)
+        codes[:, block] = form.encode(now, own).values
         left[:, block.stop :].addmm_(errors, rows[:, block.stop :], alpha=-1)
     return codes[:, order.argsort()]
+
+
+def round_columns_(now: Tensor, parameters: Parameters, upper: Tensor, form: Format) -> Tensor:
+    """Leave in every column of `now` [O, B] what is rounded in its turn; the errors [O, B] that later blocks take up.
+
+    Column k takes −e_j U_jk of each column j before it, e_j = (w_j − ŵ_j) / U_jj; `upper` [B, B] is U, `parameters`
+    are [O, B].
+    """
+    errors = torch.empty_like(now)
+    for j in range(now.shape[1]):
+        own = Parameters(parameters.scale[:, j], parameters.zero[:, j])
+        torch.sub(now[:, j], form.fake(now[:, j], own), out=errors[:, j]).div_(upper[j, j])
+        now[:, j + 1 :].addr_(errors[:, j], upper[j, j + 1 :], alpha=-1)
+    return errors
 
 
 def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:

@@ -12,6 +12,7 @@ from duquant.linear import expanded
 from duquant.tensors import widen
 from quantize.observe import capture_rows, known_outputs, parts_of_samples
 from quantize.spec import DecoderSpec, InputGroup
+from utils.device import tf32
 from utils.distributed import gather, sum_, world_size
 from utils.ferry import Ferry
 from utils.memory import Allocate
@@ -226,7 +227,12 @@ def moment_of(parts: Iterable[tuple[Tensor, ...]]) -> Tensor:
 
     Some (b,) or (b, a) [n, C] are given at a time.
     """
-    return _mean((torch.cat([each.T @ rows[0] for each in rows]).double(), len(rows[0])) for rows in parts)
+
+    def products(rows: tuple[Tensor, ...]) -> Tensor:
+        with tf32(rows[0].device):
+            return torch.cat([each.T @ rows[0] for each in rows])
+
+    return _mean((products(rows).double(), len(rows[0])) for rows in parts)
 
 
 def _mean(sums: Iterable[tuple[Tensor, int]]) -> Tensor:

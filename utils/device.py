@@ -85,6 +85,21 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """Inside the block a GPU multiplies float32 by 10 bits of each factor's fraction, in an eighth of the time.
+
+    For sums over many rows, such as moments: what is lost is as nothing beside rounding. A CPU multiplies as ever.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def to_device(value: object, device: torch.device) -> object:
     """`value` with every tensor in its tuples, lists and dicts on `device`."""
     if isinstance(value, torch.Tensor):

@@ -13,6 +13,7 @@ from models import decoder_spec
 from quantize.inputs import LayerInputs
 from quantize.observe import capture_rows, layer_calls, layer_output
 from quantize.samples import GroupRows, heads_by_kv, mean_of, moment_of, parts_of, viewed
+from tools.fake_device import fake_device
 from utils.memory import in_memory
 
 SEEN = TOKENS.clamp(min=3)  # without the padding token, whose embedding is zero
@@ -201,6 +202,26 @@ def test_means_and_moments_are_of_all_parts_together():
     torch.testing.assert_close(own, b.double().T @ b.double() / 100, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(cross, a.double().T @ b.double() / 100, rtol=1e-5, atol=1e-6)
     assert torch.equal(moment_of((part,) for part in parts_of(b, CPU)), own)
+
+
+def test_on_a_gpu_products_of_moments_alone_are_of_tf32(monkeypatch):
+    precisions = []
+
+    def parts():
+        for _ in range(2):
+            precisions.append(("what is multiplied", torch.get_float32_matmul_precision()))
+            yield torch.ones(10, 4, device="cuda"), torch.ones(10, 4, device="cuda")
+
+    multiply = Tensor.__matmul__
+
+    def recorded(a: Tensor, b: Tensor) -> Tensor:
+        precisions.append(("product", torch.get_float32_matmul_precision()))
+        return multiply(a, b)
+
+    with fake_device(), monkeypatch.context() as patch:
+        patch.setattr(Tensor, "__matmul__", recorded)
+        assert moment_of(parts()).shape == (8, 4)
+    assert precisions == [("what is multiplied", "highest"), ("product", "high"), ("product", "high")] * 2
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tools.fake_device import fake_device
-from utils.device import cpu_threads, describe, on_device, peak_memory, pick_device, to_device
+from utils.device import cpu_threads, describe, on_device, peak_memory, pick_device, tf32, to_device
 from utils.errors import InputError
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -105,6 +105,15 @@ def test_threads_are_restored_also_after_an_exception():
     with pytest.raises(KeyError), cpu_threads(before + 1):
         raise KeyError
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("device", "inside"), [("cpu", "highest"), ("cuda", "high")])
+def test_a_gpu_alone_multiplies_by_fewer_bits_and_only_inside_the_block(device, inside):
+    with tf32(torch.device(device)):
+        assert torch.get_float32_matmul_precision() == inside
+    with pytest.raises(KeyError), tf32(torch.device(device)):
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_peak_memory_of_the_host_is_at_least_what_is_held():

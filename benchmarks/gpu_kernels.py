@@ -43,7 +43,7 @@ from duquant.ops.triton_quantize import MATRIX_FACTOR, ROUNDING, fake_quantize, 
 from duquant.ops.triton_tools import triton
 from duquant.packing import PackedCodes, code_sums
 from duquant.quantizer import Quantizer, RatioClip
-from quantize.gptq_kernel import TILE, round_columns
+from quantize.gptq_kernel import TILE, round_block
 from utils.device import DTYPES
 from utils.results import format_table
 
@@ -212,7 +212,8 @@ def builds() -> list[Build]:
     rounding |= {"ROUNDING": ROUNDING, "INVERTED": True}
     fake = {"BITS": 4, "SYMMETRIC": False, "RATIOS": False, "INVERTED": True, "ROUNDING": ROUNDING, "WHOLE": True}
     numbers = {"y": "*fp16", "low_ratio": "fp32", "high_ratio": "fp32"}
-    gptq = {"BITS": 4, "ROUNDING": ROUNDING, "s_row": 1, "s_column": 0, "z_row": 1, "z_column": 0, "BLOCK_B": 64}
+    gptq = {"BITS": 4, "ROUNDING": ROUNDING, "BLOCK_O": TILE[0], "BLOCK_B": 64, "w_column": 1}
+    gptq |= {"s_row": 1, "s_column": 0, "z_row": 1, "z_column": 0}
     block_t, block_o, *bytes_launched = BYTE_TILE
     row_o, row_w, *row_launched = WORD_TILE
     return [
@@ -243,11 +244,11 @@ def builds() -> list[Build]:
             {"x": "*i8", "w": "*i8"},
         ),
         Build(
-            round_columns,
-            {**gptq, "BLOCK_O": TILE[0]},
+            round_block,
+            gptq,
             TILE[1],
             3,
-            dict.fromkeys(("now", "errors", "scale", "zero", "upper"), "*fp32"),
+            dict.fromkeys(("weight", "now", "errors", "scale", "zero", "upper"), "*fp32"),
         ),
     ]
 

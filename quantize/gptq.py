@@ -1,12 +1,15 @@
 """GPTQ: weights are rounded column by column, and the columns that are left take up the error of the output."""
 
 import logging
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from duquant.formats import Codes, Format, Parameters
 from quantize import gptq_kernel
+from utils.captured import Captured
 
 BLOCK = 64  # columns between two updates of all that follow: the work inside a block stays in the caches
 MORE_DAMPING = 10.0  # factor, where a Hessian is not positive definite
@@ -28,26 +31,43 @@ def gptq(weight: Tensor, hessian: Tensor, parameters: Parameters, form: Format, 
     scale, zero = ((each if each.shape[1] == 1 else each[:, order]).expand_as(weight) for each in parameters)
     for start in range(0, weight.shape[1], BLOCK):
         block, rows = slice(start, start + BLOCK), factor[start : start + BLOCK]
-        now, own = left[:, block].clone(), Parameters(scale[:, block], zero[:, block])
-        by_kernel = gptq_kernel.serves(now, form)
-        errors = (gptq_kernel.round_columns_ if by_kernel else round_columns_)(now, own, rows[:, block], form)
+        own = Parameters(scale[:, block], zero[:, block])
+        now, errors = rounding_of(left[:, block], form)(left[:, block], *own, rows[:, block])
         codes[:, block] = form.encode(now, own).values
         left[:, block.stop :].addmm_(errors, rows[:, block.stop :], alpha=-1)
     return codes[:, order.argsort()]
 
 
-def round_columns_(now: Tensor, parameters: Parameters, upper: Tensor, form: Format) -> Tensor:
-    """Leave in every column of `now` [O, B] what is rounded in its turn; the errors [O, B] that later blocks take up.
+def round_columns(weight: Tensor, scale: Tensor, zero: Tensor, upper: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """What is rounded of every column of `weight` [O, B] in its turn, and the errors that later blocks take up: [O, B].
 
-    Column k takes −e_j U_jk of each column j before it, e_j = (w_j − ŵ_j) / U_jj; `upper` [B, B] is U, `parameters`
-    are [O, B].
+    Column k takes −e_j U_jk of each column j before it, e_j = (w_j − ŵ_j) / U_jj. `scale`, `zero` [O, B]; U [B, B] is
+    `upper`.
     """
+    now = weight.clone(memory_format=torch.contiguous_format)
     errors = torch.empty_like(now)
     for j in range(now.shape[1]):
-        own = Parameters(parameters.scale[:, j], parameters.zero[:, j])
-        torch.sub(now[:, j], form.fake(now[:, j], own), out=errors[:, j]).div_(upper[j, j])
+        rounded = form.fake(now[:, j], Parameters(scale[:, j], zero[:, j]))
+        torch.sub(now[:, j], rounded, out=errors[:, j]).div_(upper[j, j])
         now[:, j + 1 :].addr_(errors[:, j], upper[j, j + 1 :], alpha=-1)
-    return errors
+    return now, errors
+
+
+def rounding_of(weight: Tensor, form: Format) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`round_columns` of blocks like `weight` [O, B]: on a GPU one launch, of a kernel or of what was recorded."""
+    if gptq_kernel.serves(weight, form):
+        return partial(gptq_kernel.round_columns, form=form)
+    if weight.device.type == "cuda":
+        return recorded_rounding(tuple(weight.shape), weight.dtype, weight.device, form)
+    return partial(round_columns, form=form)
+
+
+@lru_cache(maxsize=16)
+def recorded_rounding(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, form: Format) -> Captured:
+    """`round_columns` on a GPU as one launch."""
+    block = torch.ones(shape, dtype=dtype, device=device)
+    upper = torch.eye(shape[1], dtype=dtype, device=device)
+    return Captured(partial(round_columns, form=form), block, block, block, upper)
 
 
 def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:

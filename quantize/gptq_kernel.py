@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from duquant.formats import Format, IntegerFormat, Parameters
+from duquant.formats import Format, IntegerFormat
 from duquant.ops.fused import tried
 from duquant.ops.triton import available
 from duquant.ops.triton_launch import AS_WRITTEN, on, power_of_two
@@ -23,15 +23,18 @@ ALIKE = 0.98  # of a trial's rows: one may have a weight on a tie, behind which 
 
 
 @jit
-def round_columns(
-    now, errors, scale, zero, upper, rows, columns, s_row, s_column, z_row, z_column, u_row,
+def round_block(
+    weight, now, errors, scale, zero, upper, rows, columns, w_row, w_column, s_row, s_column, z_row, z_column, u_row,
     BITS: tl.constexpr, ROUNDING: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """`quantize.gptq.round_columns_` for `now`, `errors` [rows, columns], of columns ≤ BLOCK_B; U is `upper`."""
+    """`quantize.gptq.round_columns` of `weight` into `now`, `errors` [rows, columns], of columns ≤ BLOCK_B.
+
+    Strides: `w_row`, …; those of `now` and `errors` are (columns, 1), the second of `upper` is 1.
+    """
     o, k = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_B)
     inside = (o < rows)[:, None] & (k < columns)[None, :]
     row, at = o.to(tl.int64)[:, None], o.to(tl.int64)[:, None] * columns + k[None, :]
-    left = tl.load(now + at, mask=inside, other=0)
+    left = tl.load(weight + row * w_row + k[None, :] * w_column, mask=inside, other=0)
     steps = tl.load(scale + row * s_row + k[None, :] * s_column, mask=inside, other=1)
     zeros = tl.load(zero + row * z_row + k[None, :] * z_column, mask=inside, other=0)
     off = tl.zeros([BLOCK_O, BLOCK_B], tl.float32)
@@ -48,9 +51,9 @@ def round_columns(
     tl.store(errors + at, off, mask=inside)
 
 
-def serves(now: Tensor, form: Format) -> bool:
-    """Whether `round_columns_` takes `now` [O, B] for codes of this format."""
-    if type(now) is not Tensor or now.device.type != "cuda" or now.dtype is not torch.float32:
+def serves(weight: Tensor, form: Format) -> bool:
+    """Whether `round_columns` takes blocks like `weight` [O, B] for codes of this format."""
+    if type(weight) is not Tensor or weight.device.type != "cuda" or weight.dtype is not torch.float32:
         return False
     return isinstance(form, IntegerFormat) and works("cuda", form)
 
@@ -64,29 +67,31 @@ def works(device: str, form: IntegerFormat) -> bool:
 
 def trial(device: torch.device, form: IntegerFormat) -> bool:
     """Whether all rows but a few of some have the codes and the errors that torch finds on a CPU."""
-    from quantize.gptq import round_columns_ as by_torch  # which looks for this module
+    from quantize.gptq import round_columns as by_torch  # which looks for this module
 
     generator = torch.Generator().manual_seed(0)
     weight, upper = (torch.randn(64, 24, generator=generator) for _ in range(2))
     upper = upper[:24].triu() / 10 + torch.eye(24)
-    parameters = form.parameters(*(each[:, None].expand(-1, 24) for each in torch.aminmax(weight, dim=1)))
-    expected, found = weight.clone(), weight.to(device)
-    errors = by_torch(expected, parameters, upper, form)
-    own = round_columns_(found, Parameters(*(each.to(device) for each in parameters)), upper.to(device), form)
-    same = form.encode(found.cpu(), parameters).values == form.encode(expected, parameters).values
-    close = torch.isclose(own.cpu(), errors, rtol=0, atol=2**-16)
+    own = form.parameters(*(each[:, None].expand(-1, 24) for each in torch.aminmax(weight, dim=1)))
+    expected, errors = by_torch(weight, *own, upper, form)
+    now, found = (each.cpu() for each in round_columns(*(each.to(device) for each in (weight, *own, upper)), form))
+    same = form.encode(now, own).values == form.encode(expected, own).values
+    close = torch.isclose(found, errors, rtol=0, atol=2**-16)
     return bool((same & close).all(dim=1).double().mean() >= ALIKE)
 
 
-def round_columns_(now: Tensor, parameters: Parameters, upper: Tensor, form: IntegerFormat) -> Tensor:
-    """`quantize.gptq.round_columns_` by the kernel; `now` [O, B] without gaps, float32 as all others."""
-    errors, (rows, columns), (most, warps) = torch.empty_like(now), now.shape, TILE
+def round_columns(
+    weight: Tensor, scale: Tensor, zero: Tensor, upper: Tensor, form: IntegerFormat
+) -> tuple[Tensor, Tensor]:
+    """`quantize.gptq.round_columns` by the kernel, for float32."""
+    (rows, columns), (most, warps) = weight.shape, TILE
+    now, errors = weight.new_empty(2, rows, columns)
     upper = upper if upper.stride(1) == 1 else upper.contiguous()
-    with on(now.device):
-        round_columns[(triton.cdiv(rows, most),)](
-            now, errors, *parameters, upper, rows, columns,
-            *parameters.scale.stride(), *parameters.zero.stride(), upper.stride(0),
+    with on(weight.device):
+        round_block[(triton.cdiv(rows, most),)](
+            weight, now, errors, scale, zero, upper, rows, columns,
+            *weight.stride(), *scale.stride(), *zero.stride(), upper.stride(0),
             BITS=form.bits, ROUNDING=ROUNDING, BLOCK_O=most, BLOCK_B=power_of_two(columns, 16, 64),
             num_warps=warps, **AS_WRITTEN,
         )  # fmt: skip
-    return errors
+    return now, errors

@@ -116,7 +116,7 @@ def viewed(
             view.rows[name] = torch.cat(watch.rows)
             watch.rows.clear()  # or all of them would be there twice
     for name, kept in heads_watch.kept.items():
-        view.heads[name] = torch.cat(gather(torch.cat(kept).cpu())).to(device)
+        view.heads[name] = torch.cat(everywhere(torch.cat(kept)))
 
 
 class KnownOutputs:
@@ -192,13 +192,13 @@ class GroupRows:
 
         found = torch.cat([peaks(part) for part in self.parts()])
         own = self.rows[found.topk(min(count, len(found))).indices.to(self.rows.device)]
-        rows = torch.cat(gather(own.cpu())).to(self.device)  # a process could not use what is on another one's GPU
+        rows = torch.cat(everywhere(own.to(self.device)))
         return rows[peaks(rows).topk(min(count, len(rows))).indices]
 
     def some(self, count: int) -> Tensor:
         """About `count` rows of all processes, evenly spread over the samples, in float32."""
         own = self.rows[:: max(1, len(self.rows) * world_size() // count)]
-        return torch.cat(gather(own.cpu())).to(self.device).float()
+        return torch.cat(everywhere(own.to(self.device))).float()
 
     def peak(self) -> Tensor:
         """The largest magnitude of every channel [C] on all processes."""
@@ -214,7 +214,12 @@ def parts_of(rows: Tensor, device: torch.device) -> Iterator[Tensor]:
 def peak_of(parts: Iterable[Tensor]) -> Tensor:
     """The largest magnitude of every channel [C] of the rows of all processes, given some [n, C] at a time."""
     own = torch.stack([part.abs().amax(dim=0) for part in parts]).amax(dim=0)
-    return torch.stack([part.to(own.device) for part in gather(own.cpu())]).amax(dim=0)
+    return torch.stack(everywhere(own)).amax(dim=0)
+
+
+def everywhere(own: Tensor) -> list[Tensor]:
+    """The tensors of all processes, on the device of the `own`; none could use what is on another one's GPU."""
+    return [own] if world_size() == 1 else [each.to(own.device) for each in gather(own.cpu())]
 
 
 def mean_of(parts: Iterable[Tensor]) -> Tensor:
@@ -229,10 +234,27 @@ def moment_of(parts: Iterable[tuple[Tensor, ...]]) -> Tensor:
     """
 
     def products(rows: tuple[Tensor, ...]) -> Tensor:
-        with tf32(rows[0].device):
-            return torch.cat([each.T @ rows[0] for each in rows])
+        return torch.cat([product(each, rows[0]) for each in rows])
 
     return _mean((products(rows).double(), len(rows[0])) for rows in parts)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀb of [n, C] and [n, D]: [C, D]. On a GPU of three products of TF32, in three eighths of the time of float32's.
+
+    Factors are sums of two numbers, the first of which TF32 holds whole: only that of the small ones is left out.
+    """
+    if a.device.type != "cuda" or a.dtype is not torch.float32:
+        return a.T @ b
+    (a_high, a_low), (b_high, b_low) = in_two(a), in_two(b)
+    with tf32(a.device):
+        return (a_low.T @ b_high).addmm_(a_high.T, b_low).addmm_(a_high.T, b_high)
+
+
+def in_two(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 as a number with 10 bits of fraction, and what is left of it."""
+    high = (x.view(torch.int32) & -(2**13)).view(torch.float32)
+    return high, x - high
 
 
 def _mean(sums: Iterable[tuple[Tensor, int]]) -> Tensor:

@@ -1,6 +1,7 @@
 """What only a GPU can show, without one: the real walk on fake tensors, where they are, and what waits for what."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from duquant.experts import unfuse_experts_
+from duquant.formats import IntegerFormat, MxFp4
 from evaluation.perplexity import final_hidden, perplexity, score, scores
 from evaluation.sensitivity import Variants
 from experiment.estimate import Plan, estimate
@@ -21,7 +23,7 @@ from experiment.residence import choose_residence
 from models import decoder_spec
 from models.load import load_skeleton
 from models.zoo import zoo_config
-from quantize import greedy, samples, training
+from quantize import gptq, greedy, samples, training
 from quantize.bits import BitSettings, ClipSettings
 from quantize.observer import Observer
 from quantize.quantization import Quantization, quantize_model
@@ -212,6 +214,20 @@ def test_steps_of_very_many_rows_are_launched_one_by_one(gpu, monkeypatch):
     short, long = (quantize(tiny_model(HALF), gpu, settings(steps=steps))[0] for steps in (16, 32))
     assert long.launches - short.launches > GROUPS * LAYERS * (32 - 16) * 5
     assert long.waits - short.waits == GROUPS * LAYERS * (32 - 16) // 16
+
+
+@pytest.mark.parametrize("form", [IntegerFormat(4), MxFp4()], ids=str)
+def test_gptq_launches_a_block_of_columns_as_one(gpu, form, monkeypatch):
+    def launches(blocks: int) -> int:
+        weight = torch.randn(24, blocks * gptq.BLOCK, device=gpu.device)
+        hessian = torch.eye(weight.shape[1], dtype=torch.float64, device=gpu.device)
+        own = form.parameters(*torch.aminmax(weight, dim=1, keepdim=True))
+        return counted(gpu, lambda: gptq.gptq(weight, hessian, own, form, 0.01, "")).launches
+
+    launches(1)  # the first of all is recorded
+    assert 0 < launches(5) - launches(2) < 3 * gptq.BLOCK
+    monkeypatch.setattr(gptq, "recorded_rounding", lambda *like: partial(gptq.round_columns, form=form))
+    assert launches(5) - launches(2) > 3 * gptq.BLOCK * 8
 
 
 @pytest.mark.parametrize(("dtype", "waits"), [(HALF, 2), (BFLOAT, 1)])
@@ -433,10 +449,23 @@ def test_a_model_that_stays_on_the_device_is_quantized_and_measured_there(gpu, w
 def test_what_processes_tell_each_other_is_on_the_host(gpu, way, monkeypatch):
     told = []
     monkeypatch.setattr(samples, "gather", lambda value: told.append(value) or [value])
+    monkeypatch.setattr(samples, "world_size", lambda: 2)
     quantize(tiny_model(HALF).to(gpu.device), gpu, BEST[way])
     tensors = [each for each in tree_leaves(told) if isinstance(each, Tensor)]
     assert len(tensors) > LAYERS * GROUPS
     assert {tensor.device for tensor in tensors} == {CPU}
+
+
+def test_what_one_process_finds_stays_on_the_device(gpu, monkeypatch):
+    def traffic() -> Traffic:
+        return quantize(tiny_model(HALF).to(gpu.device), gpu, BEST["best"])[0]
+
+    alone = traffic()
+    monkeypatch.setattr(samples, "gather", lambda value: [value])
+    monkeypatch.setattr(samples, "world_size", lambda: 2)
+    shared, rows = traffic(), LAYERS * GROUPS * BEST["best"].probe_tokens * 48 * 4
+    assert shared.bytes_to_host - alone.bytes_to_host > rows
+    assert shared.bytes_to_device - alone.bytes_to_device > rows
 
 
 def test_of_hidden_states_beside_a_model_on_the_device_nothing_travels(gpu):

@@ -7,17 +7,19 @@ import torch
 from conftest import random_tokens, tiny_model
 from torch import nn
 
-from duquant.formats import IntegerFormat
+from duquant.formats import IntegerFormat, MxFp4, NvFp4, Parameters
 from duquant.linear import GroupInput
 from duquant.quantizer import Quantizer, RatioClip
 from duquant.transform import DualTransform
 from evaluation.perplexity import perplexity
 from models import decoder_spec
 from quantize.bits import BitSettings
+from quantize.gptq import gptq_codes
 from quantize.greedy import greedy_rotation
 from quantize.quantization import quantize_model
 from quantize.rotation import random_orthogonal, step_rotation
 from quantize.rotation_settings import RotationOrder, RotationSettings, SearchRule
+from quantize.samples import product
 from quantize.settings import QuantSettings, SmoothSettings, TrainingSettings
 from quantize.statistics import channel_statistics
 from utils.ferry import Ferry
@@ -153,3 +155,25 @@ def test_inputs_rounded_by_kernels_are_the_cpu_s_but_where_a_code_lies_on_a_tie(
     expected, found = group(x).float(), copy.deepcopy(group).to(CUDA)(x.to(CUDA)).cpu().float()
     step = (transform(x) - group.shift).abs().amax(dim=-1, keepdim=True) / 15
     assert ((found - expected).abs() > 0.1 * step).float().mean() < 1e-3
+
+
+def test_a_product_of_three_of_tf32_is_nearly_that_of_float32():
+    a, b = (torch.randn(16, 96, generator=torch.Generator().manual_seed(seed)).exp() for seed in (1, 2))
+    exact = a.double().T @ b.double()  # of few rows: tensor cores cut off the sums of many
+    assert ((product(a.to(CUDA), b.to(CUDA)).cpu() - exact).abs() < 2**-19 * exact).all()
+
+
+@pytest.mark.parametrize("form", [IntegerFormat(4), IntegerFormat(4, symmetric=True), MxFp4(), NvFp4()], ids=str)
+def test_gptq_finds_there_the_codes_that_it_finds_on_the_cpu(form):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, 40, generator=generator) @ torch.randn(40, 160, generator=generator)
+    x, weight = x + torch.randn(1000, 160, generator=generator), torch.randn(90, 160, generator=generator)
+    vectors = weight if form.block is None else weight.unflatten(1, (-1, form.block))
+    base = form.base_of(weight.abs().max()[None]) if form.has_base else None
+    own = form.parameters(*torch.aminmax(vectors, dim=-1, keepdim=True), base)
+    hessian = (x.T @ x / len(x)).double()
+    there = Parameters(*(each.to(CUDA) for each in own))
+    for _ in range(2):  # what is recorded, and what is launched again
+        found = gptq_codes(weight.to(CUDA), hessian.to(CUDA), there, form, 0.01, "").values.cpu()
+        same = (found == gptq_codes(weight, hessian, own, form, 0.01, "").values).flatten(1).all(dim=1)
+        assert same.double().mean() > 0.9  # behind a weight on a tie a row is another

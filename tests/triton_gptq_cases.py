@@ -7,7 +7,7 @@ from triton_cases import DEVICE, random
 
 from duquant.formats import Format, IntegerFormat, MxFp4, Parameters
 from quantize import gptq_kernel
-from quantize.gptq import gptq_codes, inverse_factor, round_columns_
+from quantize.gptq import gptq_codes, inverse_factor, round_columns
 
 FORMS = [IntegerFormat(4), IntegerFormat(3, symmetric=True), IntegerFormat(2, symmetric=True, full_range=True)]
 every_form = pytest.mark.parametrize("form", FORMS, ids=str)
@@ -42,13 +42,16 @@ def test_a_block_is_rounded_as_torch_rounds_it(rows, columns, own, form):
     if own:
         factors = 1 + random(rows, columns, seed=1).abs()
         parameters = Parameters(parameters.scale * factors, parameters.zero.contiguous())
-    expected, found, strided = weight.clone(), weight.to(DEVICE), torch.zeros(columns, 100, device=DEVICE)
-    errors = round_columns_(expected, parameters, upper, form)
-    strided[:, 7 : 7 + columns] = upper
-    given = parameters if own else Parameters(*(each[:, :1] for each in parameters))
-    given = Parameters(*(each.expand_as(weight) for each in there(given)))
-    assert_alike(gptq_kernel.round_columns_(found, given, strided[:, 7 : 7 + columns], form), errors)
-    assert_alike(found, expected)
+    padded = {"weight": torch.zeros(rows, 100, device=DEVICE), "upper": torch.zeros(columns, 100, device=DEVICE)}
+    given = {name: whole[:, 7 : 7 + columns] for name, whole in padded.items()}
+    given["weight"].copy_(weight)
+    given["upper"].copy_(upper)
+    placed = there(parameters if own else Parameters(*(each[:, :1] for each in parameters)))
+    placed = [each.expand_as(weight) for each in placed]
+    found = gptq_kernel.round_columns(given["weight"], *placed, given["upper"], form)
+    assert torch.equal(given["weight"].cpu(), weight)  # what it was given is as it was
+    for ours, theirs in zip(found, round_columns(weight, *parameters, upper, form), strict=True):
+        assert_alike(ours, theirs)
 
 
 @every_form
@@ -59,7 +62,7 @@ def test_a_whole_weight_has_the_codes_that_torch_finds(form, group_size, monkeyp
     parameters = ranges(vectors, form)
     expected = gptq_codes(weight, moment, parameters, form, 0.01, "").values
     calls = []
-    monkeypatch.setattr(gptq_kernel, "serves", lambda now, form: calls.append(now.shape) or True)
+    monkeypatch.setattr(gptq_kernel, "serves", lambda weight, form: calls.append(weight.shape) or True)
     found = gptq_codes(weight.to(DEVICE), moment.to(DEVICE), there(parameters), form, 0.01, "").values
     assert calls == [(40, 64), (40, 16)]
     assert_alike(found.flatten(1).float(), expected.flatten(1).float())
@@ -68,8 +71,8 @@ def test_a_whole_weight_has_the_codes_that_torch_finds(form, group_size, monkeyp
 @every_form
 def test_a_block_passes_the_trial_that_admits_it(form, monkeypatch):
     assert gptq_kernel.trial(DEVICE, form)
-    exact = gptq_kernel.round_columns_
-    monkeypatch.setattr(gptq_kernel, "round_columns_", lambda now, own, upper, form: exact(now, own, upper.T, form))
+    exact = gptq_kernel.round_columns
+    monkeypatch.setattr(gptq_kernel, "round_columns", lambda *given: exact(*given[:3], given[3].T, given[4]))
     assert not gptq_kernel.trial(DEVICE, form)
 
 

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import import_utils
 
+from quantize.gptq import recorded_rounding
 from quantize.greedy import captured_steps
 
 CUDA, SEEMING = torch.device("cuda:0"), torch.device("meta:0")
@@ -307,8 +308,9 @@ def fake_device(free_memory: int = 80 * GIB, distinct: int = 8) -> Iterator[Fake
         for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
             types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
             stack.enter_context(mock.patch(f"{module}._foreach_supported_types", types))
-        stack.callback(captured_steps.cache_clear)  # tensors of one mode mean nothing to another
-        captured_steps.cache_clear()
+        for recorded in (captured_steps, recorded_rounding):  # tensors of one mode mean nothing to another
+            stack.callback(recorded.cache_clear)
+            recorded.cache_clear()
         stack.enter_context(_FakeMode())
         stack.enter_context(gpu)
         yield gpu

@@ -89,7 +89,7 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 def tf32(device: torch.device) -> Iterator[None]:
     """Inside the block a GPU multiplies float32 by 10 bits of each factor's fraction, in an eighth of the time.
 
-    For sums over many rows, such as moments: what is lost is as nothing beside rounding. A CPU multiplies as ever.
+    A CPU multiplies as ever.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":

@@ -65,7 +65,7 @@ def test_what_is_known_without_a_gpu_is_printed_and_no_kernel_keeps_sums_outside
     one, many = ({row[0]: float(row[-2]) for row in linears if row[1] == rows} for rows in ("1", "2048"))
     assert all(3 < one[name] < 4 and one[name] > many[name] for name in one)  # four bits are a quarter of sixteen
     kernels = {"rotate_halves", "quantize", "fake_quantize", "row_words", "product_few", "product", "product_bytes"}
-    kernels.add("round_columns")
+    kernels.add("round_block")
     built = [row for row in tables if row[0] in kernels]
     assert {row[0] for row in built} == kernels
     # the fastest tile of `product_bytes` takes all registers, and behind its loop a few more

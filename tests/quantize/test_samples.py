@@ -12,7 +12,7 @@ from duquant.attention import install
 from models import decoder_spec
 from quantize.inputs import LayerInputs
 from quantize.observe import capture_rows, layer_calls, layer_output
-from quantize.samples import GroupRows, heads_by_kv, mean_of, moment_of, parts_of, viewed
+from quantize.samples import GroupRows, heads_by_kv, in_two, mean_of, moment_of, parts_of, viewed
 from tools.fake_device import fake_device
 from utils.memory import in_memory
 
@@ -212,16 +212,28 @@ def test_on_a_gpu_products_of_moments_alone_are_of_tf32(monkeypatch):
             precisions.append(("what is multiplied", torch.get_float32_matmul_precision()))
             yield torch.ones(10, 4, device="cuda"), torch.ones(10, 4, device="cuda")
 
-    multiply = Tensor.__matmul__
+    def recorded(name: str):
+        multiply = getattr(Tensor, name)
 
-    def recorded(a: Tensor, b: Tensor) -> Tensor:
-        precisions.append(("product", torch.get_float32_matmul_precision()))
-        return multiply(a, b)
+        def call(*factors: Tensor) -> Tensor:
+            precisions.append(("product", torch.get_float32_matmul_precision()))
+            return multiply(*factors)
+
+        return call
 
     with fake_device(), monkeypatch.context() as patch:
-        patch.setattr(Tensor, "__matmul__", recorded)
+        for name in ("__matmul__", "addmm_"):
+            patch.setattr(Tensor, name, recorded(name))
         assert moment_of(parts()).shape == (8, 4)
-    assert precisions == [("what is multiplied", "highest"), ("product", "high"), ("product", "high")] * 2
+    assert precisions == [("what is multiplied", "highest"), *[("product", "high")] * 6] * 2
+
+
+def test_a_float_is_a_number_that_tf32_holds_and_a_small_one():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 1000)
+    high, low = in_two(x)
+    assert torch.equal(high + low, x)
+    assert torch.equal(torch.frexp(high).mantissa * 2**11, (torch.frexp(high).mantissa * 2**11).round())
+    assert (low.abs() <= 2**-10 * x.abs()).all()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

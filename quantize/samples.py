@@ -116,7 +116,7 @@ def viewed(
             view.rows[name] = torch.cat(watch.rows)
             watch.rows.clear()  # or all of them would be there twice
     for name, kept in heads_watch.kept.items():
-        view.heads[name] = torch.cat(everywhere(torch.cat(kept)))
+        view.heads[name] = everywhere(torch.cat(kept))
 
 
 class KnownOutputs:
@@ -192,13 +192,13 @@ class GroupRows:
 
         found = torch.cat([peaks(part) for part in self.parts()])
         own = self.rows[found.topk(min(count, len(found))).indices.to(self.rows.device)]
-        rows = torch.cat(everywhere(own.to(self.device)))
+        rows = everywhere(own.to(self.device))
         return rows[peaks(rows).topk(min(count, len(rows))).indices]
 
     def some(self, count: int) -> Tensor:
         """About `count` rows of all processes, evenly spread over the samples, in float32."""
         own = self.rows[:: max(1, len(self.rows) * world_size() // count)]
-        return torch.cat(everywhere(own.to(self.device))).float()
+        return everywhere(own.to(self.device)).float()
 
     def peak(self) -> Tensor:
         """The largest magnitude of every channel [C] on all processes."""
@@ -214,12 +214,12 @@ def parts_of(rows: Tensor, device: torch.device) -> Iterator[Tensor]:
 def peak_of(parts: Iterable[Tensor]) -> Tensor:
     """The largest magnitude of every channel [C] of the rows of all processes, given some [n, C] at a time."""
     own = torch.stack([part.abs().amax(dim=0) for part in parts]).amax(dim=0)
-    return torch.stack(everywhere(own)).amax(dim=0)
+    return everywhere(own[None]).amax(dim=0)
 
 
-def everywhere(own: Tensor) -> list[Tensor]:
-    """The tensors of all processes, on the device of the `own`; none could use what is on another one's GPU."""
-    return [own] if world_size() == 1 else [each.to(own.device) for each in gather(own.cpu())]
+def everywhere(own: Tensor) -> Tensor:
+    """The rows of all processes where the `own` are: none could use what is on another one's GPU. Alone the `own`."""
+    return own if world_size() == 1 else torch.cat([each.to(own.device) for each in gather(own.cpu())])
 
 
 def mean_of(parts: Iterable[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from duquant.ops.fused import tried
 from duquant.ops.triton import available
 from duquant.ops.triton_launch import AS_WRITTEN, on, power_of_two
 from duquant.ops.triton_quantize import ROUNDING, rounded
-from duquant.ops.triton_tools import jit, tl, triton
+from duquant.ops.triton_tools import interpreted, jit, tl, triton
 
 TILE = (4, 1)  # rows, warps: sums over a row need none of another warp
 ALIKE = 0.98  # of a trial's rows: one may have a weight on a tie, behind which it is another
@@ -85,6 +85,7 @@ def round_columns(
 ) -> tuple[Tensor, Tensor]:
     """`quantize.gptq.round_columns` by the kernel, for float32."""
     (rows, columns), (most, warps) = weight.shape, TILE
+    most = 16 if interpreted() else most
     now, errors = weight.new_empty(2, rows, columns)
     upper = upper if upper.stride(1) == 1 else upper.contiguous()
     with on(weight.device):

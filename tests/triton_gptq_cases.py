@@ -35,7 +35,7 @@ def assert_alike(ours: Tensor, theirs: Tensor) -> None:
 
 @every_form
 @pytest.mark.parametrize("own", [False, True], ids=["a range for each row", "a range for each weight"])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (16, 40), (37, 64), (37, 3)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (37, 40), (37, 3)])
 def test_a_block_is_rounded_as_torch_rounds_it(rows, columns, own, form):
     weight, upper = random(rows, columns), inverse_factor(hessian(72), 0.01, "").float()[8:, 8:][:columns, :columns]
     parameters = Parameters(*(each.expand_as(weight) for each in ranges(weight, form)))

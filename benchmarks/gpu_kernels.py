@@ -13,9 +13,8 @@ rows, measures tile sizes: half a minute in the first run.
 
 On paper: a bound is the larger of bytes over bandwidth and operations over peak, as the vendor's data sheets have them
 (dense). What lies between the launches of the transform stays in the L2 cache, whose bandwidth no data sheet gives: it
-is a column of its own and in no bound. Registers and shared memory are
-those of the compiled kernels, which needs Triton and its assembler, but no GPU; from them follows how many programs a
-multiprocessor holds at a time.
+is a column of its own and in no bound. Registers and shared memory are those of the compiled kernels, which needs
+Triton and its assembler, but no GPU; from them follows how many programs a multiprocessor holds at a time.
 """
 
 import argparse
@@ -143,6 +142,7 @@ TYPES = {
     **dict.fromkeys(("x_sums", "w_sums", "sums", "parts", "part_sums"), "*i32"),
     **dict.fromkeys(("x_scales", "x_zeros", "w_scales", "w_zeros", "scales", "zeros", "scale", "shift"), "*fp32"),
     **dict.fromkeys(("low_ratio", "high_ratio", "rotation", "ratios"), "*fp32"),
+    **dict.fromkeys(("weight", "now", "errors", "zero", "upper"), "*fp32"),
     **dict.fromkeys(("scale_low", "scale_high", "zero_low", "zero_high"), "fp32"),
     "bias": "*fp16",
     "permutation": "*i64",
@@ -243,13 +243,7 @@ def builds() -> list[Build]:
             *bytes_launched,
             {"x": "*i8", "w": "*i8"},
         ),
-        Build(
-            round_block,
-            gptq,
-            TILE[1],
-            3,
-            dict.fromkeys(("weight", "now", "errors", "scale", "zero", "upper"), "*fp32"),
-        ),
+        Build(round_block, gptq, TILE[1], 3),
     ]
 
 

@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--search_rows", type=int, help="as main.py's (default: all)")
     parser.add_argument("--keep", choices=list(Keep), default=Keep.AUTO, help="as main.py's")
     parser.add_argument(
-        "--tf32", action="store_true", help="a GPU may multiply float32 in TF32, which main.py never does"
+        "--tf32", action="store_true", help="a GPU may multiply any float32 in TF32, as main.py does not"
     )
     parser.add_argument(
         "--warm", action="store_true", help="first all of it on one layer: kernels are compiled, libraries loaded"

@@ -49,7 +49,7 @@ class GroupInput(nn.Module):
         # a compiler finds what is computed twice by itself
         if (torch.is_grad_enabled() and self._differentiated(x)) or torch.compiler.is_compiling():
             return compute(x)
-        if self._left and self._seen() is x and self._unchanged(x) and self._kernel is kernel:
+        if self._left and self._kernel is kernel and self._seen() is x and self._unchanged(x):
             self._left -= 1
             result = self._result
             if not self._left:
@@ -57,13 +57,13 @@ class GroupInput(nn.Module):
             return result
         result = compute(x)
         if self.readers > 1 and (not x.is_inference() or x.device.type == "cpu"):  # a GPU would be waited for
-            self._version = x.clone() if x.is_inference() else x._version
+            self._mark = x.clone() if x.is_inference() else x._version
             self._seen, self._left, self._result, self._kernel = weakref.ref(x), self.readers - 1, result, kernel
         return result
 
     def _unchanged(self, x: Tensor) -> bool:
         """Whether `x` is what it was when it was seen: inference tensors do not count what is done to them in place."""
-        return torch.equal(self._version, x) if x.is_inference() else self._version == x._version
+        return torch.equal(self._mark, x) if x.is_inference() else self._mark == x._version
 
     def _differentiated(self, x: Tensor) -> bool:
         return x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
@@ -78,7 +78,7 @@ class GroupInput(nn.Module):
         return quantized(self.quantizer, y if self.shift is None else y - self.shift, x.dtype)
 
     def _forget(self) -> None:
-        self._seen, self._version, self._left, self._result, self._kernel = None, None, 0, None, None
+        self._seen, self._mark, self._left, self._result, self._kernel = None, None, 0, None, None
 
     def extra_repr(self) -> str:
         """Show how many linears share it."""

@@ -134,7 +134,7 @@ def kernels() -> str:
 
     from duquant.formats import IntegerFormat
     from duquant.ops import fused, kernel_for
-    from quantize import greedy_kernel
+    from quantize import gptq_kernel, greedy_kernel
     from quantize.rotation_settings import USUAL_BLOCK
 
     logging.getLogger("duquant").setLevel(logging.WARNING)  # what works is said here; why something does not, there
@@ -142,10 +142,12 @@ def kernels() -> str:
     found = {device: kernel_for(device) for device in devices}
     shown = [f"{device} {kernel.name if kernel else 'none, decoded weights'}" for device, kernel in found.items()]
     if "cuda" in devices:
+        usual = IntegerFormat(4)
         others = {
-            "fake quantization": fused.works("cuda", IntegerFormat(4)),
+            "fake quantization": fused.works("cuda", usual),
             "rotations": fused.turns("cuda", USUAL_BLOCK),
             "greedy steps": greedy_kernel.works("cuda", USUAL_BLOCK),
+            "GPTQ": gptq_kernel.works("cuda", usual),
         }
         shown += [f"{what} on cuda {'fused' if works else 'by torch'}" for what, works in others.items()]
     return "; ".join([*shown, f"{torch.get_num_threads()} threads"])

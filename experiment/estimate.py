@@ -43,6 +43,7 @@ TUNING_ACTIVATIONS = 48  # as TRAINING_ACTIVATIONS, where every linear transform
 TRAINING_COPIES = 6  # of a layer's float32 weights: what autograd keeps of their rounding (4), and the heap of it
 LEARNED_COPIES = 6  # more of them, beside one for every rotation, where the transform is trained
 SQUARES = 8  # of a group's width, in float64, while its Hessian is factorised
+SPLIT_ROWS = 4  # float32 copies of the rows of a moment on a GPU: two factors, each a sum of two numbers
 GROUP_COPIES = 8  # of a group's weights in float32, while they are rounded by their inputs
 
 Windows = tuple[tuple[int, int], ...]  # (number, tokens each)
@@ -259,7 +260,8 @@ def layer_work(skeleton: nn.Module, spec: DecoderSpec, settings: QuantSettings, 
         moments.append(codes + floats + activation_bytes(batch_tokens(samples), width, held, rounded))
     if settings.reads_rows:
         part = min(prod(plan.calibration), ROWS_AT_ONCE)
-        moments.append(wide + activation_bytes(part, width, WIDE, rounded))
+        split = SPLIT_ROWS * WIDE * part * width * (plan.on_gpu and settings.rounds_by_data)
+        moments.append(wide + activation_bytes(part, width, WIDE, rounded) + split)
         heads = heads_bytes(skeleton, spec, settings, plan) * plan.on_gpu
         moments.append(wide + heads + rounding_bytes(skeleton, spec, settings))
     if plan.joining:  # the weights before they were rounded are kept beside what the codes are decoded to

@@ -107,8 +107,9 @@ def test_what_kernels_compute_on_a_gpu_is_told_one_by_one(monkeypatch):
     for place, works in (("fused.works", True), ("fused.turns", False)):
         monkeypatch.setattr(f"duquant.ops.{place}", lambda *which, works=works: works)
     monkeypatch.setattr("quantize.greedy_kernel.works", lambda *which: True)
+    monkeypatch.setattr("quantize.gptq_kernel.works", lambda *which: False)
     told = "fake quantization on cuda fused; rotations on cuda by torch; greedy steps on cuda fused; "
-    assert told in doctor.kernels()
+    assert told + "GPTQ on cuda by torch; " in doctor.kernels()
 
 
 @pytest.mark.gpu

@@ -193,6 +193,13 @@ def test_what_a_gpu_holds_is_not_on_the_host():
     assert 0 < work < cpu.host - cpu.host_streamed + cpu.layer_wide * 9 // 2
 
 
+def test_rows_of_moments_are_there_as_sums_of_two_numbers_on_a_gpu():
+    plan = replace(PLAN, dtype=torch.float16, on_gpu=True, calibration=(64, 256), windows=())
+    nearest = best(rounding=RoundingSettings(), clip=ClipSettings("search", 0.8))
+    rows = 8192 * MEDIUM["intermediate_size"] * 4
+    assert needed(best(), plan).device - needed(nearest, plan).device == 4 * rows
+
+
 def test_windows_go_through_a_layer_in_batches_of_what_is_given_or_what_there_is_room_for():
     plan = replace(PLAN, dtype=torch.float16, on_gpu=True, windows=((400, 256),))
     auto, given, small = needed(QUANT, plan), needed(QUANT, replace(plan, batch=100)), needed(QUANT, PLAN)

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -137,20 +138,32 @@ def kernels() -> str:
     from quantize import gptq_kernel, greedy_kernel
     from quantize.rotation_settings import USUAL_BLOCK
 
-    logging.getLogger("duquant").setLevel(logging.WARNING)  # what works is said here; why something does not, there
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    found = {device: kernel_for(device) for device in devices}
-    shown = [f"{device} {kernel.name if kernel else 'none, decoded weights'}" for device, kernel in found.items()]
-    if "cuda" in devices:
-        usual = IntegerFormat(4)
-        others = {
-            "fake quantization": fused.works("cuda", usual),
-            "rotations": fused.turns("cuda", USUAL_BLOCK),
-            "greedy steps": greedy_kernel.works("cuda", USUAL_BLOCK),
-            "GPTQ": gptq_kernel.works("cuda", usual),
-        }
-        shown += [f"{what} on cuda {'fused' if works else 'by torch'}" for what, works in others.items()]
+    with only_warnings("duquant"):  # what works is said here; why something does not, there
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        found = {device: kernel_for(device) for device in devices}
+        shown = [f"{device} {kernel.name if kernel else 'none, decoded weights'}" for device, kernel in found.items()]
+        if "cuda" in devices:
+            usual = IntegerFormat(4)
+            others = {
+                "fake quantization": fused.works("cuda", usual),
+                "rotations": fused.turns("cuda", USUAL_BLOCK),
+                "greedy steps": greedy_kernel.works("cuda", USUAL_BLOCK),
+                "GPTQ": gptq_kernel.works("cuda", usual),
+            }
+            shown += [f"{what} on cuda {'fused' if works else 'by torch'}" for what, works in others.items()]
     return "; ".join([*shown, f"{torch.get_num_threads()} threads"])
+
+
+@contextmanager
+def only_warnings(name: str) -> Iterator[None]:
+    """Inside the block a logger tells of nothing less."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def hub() -> str:

@@ -1,5 +1,6 @@
 """`--doctor`: what is here, without a model; what is missing or broken is said and does not end it."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -109,7 +110,9 @@ def test_what_kernels_compute_on_a_gpu_is_told_one_by_one(monkeypatch):
     monkeypatch.setattr("quantize.greedy_kernel.works", lambda *which: True)
     monkeypatch.setattr("quantize.gptq_kernel.works", lambda *which: False)
     told = "fake quantization on cuda fused; rotations on cuda by torch; greedy steps on cuda fused; "
+    before = logging.getLogger("duquant").level
     assert told + "GPTQ on cuda by torch; " in doctor.kernels()
+    assert logging.getLogger("duquant").level == before
 
 
 @pytest.mark.gpu
